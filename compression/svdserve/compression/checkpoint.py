@@ -1,0 +1,298 @@
+"""Reading, checking and writing the files of an svdserve checkpoint (see FORMAT.md).
+
+A checkpoint is a Hugging Face directory whose config.json carries a ``quantization_config`` block
+(schema.py) and whose safetensors hold ``<module>.factor_in``, ``<module>.factor_out`` and, for the
+interpolative layout, ``<module>.pivots``. Everything else keeps its original name.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.factors import Factors
+from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of, parse_config
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LOG_FILE = "svdserve_log.jsonl"
+MAX_SHARD_BYTES = 5_000_000_000
+SUFFIXES = ("factor_in", "factor_out", "pivots")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class TensorFiles:
+    """The tensors of a model directory, by name; headers are read at once, data on demand.
+
+    Raises:
+        UserError: no safetensors, a broken header, an index that disagrees with the files, or that
+            names a file outside the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.info: dict[str, TensorInfo] = {}
+        weight_map = _weight_map(directory)
+        for file in _files(directory, weight_map):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 (no mapping)
+                        piece = handle.get_slice(name)
+                        dtype = _DTYPES.get(piece.get_dtype())
+                        if dtype is None:
+                            raise UserError(f"{file}: {name} has dtype {piece.get_dtype()}")
+                        self.info[name] = TensorInfo(file, tuple(piece.get_shape()), dtype)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+        if weight_map is not None:
+            for name, target in weight_map.items():
+                if name not in self.info or self.info[name].file.name != target:
+                    raise UserError(f"{directory / INDEX_FILE}: {name} is not in {target}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.info
+
+    def load(self, names: list[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The named tensors, each file opened once."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.info[name].file, []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            with safe_open(file, framework="pt", device=str(device)) as handle:
+                for name in members:
+                    tensors[name] = handle.get_tensor(name)
+        return tensors
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in turn, in the order of the files."""
+        for name in self.info:
+            yield name, self.load([name])[name]
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    path = directory / INDEX_FILE
+    if not path.exists():
+        return None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    ):
+        raise UserError(f"{path}: weight_map must map tensor names to file names of this directory")
+    return weight_map
+
+
+def _files(directory: Path, weight_map: dict[str, str] | None) -> list[Path]:
+    if weight_map is None:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{directory}: no *.safetensors file; svdserve reads safetensors only")
+        return files
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{directory / INDEX_FILE}: {file.name} is missing")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``; UserError when it is missing or no object."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked svdserve directory: its configuration and the headers of its tensors."""
+
+    directory: Path
+    config: CheckpointConfig
+    files: TensorFiles
+
+    def factors(self, module: str) -> Factors:
+        """The factors of one module."""
+        names = [f"{module}.{suffix}" for suffix in self.config.modules[module].tensors()]
+        tensors = self.files.load(names)
+        return Factors(*(tensors[name] for name in names))
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes by kind: ``lowrank`` factors, ``dense`` rest, ``dense_equivalent`` of the whole.
+
+        The dense equivalent counts each factored weight in the dtype of its factors.
+        """
+        total = sum(info.nbytes for info in self.files.info.values())
+        lowrank = equivalent = 0
+        for name, spec in self.config.modules.items():
+            lowrank += sum(self.files.info[f"{name}.{suffix}"].nbytes for suffix in spec.tensors())
+            itemsize = self.files.info[f"{name}.factor_in"].dtype.itemsize
+            equivalent += spec.stacked * spec.in_features * itemsize
+        dense = total - lowrank
+        return {"lowrank": lowrank, "dense": dense, "dense_equivalent": dense + equivalent}
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether config.json selects svdserve; says nothing about validity."""
+    path = directory / "config.json"
+    block = read_json(path).get("quantization_config") if path.exists() else None
+    return isinstance(block, dict) and block.get("quant_method") == "svdserve"
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Check config.json and every safetensors header; reads the pivots, no other data.
+
+    Raises:
+        UserError: names the module and tensor that is missing, surplus, or of a wrong shape, dtype
+            or value. Call ``check_finite`` for the values of the factors.
+    """
+    block = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(block, dict):
+        raise UserError(f"{directory}/config.json: no quantization_config; not a svdserve model")
+    config = parse_config(block, f"{directory}/config.json")
+    files = TensorFiles(directory)
+    expected: set[str] = set()
+    for name, spec in config.modules.items():
+        expected |= _check_module(files, name, spec)
+    for name in files.info:
+        module, _, suffix = name.rpartition(".")
+        if suffix in SUFFIXES and name not in expected:
+            raise UserError(f"{directory}: {name} belongs to no module of config.json ({module})")
+    return Checkpoint(directory, config, files)
+
+
+def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
+    where = f"{files.directory}: module {name}"
+    for suffix, shape in spec.tensors().items():
+        tensor = f"{name}.{suffix}"
+        info = files.info.get(tensor)
+        if info is None:
+            raise UserError(f"{where}: tensor {tensor} is missing")
+        if info.shape != shape:
+            raise UserError(f"{where}: {suffix} is {list(info.shape)}, expected {list(shape)}")
+        allowed = (torch.int32,) if suffix == "pivots" else FACTOR_DTYPES
+        if info.dtype not in allowed:
+            raise UserError(f"{where}: {suffix} is {info.dtype}, allowed: {list(allowed)}")
+    if files.info[f"{name}.factor_in"].dtype != files.info[f"{name}.factor_out"].dtype:
+        raise UserError(f"{where}: factor_in and factor_out differ in dtype")
+    for linear in linears_of(name, spec):
+        if f"{linear}.weight" in files:
+            raise UserError(f"{where}: dense weight {linear}.weight is stored as well")
+    if spec.layout == "interpolative":
+        pivots = files.load([f"{name}.pivots"])[f"{name}.pivots"]
+        if int(pivots.min()) < 0 or int(pivots.max()) >= spec.in_features:
+            raise UserError(f"{where}: pivots must lie in 0..{spec.in_features - 1}")
+        if pivots.unique().numel() != spec.rank:
+            raise UserError(f"{where}: pivots are repeated")
+    return {f"{name}.{suffix}" for suffix in spec.tensors()}
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Refuse NaN and infinite factors; reads one tensor at a time.
+
+    Raises:
+        UserError: names the first module with such a value.
+    """
+    for name, spec in checkpoint.config.modules.items():
+        for suffix in spec.tensors():
+            tensor = checkpoint.files.load([f"{name}.{suffix}"])[f"{name}.{suffix}"]
+            if suffix != "pivots" and not bool(tensor.isfinite().all()):
+                raise UserError(f"{checkpoint.directory}: module {name}: {suffix} is not finite")
+
+
+def merge_shards(parts: list[Path], target: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Concatenate safetensors files into ``target``, in order and without loading a tensor.
+
+    Writes one model.safetensors, or shards of at most ``max_bytes`` and an index. A part is never
+    split, so a single part above the limit makes a shard of its own size.
+    """
+    headers = [_read_header(part) for part in parts]
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for index, (_, _, size) in enumerate(headers):
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(index)
+        filled += size
+    names = (
+        [SINGLE_FILE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    weight_map: dict[str, str] = {}
+    for name, members in zip(names, shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        base = 0
+        for index in members:
+            tensors, _, size = headers[index]
+            for tensor, entry in tensors.items():
+                start, end = entry["data_offsets"]
+                header[tensor] = {**entry, "data_offsets": [start + base, end + base]}
+                weight_map[tensor] = name
+            base += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with (target / name).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for index in members:
+                with parts[index].open("rb") as part:
+                    part.seek(headers[index][1])
+                    shutil.copyfileobj(part, out, 1 << 22)
+            out.flush()
+            os.fsync(out.fileno())
+    if len(shards) > 1:
+        total = sum(size for _, _, size in headers)
+        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (target / INDEX_FILE).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Tensor entries, offset of the data and its length."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length, path.stat().st_size - 8 - length

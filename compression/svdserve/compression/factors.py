@@ -1,0 +1,120 @@
+"""A rank-r weight in one of its two stored layouts, and the arithmetic of rank and parameters.
+
+Shapes: a weight W is [m, n] = [out, in] and y = W x.
+
+* ``pair``: W = factor_out · factor_in, [m, r] · [r, n]; r(m + n) parameters.
+* ``interpolative``: W = C [I Z] Πᵀ with C = W[:, pivots] stored as factor_out [m, r] and Z stored
+  as factor_in [r, n - r]; y = C (x[pivots] + Z x[rest]), where ``rest`` are the other input
+  channels in ascending order. It stores r² parameters fewer and is lossless: column interpolative
+  decomposition, Cheng et al., "On the compression of low rank matrices", SIAM J. Sci. Comput. 2005;
+  PIFA (arXiv 2501.19090) applies the row variant to language models.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+Layout = Literal["pair", "interpolative"]
+LAYOUTS: tuple[Layout, ...] = ("pair", "interpolative")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that stand for a weight [m, n] of rank r.
+
+    factor_in is [r, n] (pair) or [r, n - r] (interpolative), factor_out is [m, r], and pivots is
+    int32 [r] (interpolative) or None (pair).
+    """
+
+    factor_in: Tensor
+    factor_out: Tensor
+    pivots: Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return "pair" if self.pivots is None else "interpolative"
+
+    @property
+    def rank(self) -> int:
+        return self.factor_out.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.factor_in.shape[1] + (0 if self.pivots is None else self.rank)
+
+    def dense(self) -> Tensor:
+        """The weight [m, n] that the factors stand for, in their dtype."""
+        if self.pivots is None:
+            return self.factor_out @ self.factor_in
+        pivots = self.pivots.long()
+        weight = self.factor_out.new_empty(self.factor_out.shape[0], self.in_features)
+        weight[:, pivots] = self.factor_out
+        weight[:, other_channels(pivots, self.in_features)] = self.factor_out @ self.factor_in
+        return weight
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same factors with both matrices in ``dtype``; pivots stay int32."""
+        return Factors(self.factor_in.to(dtype), self.factor_out.to(dtype), self.pivots)
+
+
+def other_channels(pivots: Tensor, in_features: int) -> Tensor:
+    """The channels [n - r] (int64, ascending) that are not pivots."""
+    keep = torch.ones(in_features, dtype=torch.bool, device=pivots.device)
+    keep[pivots.long()] = False
+    return keep.nonzero().squeeze(1)
+
+
+def interpolative(factors: Factors) -> Factors:
+    """The interpolative layout of a pair [m, r] · [r, n], equal to it up to rounding.
+
+    Pivots come from a column-pivoted QR (LAPACK geqp3) of factor_in in float64: with
+    V Π = Q [R1 R2], Z = R1⁻¹ R2 and C = factor_out · V[:, pivots]. A factor_in of numerical rank
+    below r leaves a singular R1; its rank is then cut to the numerical one, which loses nothing.
+    """
+    inner = factors.factor_in.double().cpu()
+    packed, order, *_ = lapack.dgeqp3(inner.numpy())
+    upper = torch.from_numpy(packed[: factors.rank]).triu()
+    diagonal = upper.diagonal().abs()
+    rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
+    pivots = torch.from_numpy(order[:rank] - 1)  # LAPACK counts from 1
+    rest = torch.from_numpy(order[rank:] - 1)
+    by_channel, ascending = rest.sort()
+    del by_channel
+    coefficients = torch.linalg.solve_triangular(
+        upper[:rank, :rank], upper[:rank, rank:], upper=True
+    )[:, ascending]
+    outer = factors.factor_out.double().cpu() @ inner[:, pivots]
+    target = factors.factor_in
+    return Factors(
+        factor_in=coefficients.to(target).contiguous(),
+        factor_out=outer.to(factors.factor_out).contiguous(),
+        pivots=pivots.to(device=target.device, dtype=torch.int32),
+    )
+
+
+def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:
+    """Stored parameters of a rank-r weight; pivots are counted as indices, not parameters."""
+    total = rank * (out_features + in_features)
+    return total if layout == "pair" else total - rank * rank
+
+
+def rank_for_keep(layout: Layout, out_features: int, in_features: int, keep: float) -> int | None:
+    """The largest rank that stores at most ``keep`` of the dense parameters, at least 1.
+
+    Returns None where the weight is better left dense: the keep ratio is 1, or factors of that
+    rank would store as much as the weight itself.
+    """
+    m, n = out_features, in_features
+    budget = keep * m * n
+    if keep >= 1:
+        return None
+    if layout == "pair":
+        rank = math.floor(budget / (m + n))
+    else:
+        rank = math.floor(((m + n) - math.sqrt((m + n) ** 2 - 4 * budget)) / 2)
+    rank = max(1, min(rank, m, n))
+    return rank if parameters(layout, m, n, rank) < m * n else None

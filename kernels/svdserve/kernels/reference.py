@@ -1,0 +1,36 @@
+"""The definition of a low-rank linear, in plain torch: used by tests and by any device."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def lowrank_linear(
+    x: Tensor,
+    factor_in: Tensor,
+    factor_out: Tensor,
+    pivots: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = W x for a rank-r weight W [m, n].
+
+    Args:
+        x: [..., n].
+        factor_in: [r, n], or [r, n - r] with pivots.
+        factor_out: [m, r].
+        pivots: [r] distinct channels of x, or None for the pair layout.
+        bias: [m] or None.
+
+    Returns:
+        [..., m] in the dtype of x.
+    """
+    return linear(project(x, factor_in, pivots), factor_out, bias)
+
+
+def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tensor:
+    """The rank-r vector [..., r] between the two products: V x, or x[pivots] + Z x[rest]."""
+    if pivots is None:
+        return linear(x, factor_in)
+    rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
+    rest[pivots.long()] = False
+    return x[..., pivots.long()] + linear(x[..., rest], factor_in)
