@@ -1,0 +1,11 @@
+"""SVD methods, one file per paper. Importing this package registers all of them."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from svdserve.compression.methods.registry import METHODS, Method, Solution, get_method
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Method", "Solution", "get_method"]

@@ -1,0 +1,167 @@
+"""SAES-SVD (arXiv 2602.03051, ICLR 2026): cumulative-error-aware layer compression.
+
+CEALC pulls a factored layer towards the output that the *original* model would give: with
+H = X Xᵀ and Δ = (X_f − X) Xᵀ its optimum is the rank-r truncation of
+G(β) = W (H + βΔ) F⁻ᵀ, F Fᵀ = H (equations 6 to 12), β = α / (1 + α). ACES picks β (equations 13 to
+19). One damped H_λ = H + λI stands in the metric and in the target, so that full rank gives W back
+whatever λ is: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.factors import Factors
+from svdserve.compression.linalg import left_subspace, whiten
+from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.statistics import Statistics
+
+_GRID = 6
+
+
+@method(
+    "saes-svd",
+    title="SAES-SVD",
+    paper="https://arxiv.org/abs/2602.03051",
+    statistics={"gram", "shift"},
+)
+def saes_svd(
+    weight: Tensor,
+    statistics: Statistics,
+    rank: int,
+    *,
+    beta: float | str = "aces",
+    beta_min: float = 0.25,
+    beta_max: float = 0.75,
+    ridge: float = 1e-3,
+) -> Solution:
+    """CEALC with a β that is fixed, or chosen by ACES.
+
+    Args:
+        weight: [m, n], float64.
+        statistics: H and Δ of the module's inputs.
+        rank: 1..min(m, n).
+        beta: a number in [0, 1]; ``aces`` for the paper's closed form (fixed-subspace first-order
+            approximation); ``exact`` for a search over the true retained-energy ratio.
+        beta_min: lower cap of ACES and of the search (paper, table 4: 0.25).
+        beta_max: upper cap (0.75).
+        ridge: λ over the mean of diag H.
+
+    Raises:
+        UserError: a hyper-parameter is out of its range.
+    """
+    check_beta(beta, beta_min, beta_max)
+    assert statistics.gram is not None
+    assert statistics.shift is not None
+    whitening = whiten(statistics.gram, ridge)
+    base = weight @ whitening.root
+    pull = whitening.dual(weight @ statistics.shift.double())
+    # Without accumulated error (the first block's q, k, v) every β gives the same factors.
+    if not bool(statistics.shift.any()):
+        chosen = 0.0
+    elif beta == "aces":
+        chosen = aces(base, pull, rank, beta_min, beta_max)
+    elif beta == "exact":
+        chosen = exact_search(base, pull, rank, beta_min, beta_max)
+    else:
+        chosen = float(beta)
+    left, _ = left_subspace(base + chosen * pull, rank)
+    effective = weight + chosen * whitening.unwhiten(pull)
+    return Solution(
+        Factors(factor_in=left.mT @ effective, factor_out=left),
+        {"beta": chosen, "damping": whitening.damping},
+    )
+
+
+def check_beta(beta: float | str, beta_min: float, beta_max: float) -> None:
+    """UserError unless β is ``aces``, ``exact`` or in [0, 1], and the caps are ordered in it."""
+    if isinstance(beta, str):
+        if beta not in ("aces", "exact"):
+            raise UserError(f"beta is {beta!r}; allowed: aces, exact, or a number from 0 to 1")
+    elif not 0 <= beta <= 1:
+        raise UserError(f"beta is {beta}; allowed: aces, exact, or a number from 0 to 1")
+    if not 0 <= beta_min <= beta_max <= 1:
+        raise UserError(
+            f"beta_min {beta_min} and beta_max {beta_max} must satisfy 0 ≤ beta_min ≤ beta_max ≤ 1"
+        )
+
+
+@dataclass(frozen=True)
+class TailRatio:
+    """ρ̃(β) = (a + 2bβ + cβ²) / (A + 2Bβ + Cβ²), the share of energy that truncation drops.
+
+    First order in β with the singular subspaces of G(0) held fixed (equations 15 to 19); exact at
+    β = 0, where its derivative is that of the true ratio.
+    """
+
+    a: float
+    b: float
+    c: float
+    whole_a: float
+    whole_b: float
+    whole_c: float
+
+    def __call__(self, beta: float) -> float:
+        tail = self.a + 2 * self.b * beta + self.c * beta**2
+        whole = self.whole_a + 2 * self.whole_b * beta + self.whole_c * beta**2
+        return tail / whole if whole > 0 else 1.0
+
+    def stationary_points(self) -> list[float]:
+        """Real roots of (cB − bC) β² + (cA − aC) β + (bA − aB)."""
+        quadratic = self.c * self.whole_b - self.b * self.whole_c
+        linear = self.c * self.whole_a - self.a * self.whole_c
+        constant = self.b * self.whole_a - self.a * self.whole_b
+        scale = max(abs(quadratic), abs(linear), abs(constant))
+        if scale == 0:
+            return []
+        if abs(quadratic) <= 1e-12 * scale:
+            return [-constant / linear] if abs(linear) > 1e-12 * scale else []
+        discriminant = linear**2 - 4 * quadratic * constant
+        if discriminant < 0:
+            return []
+        # The sum that does not cancel, and its partner by Vieta.
+        half = -(linear + (1 if linear >= 0 else -1) * discriminant**0.5) / 2
+        return [half / quadratic, constant / half] if half != 0 else [0.0]
+
+
+def tail_ratio(base: Tensor, pull: Tensor, rank: int) -> TailRatio:
+    """The coefficients of ρ̃ for G(β) = base + β pull, both [m, n], at ``rank``."""
+    left, sigma = left_subspace(base, rank)
+    kept = left.mT @ base
+    right = torch.linalg.qr(kept.mT).Q
+    outer = pull - left @ (left.mT @ pull)
+    outer = outer - (outer @ right) @ right.mT
+    return TailRatio(
+        a=float((sigma[rank:] ** 2).sum()),
+        b=float((base * outer).sum()),
+        c=float((outer**2).sum()),
+        whole_a=float((base**2).sum()),
+        whole_b=float((base * pull).sum()),
+        whole_c=float((pull**2).sum()),
+    )
+
+
+def aces(base: Tensor, pull: Tensor, rank: int, beta_min: float, beta_max: float) -> float:
+    """ACES: the candidate of least ρ̃ among the caps and the stationary points between them."""
+    ratio = tail_ratio(base, pull, rank)
+    inside = [root for root in ratio.stationary_points() if beta_min < root < beta_max]
+    return min([beta_min, beta_max, *inside], key=ratio)
+
+
+def exact_search(base: Tensor, pull: Tensor, rank: int, beta_min: float, beta_max: float) -> float:
+    """The β of least true tail ratio on an even grid of six between the caps.
+
+    G Gᵀ (or Gᵀ G where that is smaller) is a quadratic in β, so each point costs one eigvalsh.
+    """
+    if base.shape[0] > base.shape[1]:
+        base, pull = base.mT, pull.mT
+    square, cross, shift = base @ base.mT, base @ pull.mT, pull @ pull.mT
+    best = (float("inf"), beta_min)
+    for beta in torch.linspace(beta_min, beta_max, _GRID, dtype=torch.float64).tolist():
+        values = torch.linalg.eigvalsh(square + beta * (cross + cross.mT) + beta**2 * shift)
+        whole = float(values.sum())
+        tail = float(values[: len(values) - rank].clamp_min(0).sum())
+        best = min(best, (tail / whole if whole > 0 else 1.0, beta))
+    return best[1]

@@ -1,0 +1,122 @@
+"""What to compute (Recipe) and how this machine computes it (Run). Never mixed.
+
+A Recipe fixes the result; it is written into the checkpoint and its hash guards ``--resume``. A
+Run changes speed, memory and places only.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.factors import Layout
+from svdserve.compression.methods import get_method
+
+Grouping = Literal["shared", "separate"]
+
+
+class Recipe(BaseModel):
+    """The science of a compression: equal recipes on equal inputs give equal factors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "saes-svd"
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="hyper-parameters of the method, by name"
+    )
+    keep: float = Field(default=0.8, gt=0, le=1, description="keep ratio κ of the factored linears")
+    layout: Layout = "interpolative"
+    grouping: Grouping = "shared"
+    calibration: str = Field(
+        default="self", description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], or self"
+    )
+    tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
+    seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="stored dtype of factors and streams; auto is the model's own"
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        full = get_method(self.method).check_parameters(self.parameters)
+        object.__setattr__(self, "parameters", full)
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """Calibration sequences: tokens rounded down to whole ones, at least one."""
+        return max(1, self.tokens // self.seq_len)
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sequence; a budget below seq_len makes one short sequence."""
+        return min(self.seq_len, self.tokens)
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe, for resume."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Run(BaseModel):
+    """The machine: changes no number of the result beyond floating-point order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str = "cpu"
+    threads: PositiveInt | None = Field(default=None, description="CPU threads; default all")
+    batch_size: PositiveInt = Field(default=1, description="sequences per forward step")
+    offload: Path | None = Field(default=None, description="folder for the hidden streams")
+    resume: bool = False
+    force: bool = Field(default=False, description="replace a non-empty output directory")
+    progress: bool = True
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """A checked recipe; UserError names the wrong field, what was given and what is allowed."""
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def make_run(**fields: Any) -> Run:
+    """A checked run; UserError like ``make_recipe``."""
+    try:
+        return Run(**fields)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    return f"{name}: {first['msg']}{given}" if name else str(first["msg"])
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The fields that a YAML recipe sets; check them with ``make_recipe``.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"recipe {path}: must map field names to values")
+    return fields
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that ``load_recipe`` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
