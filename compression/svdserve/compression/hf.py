@@ -1,0 +1,71 @@
+"""The transformers quantizer plug-in: ``from_pretrained`` of an svdserve checkpoint.
+
+Importing this module registers it. svdserve_startup imports it whenever transformers loads its
+quantizers, so plain ``AutoModelForCausalLM.from_pretrained(DIR)`` works without trust_remote_code.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from svdserve.compression.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.errors import UserError
+from svdserve.compression.modules import replace_group
+from svdserve.compression.schema import QUANT_METHOD, CheckpointConfig, parse_config
+
+
+@register_quantization_config(QUANT_METHOD)
+class SvdserveConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` block as transformers carries it; UserError when malformed."""
+
+    def __init__(self, **block: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.checkpoint = parse_config({"quant_method": QUANT_METHOD, **block})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block exactly as config.json has it, so that ``save_pretrained`` round-trips."""
+        return self.checkpoint.dump()
+
+
+@register_quantizer(QUANT_METHOD)
+class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts factored modules in place of linears before transformers loads the weights.
+
+    The checkpoint is validated while the model is still on the meta device: a broken one raises
+    UserError before memory is taken. The factors train like any other parameters.
+    """
+
+    quantization_config: SvdserveConfig
+    is_trainable = True
+    is_qat_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        if not self.pre_quantized:
+            raise UserError(
+                "svdserve cannot compress while loading: run `svdserve compress MODEL --out DIR` "
+                "and load DIR"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config: CheckpointConfig = self.quantization_config.checkpoint
+        dtype = torch.get_default_dtype() if model.dtype is None else model.dtype
+        if checkpoint_files:
+            check_finite(open_checkpoint(Path(checkpoint_files[0]).parent))
+        for name, spec in config.modules.items():
+            parent_name, _dot, leaf = name.rpartition(".")
+            try:
+                parent = model.get_submodule(parent_name)
+            except AttributeError:
+                raise UserError(
+                    f"config.json: module {name}: {type(model).__name__} has no {parent_name}"
+                ) from None
+            replace_group(parent, leaf, spec, None, dtype, "meta")
