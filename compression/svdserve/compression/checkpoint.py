@@ -121,7 +121,8 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 def _files(directory: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if weight_map is None:
-        files = sorted(directory.glob("*.safetensors"))
+        single = directory / SINGLE_FILE
+        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
         if not files:
             raise UserError(f"{directory}: no *.safetensors file; svdserve reads safetensors only")
         return files

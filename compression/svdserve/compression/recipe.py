@@ -96,6 +96,8 @@ def make_run(**fields: Any) -> Run:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
+    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+        return str(cause)
     given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
     return f"{name}: {first['msg']}{given}" if name else str(first["msg"])
 

@@ -1,0 +1,238 @@
+"""A Hugging Face model whose weights are read from safetensors one block at a time.
+
+The model is built with its parameters on the meta device, so that its own modules (norms, rotary
+embedding, q/k norms, masks, soft-capping) run unchanged while only the block in hand has memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from svdserve.compression.checkpoint import TensorFiles, read_json
+from svdserve.compression.errors import UserError
+from svdserve.compression.schema import GROUPS
+
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The linears of one block that read the same input."""
+
+    name: str  # a key of GROUPS
+    parent: str  # path of the module that holds the linears, inside the block
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return GROUPS[self.name]
+
+    @property
+    def path(self) -> str:
+        """Name of the group's module inside the block, such as ``self_attn.qkv_proj``."""
+        return f"{self.parent}.{self.name}" if self.parent else self.name
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Skeleton:
+    """The structure of a model directory; parameters are on meta until they are asked for.
+
+    Raises:
+        UserError: no model, an architecture whose blocks do not have the four groups, weights that
+            are quantised or missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        raw = read_json(directory / "config.json")
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method")
+            raise UserError(
+                f"{directory}: already quantised or compressed ({method}); give the original model"
+            )
+        self.files = TensorFiles(directory)
+        try:
+            self.config = AutoConfig.from_pretrained(directory)
+            with _parameters_on_meta():
+                self.model = AutoModelForCausalLM.from_config(
+                    self.config, attn_implementation="sdpa", dtype=torch.float32
+                ).eval()
+        except (ValueError, KeyError, OSError) as error:
+            first = (str(error).splitlines() or ["unknown"])[0]
+            raise UserError(f"{directory}: transformers cannot build this model: {first}") from None
+        self.model_type = str(self.config.model_type)
+        self.layers_name, self.layers = self._find_layers()
+        self.blocks = len(self.layers)
+        self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
+        missing = [
+            name
+            for name, _ in self.layers.named_parameters(prefix=self.layers_name)
+            if name not in self.files
+        ]
+        if missing:
+            raise UserError(f"{directory}: weight {missing[0]} is missing from the safetensors")
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == getattr(
+                self.config, "num_hidden_layers", -1
+            ):
+                return name, module
+        raise self._unsupported("it has no list of decoder blocks")
+
+    def _find_groups(self, index: int, block: nn.Module) -> tuple[Group, ...]:
+        found: list[Group] = []
+        for name, members in GROUPS.items():
+            parents = [
+                path
+                for path, module in block.named_modules()
+                if all(isinstance(getattr(module, member, None), nn.Linear) for member in members)
+            ]
+            if len(parents) != 1:
+                raise self._unsupported(
+                    f"block {index} has {len(parents)} modules with the linears "
+                    f"{', '.join(members)}, and exactly one is needed"
+                )
+            found.append(Group(name, parents[0]))
+        return tuple(found)
+
+    def _unsupported(self, reason: str) -> UserError:
+        return UserError(
+            f"architecture {self.model_type!r} is not supported: {reason}; tested: "
+            f"{', '.join(TESTED)}; others work if their blocks have q_proj, k_proj, v_proj, o_proj, "
+            "gate_proj, up_proj and down_proj"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the blocks are stored in."""
+        prefix = f"{self.layers_name}."
+        return next(i.dtype for name, i in self.files.info.items() if name.startswith(prefix))
+
+    def block_name(self, index: int) -> str:
+        return f"{self.layers_name}.{index}"
+
+    def block(self, index: int, device: torch.device) -> nn.Module:
+        """Block ``index`` with its weights in float32."""
+        block = copy.deepcopy(self.layers[index])
+        self._fill(block, self.block_name(index), device, torch.float32)
+        return block
+
+    def _fill(
+        self, module: nn.Module, name: str, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        for path, owner in module.named_modules(prefix=name):
+            for key, parameter in owner.named_parameters(recurse=False):
+                full = f"{path}.{key}"
+                tensor = self.files.load([full])[full]
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"{self.directory}: {full} is {list(tensor.shape)}, and config.json asks "
+                        f"for {list(parameter.shape)}"
+                    )
+                value = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+        module.to(device)
+
+    def embed(
+        self, batches: list[Tensor], device: torch.device
+    ) -> Iterator[tuple[Tensor, list[Call]]]:
+        """What the decoder itself hands to its blocks, batch by batch.
+
+        Yields the first block's hidden states [B, L, d] in float32 and, for every block, the other
+        arguments of its call (rotary embedding, mask, positions). They do not depend on the tokens.
+        """
+        decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        attribute = self.layers_name.rpartition(".")[2]
+        embedding = decoder.get_input_embeddings()
+        name = next(path for path, module in self.model.named_modules() if module is embedding)
+        self._fill(embedding, name, device, None)
+        # In float32 from here on: the rotary embedding takes its dtype from the hidden states.
+        hook = embedding.register_forward_hook(lambda _module, _args, output: output.float())
+        for module in decoder.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(device)
+        calls: list[Call] = []
+        recorders = [_Recorder(calls, last=i == self.blocks - 1) for i in range(self.blocks)]
+        setattr(decoder, attribute, nn.ModuleList(recorders))
+        try:
+            for batch in batches:
+                calls.clear()
+                with torch.no_grad(), suppress(_LastBlock):
+                    decoder(input_ids=batch.to(device), use_cache=False)
+                yield recorders[0].hidden[0], list(calls)
+        finally:
+            hook.remove()
+            setattr(decoder, attribute, self.layers)
+            embedding.to("meta")
+
+
+class _LastBlock(Exception):
+    """Every block has been called; what the decoder does after them has no weights here."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: keeps how it was called and passes the hidden states on."""
+
+    def __init__(self, calls: list[Call], *, last: bool) -> None:
+        super().__init__()
+        self.calls = calls
+        self.hidden: list[Tensor] = []
+        self.last = last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden[:] = [hidden_states]
+        self.calls.append((args, kwargs))
+        if self.last:
+            raise _LastBlock
+        return hidden_states
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside are moved to meta at once; buffers (rotary tables) stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def resolve_model(model: str) -> Path:
+    """A local model directory: the given one, or a Hub model's snapshot (safetensors only).
+
+    Raises:
+        UserError: neither a directory nor a model that the Hub (or its cache) has.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"{model}: no such directory; give a model directory or a Hub name")
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"],
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{model}: no such directory, and the Hub says: {first}") from None

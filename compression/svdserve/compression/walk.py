@@ -1,0 +1,274 @@
+"""The two-stream block walk: teacher and student, block by block, one block in memory.
+
+Both streams hold the hidden states of all calibration tokens at the same block boundary. Inside a
+block they advance group by group (q,k,v → o → gate,up → down), so that the statistics of a group
+are taken after all earlier groups of the same block are already replaced in the student. The
+block's own forward is run each time, stopped at the group in hand, with the attention or MLP
+container replayed from its stored output: attention and every linear are computed once for each
+stream, only norms and residual additions are repeated.
+"""
+
+import copy
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdserve.compression.factors import Factors
+from svdserve.compression.modules import replace_group
+from svdserve.compression.replay import input_of, learn_containers
+from svdserve.compression.schema import GROUPS, ModuleSpec
+from svdserve.compression.skeleton import Call, Group, Skeleton
+from svdserve.compression.statistics import Accumulator, Statistic, Statistics
+
+
+class Streams:
+    """Named activations [N, L, width] of all calibration tokens, in memory or in files.
+
+    Rows are read in float32 on the run's device and stored in the recipe's dtype.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path | None
+    ) -> None:
+        self.rows, self.length = shape
+        self._dtype, self._device, self._folder = dtype, device, folder
+        self._tensors: dict[str, Tensor] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        return self._tensors[name][rows].to(device=self._device, dtype=torch.float32)
+
+    def write(self, name: str, rows: slice, value: Tensor) -> None:
+        if name not in self._tensors:
+            self._tensors[name] = self._allocate(name, value.shape[-1])
+        self._tensors[name][rows] = value.to(device="cpu", dtype=self._dtype)
+
+    def _allocate(self, name: str, width: int) -> Tensor:
+        shape = (self.rows, self.length, width)
+        if self._folder is None:
+            return torch.empty(shape, dtype=self._dtype)
+        path = self._folder / f"{name}.bin"
+        path.unlink(missing_ok=True)
+        size = self.rows * self.length * width
+        return torch.from_file(str(path), shared=True, size=size, dtype=self._dtype).view(shape)
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            if self._tensors.pop(name, None) is not None and self._folder is not None:
+                (self._folder / f"{name}.bin").unlink()
+
+
+class Walk:
+    """Carries both streams through the blocks of a model.
+
+    Args:
+        skeleton: the model.
+        tokens: [N, L] token ids.
+        wanted: the statistics that the method needs; they decide which streams run.
+        dtype: of the stored streams (computation is in float32).
+        device: where blocks run.
+        batch_size: sequences per forward step.
+        offload: folder for the streams, or None for memory.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Tensor,
+        wanted: frozenset[Statistic],
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int = 1,
+        offload: Path | None = None,
+    ) -> None:
+        self.skeleton, self.wanted, self.device = skeleton, wanted, device
+        self.uses_student = bool(wanted & {"gram", "shift"})
+        self.uses_teacher = bool(wanted & {"teacher_gram", "shift"})
+        self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
+        starts = range(0, tokens.shape[0], batch_size)
+        self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
+        self._calls: dict[int, list[Call]] = {}
+        if wanted:
+            self._embed(tokens)
+
+    def _embed(self, tokens: Tensor) -> None:
+        embedded = self.skeleton.embed([tokens[rows] for rows in self.batches], self.device)
+        for rows, (hidden, calls) in zip(self.batches, embedded, strict=True):
+            # Masks and positions depend on the shape of the batch alone.
+            self._calls.setdefault(rows.stop - rows.start, calls)
+            if self.uses_teacher:
+                self.streams.write("teacher", rows, hidden)
+            if self.uses_student:
+                self.streams.write("student", rows, hidden)
+            shape = hidden.shape
+        calls = self._calls[shape[0]]
+        self.containers = [
+            learn_containers(block, groups, call, shape, self.skeleton.block_name(index))
+            for index, (block, groups, call) in enumerate(
+                zip(self.skeleton.layers, self.skeleton.groups, calls, strict=True)
+            )
+        ]
+
+    def call(self, block: int, rows: slice) -> Call:
+        """The arguments besides the hidden states with which the decoder calls a block."""
+        return self._calls[rows.stop - rows.start][block]
+
+    def block(self, index: int) -> "BlockPass":
+        """Load block ``index`` and prepare to replace its groups in order."""
+        return BlockPass(self, index)
+
+
+class BlockPass:
+    """One block on its way from dense to factored.
+
+    Use: for every group in ``groups``, ``statistics`` then (optionally) ``replace``; at the end
+    ``finish``.
+    """
+
+    def __init__(self, walk: Walk, index: int) -> None:
+        self.walk, self.index = walk, index
+        self.groups = walk.skeleton.groups[index]
+        self.teacher = walk.skeleton.block(index, walk.device)
+        self.student = _share_copy(self.teacher)
+        self._steps = {
+            "qkv_proj": self._at_attention_input,
+            "o_proj": self._at_attention_output,
+            "gate_up_proj": self._at_mlp_input,
+            "down_proj": self._at_mlp_output,
+        }
+
+    def weight(self, group: Group, member: str) -> Tensor:
+        """The teacher's weight [m, n] of one linear, float32."""
+        linear = self.teacher.get_submodule(group.parent).get_submodule(member)
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def statistics(self, group: Group, *, collect: bool = True) -> Statistics:
+        """Advance both streams to the inputs of ``group`` and sum their statistics.
+
+        With ``collect`` off (a resumed block whose factors are known) the streams only advance.
+        """
+        wanted = self.walk.wanted if collect else frozenset()
+        features = self.weight(group, group.members[0]).shape[1]
+        accumulator = Accumulator(features, wanted, self.walk.device)
+        if self.walk.wanted:
+            for rows in self.walk.batches:
+                with torch.no_grad():
+                    accumulator.add(*self._steps[group.name](rows))
+        if group.name == "gate_up_proj":
+            self.walk.streams.drop("student_heads")
+        return accumulator.finish()
+
+    def replace(self, group: Group, name: str, spec: ModuleSpec, factors: Factors) -> None:
+        """Put factors into the student; they act from the next group on."""
+        parent = self.student.get_submodule(group.parent)
+        # Stored precision first: the student must see what will be served.
+        replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
+        parent.requires_grad_(False)
+
+    def finish(self) -> None:
+        """Carry the student's stream over the block (the teacher's is there already)."""
+        streams = self.walk.streams
+        if self.walk.uses_student:
+            down = self._linear(self.student, "down_proj")
+            for rows in self.walk.batches:
+                with torch.no_grad():
+                    mlp = down(streams.read("student_hidden", rows))
+                    replay = {"o_proj": streams.read("student_attention", rows), "down_proj": mlp}
+                    streams.write("student", rows, self._run(self.student, "student", rows, replay))
+        streams.drop("teacher_attention", "student_attention", "student_hidden")
+
+    # One step per group: the inputs of student and teacher for a batch, None for a stream that
+    # does not run. What a later step needs is stored on the way.
+
+    def _at_attention_input(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        student = teacher = None
+        if self.walk.uses_student:
+            student = self._input(self.student, "student", rows, "qkv_proj", {})
+        if self.walk.uses_teacher:
+            teacher = self._input(self.teacher, "teacher", rows, "qkv_proj", {})
+        return student, teacher
+
+    def _at_attention_output(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        student = teacher = None
+        if self.walk.uses_student:
+            student = self._input(self.student, "student", rows, "o_proj", {})
+            self.walk.streams.write("student_heads", rows, student)
+        if self.walk.uses_teacher:
+            teacher = self._input(self.teacher, "teacher", rows, "o_proj", {})
+            attention = self._linear(self.teacher, "o_proj")(teacher)
+            self.walk.streams.write("teacher_attention", rows, attention)
+        return student, teacher
+
+    def _at_mlp_input(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        student = teacher = None
+        if self.walk.uses_student:
+            heads = self.walk.streams.read("student_heads", rows)
+            attention = self._linear(self.student, "o_proj")(heads)
+            self.walk.streams.write("student_attention", rows, attention)
+            replay = {"o_proj": attention}
+            student = self._input(self.student, "student", rows, "gate_up_proj", replay)
+        if self.walk.uses_teacher:
+            replay = {"o_proj": self.walk.streams.read("teacher_attention", rows)}
+            teacher = self._input(self.teacher, "teacher", rows, "gate_up_proj", replay)
+        return student, teacher
+
+    def _at_mlp_output(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        student = teacher = None
+        streams = self.walk.streams
+        if self.walk.uses_student:
+            replay = {"o_proj": streams.read("student_attention", rows)}
+            student = self._input(self.student, "student", rows, "down_proj", replay)
+            streams.write("student_hidden", rows, student)
+        if self.walk.uses_teacher:
+            replay = {"o_proj": streams.read("teacher_attention", rows)}
+            seen: list[Tensor] = []
+            hook = self._linear(self.teacher, "down_proj").register_forward_pre_hook(
+                lambda _module, args: seen.append(args[0])
+            )
+            try:
+                streams.write("teacher", rows, self._run(self.teacher, "teacher", rows, replay))
+            finally:
+                hook.remove()
+            teacher = seen[0]
+        return student, teacher
+
+    def _input(
+        self, block: nn.Module, stream: str, rows: slice, group: str, replay: dict[str, Tensor]
+    ) -> Tensor:
+        """Run ``block`` up to the first linear of ``group`` and return that linear's input."""
+        linear = self._linear(block, group)
+        return input_of(linear, lambda: self._run(block, stream, rows, replay))
+
+    def _run(
+        self, block: nn.Module, stream: str, rows: slice, replay: dict[str, Tensor]
+    ) -> Tensor:
+        """Run ``block`` on a stream's rows with the containers of ``replay`` left out."""
+        args, kwargs = self.walk.call(self.index, rows)
+        with ExitStack() as stack:
+            for closing, value in replay.items():
+                container = self.walk.containers[self.index][closing]
+                stack.enter_context(container.replayed(block, value))
+            output = block(self.walk.streams.read(stream, rows), *args, **kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    def _linear(self, block: nn.Module, group: str) -> nn.Module:
+        """The first linear of a group, dense or factored."""
+        parent = next(g.parent for g in self.groups if g.name == group)
+        return block.get_submodule(parent).get_submodule(GROUPS[group][0])
+
+
+def _share_copy(block: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same parameter tensors."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in block.parameters()}
+    return copy.deepcopy(block, shared)
