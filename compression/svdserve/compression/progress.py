@@ -1,0 +1,90 @@
+"""Progress of a job: a bar for people and a JSONL log for programs."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich import progress as bars
+from rich.console import Console
+
+
+class Progress:
+    """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
+
+    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds), ``block``
+    (index, seconds, peak_bytes) and ``done``.
+    """
+
+    def __init__(self, log: Path, blocks: int, show: bool) -> None:
+        self._path = log
+        self._bar = bars.Progress(
+            bars.TextColumn("[bold]{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("ETA"),
+            bars.TimeRemainingColumn(elapsed_when_finished=False),
+            bars.TextColumn("{task.fields[facts]}"),
+            console=Console(stderr=True),
+            disable=not show,
+        )
+        self._task = self._bar.add_task("blocks", total=blocks, facts="")
+        self._facts: list[str] = []
+        self._begun = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def truncate(self, blocks: int) -> None:
+        """Keep the group and block lines of the first ``blocks`` blocks of an earlier run."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that the kill cut off
+            if entry.get("index", blocks) < blocks:
+                kept.append(line)
+        self._path.write_text("".join(line + "\n" for line in kept))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        with self._path.open("a") as log:
+            log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def group(self, index: int, path: str) -> None:
+        """Say which group is being worked on."""
+        self._bar.update(self._task, description=f"block {index} {path}")
+
+    def solved(self, index: int, module: str, **facts: Any) -> None:
+        """Log one module and add its error and β to the line of its block."""
+        self.event("group", index=index, module=module, **facts)
+        beta = "" if facts.get("beta") is None else f" β {facts['beta']:.2f}"
+        self._facts.append(f"{module.rpartition('.')[2]} {facts['error']:.3f}{beta}")
+        self._bar.update(self._task, facts=" · ".join(self._facts))
+
+    def block(self, index: int, peak_bytes: int) -> None:
+        """A block is finished (or replayed from an earlier run, when nothing was solved)."""
+        seconds = time.perf_counter() - self._begun
+        if self._facts:
+            self.event("block", index=index, seconds=round(seconds, 3), peak_bytes=peak_bytes)
+            self._bar.console.print(
+                f"block {index:3d}  {seconds:6.1f} s  {peak_bytes / 2**20:7.0f} MiB  "
+                + " · ".join(self._facts),
+                highlight=False,
+            )
+        self._facts = []
+        self._begun = time.perf_counter()
+        self._bar.update(self._task, advance=1, facts="")
