@@ -1,0 +1,151 @@
+"""from_pretrained of svdserve checkpoints, in interpreters that never import svdserve."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from checkpoints import make_checkpoint
+from models import ARCHITECTURES, random_tokens, save_model
+from svdserve.compression.errors import UserError
+from svdserve.compression.factors import LAYOUTS
+from svdserve.compression.modules import LowRankLinear
+
+PLAIN_USER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+tokens = torch.load(sys.argv[1])
+for directory in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        torch.save(model(tokens).logits, directory + "/logits.pt")
+    steps = model.generate(tokens[:1], max_new_tokens=8, do_sample=False)
+    torch.save(steps, directory + "/steps.pt")
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_transformers_equals_multiplied_out(architecture: str, tmp_path: Path) -> None:
+    dense = save_model(architecture, tmp_path / "dense")
+    pairs = []
+    for layout in LAYOUTS:
+        for shared in (True, False):
+            target = tmp_path / f"{layout}-{shared}"
+            twin = tmp_path / f"{layout}-{shared}-twin"
+            make_checkpoint(dense, target, twin, layout, shared, keep_dense=("o_proj",))
+            pairs.append((target, twin))
+    tokens = tmp_path / "tokens.pt"
+    torch.save(random_tokens(2, 40), tokens)
+    directories = [str(directory) for pair in pairs for directory in pair]
+    subprocess.run([sys.executable, "-c", PLAIN_USER, str(tokens), *directories], check=True)
+    for target, twin in pairs:
+        got, expected = (torch.load(path / "logits.pt") for path in (target, twin))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        steps, expected_steps = (torch.load(path / "steps.pt") for path in (target, twin))
+        assert steps.tolist() == expected_steps.tolist()
+
+
+def test_start_up_hook_loads_nothing_by_itself() -> None:
+    code = (
+        "import sys; assert 'svdserve_startup' in sys.modules;"
+        "assert not {'torch', 'transformers', 'svdserve.compression.hf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    dense = save_model("qwen2", tmp_path / "dense")
+    return make_checkpoint(dense, tmp_path / "small", tmp_path / "twin")
+
+
+def test_save_pretrained_round_trips(checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    first, second = (load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    blocks = [
+        json.loads((d / "config.json").read_text())["quantization_config"]
+        for d in (checkpoint, tmp_path / "again")
+    ]
+    assert blocks[0] == blocks[1]
+
+
+def test_dtype_is_the_users_choice(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    down = model.model.layers[0].mlp.down_proj
+    assert isinstance(down, LowRankLinear)
+    assert down.pivots is not None
+    assert down.pivots.dtype == torch.int32
+
+
+def test_device_map_loads_the_same_model(checkpoint: Path) -> None:
+    tokens = random_tokens(1, 12)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits
+        mapped = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu")(tokens).logits
+    assert torch.equal(plain, mapped)
+
+
+def test_factors_train(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokens = random_tokens(1, 12)
+    model(tokens, labels=tokens).loss.backward()
+    named = dict(model.named_parameters())
+    for name in (
+        "self_attn.qkv_proj.factor_in",
+        "self_attn.k_proj.bias",
+        "mlp.down_proj.factor_out",
+    ):
+        gradient = named[f"model.layers.1.{name}"].grad
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+
+
+def test_broken_tensor_is_refused_by_name(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj.factor_out"
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj: factor_out is"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj: factor_out is not finite"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    config["layer_types"] = config["layer_types"][:2]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"module model\.layers\.2\."):
+        AutoModelForCausalLM.from_pretrained(other)
+
+
+def test_unknown_version_is_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="format_version 2 is not supported"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
+    from svdserve.compression.hf import SvdserveConfig
+
+    dense = save_model("llama", tmp_path / "dense")
+    config = SvdserveConfig(format_version=1, base_model="dense", keep=0.5, modules={})
+    with pytest.raises(UserError, match="svdserve compress MODEL"):
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
