@@ -1,0 +1,91 @@
+"""Our part of vLLM's API server: the plug-in that its ``vllm.endpoint_plugins`` group loads.
+
+The application, its OpenAI routes and /metrics stay vLLM's own. This adds GET /svdserve/model and
+starts the gauges of metrics.py. The contract is vllm/plugins/endpoint_plugins/interface.py; vLLM
+loads such plug-ins only when VLLM_PLUGINS names them, which serve.py sees to.
+"""
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel
+
+from svdserve.compression.errors import UserError
+from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes
+from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
+
+NAME = "svdserve"
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
+
+
+class ServedModel(BaseModel):
+    """Answer of GET /svdserve/model."""
+
+    name: str
+    model: ModelFacts
+    load_seconds: float | None
+
+
+class EndpointPlugin:
+    """Routes and state; one instance lives in every API server process."""
+
+    name = NAME
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._watch: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Called by vLLM once its own routes are attached."""
+
+        @app.get("/svdserve/model")
+        def served_model(request: Request) -> ServedModel:
+            served: ServedModel | None = getattr(request.app.state, NAME, None)
+            if served is None:
+                raise HTTPException(404, "the served model is no local directory of safetensors")
+            return served
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Called by vLLM before the server listens; the model is loaded by then.
+
+        ``engine_client`` is None on vLLM's render server, which holds no model.
+        """
+        if engine_client is None:
+            return
+        config = engine_client.vllm_config
+        try:
+            facts = model_facts(Path(config.model_config.model))
+        except UserError as error:
+            logger.warning("svdserve gauges are off: %s", error)
+            return
+        reports = []
+        if config.parallel_config.worker_extension_cls == EXTENSION:
+            answers = await engine_client.collective_rpc(METHOD)
+            reports = [WorkerReport.model_validate(answer) for answer in answers]
+        name = (args.served_model_name or [args.model])[0]
+        load_seconds = slowest_load(reports)
+        setattr(state, NAME, ServedModel(name=name, model=facts, load_seconds=load_seconds))
+        roles = pids(max(0, config.parallel_config._api_process_rank), reports)
+        metrics = ServerMetrics(name, facts, partial(resident_bytes, roles), reports)
+        self._watch = asyncio.create_task(metrics.watch())
+
+
+def pids(api_server: int, reports: list[WorkerReport]) -> dict[str, int]:
+    """Process ids by role: this API server, the engine core, each worker of this machine.
+
+    Where vLLM runs its only worker inside the engine core (one GPU), that process is the worker's
+    entry alone, so that a sum over the roles counts nothing twice.
+    """
+    local = [report for report in reports if report.local]
+    roles = {f"api_server_{api_server}": os.getpid()}
+    roles |= {f"worker_{report.rank}": report.pid for report in local}
+    # An API server is the parent of its engine core; with several, all have the launcher as parent.
+    for parent in {report.parent_pid for report in local} - {os.getpid(), os.getppid()}:
+        roles["engine_core"] = parent
+    return roles

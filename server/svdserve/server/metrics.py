@@ -1,0 +1,191 @@
+"""Prometheus gauges of the served model, next to vLLM's own at /metrics.
+
+vLLM's counters and histograms are not repeated. All names begin with ``svdserve_`` and all values
+are in base units. With several API servers (PROMETHEUS_MULTIPROC_DIR) the gauges merge like this:
+tokens per second are the sum over the servers that live, since each server counts the requests that
+it answered; everything else is the same fact told by each, and the latest is taken.
+
+A gauge keeps its last value, so ``watch`` sets the moving ones every second: idle means 0.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+from pydantic import BaseModel, ConfigDict
+
+from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.server.worker import WorkerReport, slowest_load
+
+WINDOW_SECONDS = 10
+_COUNTERS = {
+    "generation": "vllm:generation_tokens_total",
+    "prompt": "vllm:prompt_tokens_total",
+}
+
+
+class ModelFacts(BaseModel):
+    """What is served; bytes as stored in the files. A dense model has keep ratio 1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    format_version: int
+    layout: str
+    base_model: str
+    keep_ratio: float
+    lowrank_bytes: int
+    dense_bytes: int
+    dense_equivalent_bytes: int
+
+
+def model_facts(directory: Path) -> ModelFacts:
+    """Read the facts from config.json and the safetensors headers.
+
+    Raises:
+        UserError: the directory holds neither an svdserve checkpoint nor safetensors.
+    """
+    if not is_checkpoint(directory):
+        stored = sum(info.nbytes for info in TensorFiles(directory).info.values())
+        return ModelFacts(
+            method="dense",
+            format_version=0,
+            layout="dense",
+            base_model=directory.name,
+            keep_ratio=1.0,
+            lowrank_bytes=0,
+            dense_bytes=stored,
+            dense_equivalent_bytes=stored,
+        )
+    checkpoint = open_checkpoint(directory)
+    config, stored_bytes = checkpoint.config, checkpoint.stored_bytes()
+    return ModelFacts(
+        method=str(config.recipe.get("method", "unknown")),
+        format_version=config.format_version,
+        layout="+".join(sorted({spec.layout for spec in config.modules.values()})) or "dense",
+        base_model=config.base_model,
+        keep_ratio=config.keep,
+        lowrank_bytes=stored_bytes["lowrank"],
+        dense_bytes=stored_bytes["dense"],
+        dense_equivalent_bytes=stored_bytes["dense_equivalent"],
+    )
+
+
+class TokenRate:
+    """Tokens per second over a sliding window, from the samples of a counter that only grows."""
+
+    def __init__(self, window: float = WINDOW_SECONDS) -> None:
+        self._window = window
+        self._samples: deque[tuple[float, float]] = deque()
+
+    def add(self, seconds: float, tokens: float) -> float:
+        """Take the counter's value at a time (seconds, any origin); returns the rate now."""
+        self._samples.append((seconds, tokens))
+        # One sample at or before the window's start stays: the window's tokens count from it.
+        while len(self._samples) > 1 and self._samples[1][0] <= seconds - self._window:
+            self._samples.popleft()
+        start, before = self._samples[0]
+        return (tokens - before) / (seconds - start) if seconds > start else 0.0
+
+
+class ServerMetrics:
+    """The gauges of one API process.
+
+    Args:
+        name: the served model name, a label of every gauge.
+        facts: of the model.
+        processes: resident bytes of each process by its role, read anew on every call.
+        reports: of the workers; their load time and device memory do not change any more.
+        counters: the registry that holds vLLM's counters of this process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        facts: ModelFacts,
+        processes: Callable[[], dict[str, int]],
+        reports: list[WorkerReport],
+        counters: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._name = name
+        self._processes = processes
+        self._counters = counters.restricted_registry(list(_COUNTERS.values()))
+        self._rates = {kind: TokenRate() for kind in _COUNTERS}
+        self._tokens_per_second = {
+            kind: _gauge(
+                f"svdserve_{kind}_tokens_per_second",
+                f"{kind.capitalize()} tokens per second over the last {WINDOW_SECONDS} seconds.",
+                mode="livesum",
+            )
+            for kind in _COUNTERS
+        }
+        self._resident = _gauge(
+            "svdserve_process_resident_bytes", "Resident memory of a process.", "process"
+        )
+        self._set_facts(facts, reports)
+
+    def _set_facts(self, facts: ModelFacts, reports: list[WorkerReport]) -> None:
+        labels = ("method", "format_version", "layout", "base_model")
+        values = [str(getattr(facts, label)) for label in labels]
+        info = _gauge("svdserve_model_info", "The served model; always 1.", *labels)
+        info.labels(self._name, *values).set(1)
+        keep = _gauge(
+            "svdserve_keep_ratio", "Stored over dense parameters of the factored linears."
+        )
+        keep.labels(self._name).set(facts.keep_ratio)
+        weights = _gauge("svdserve_weights_bytes", "Stored bytes of the weights.", "kind")
+        weights.labels(self._name, "lowrank").set(facts.lowrank_bytes)
+        weights.labels(self._name, "dense").set(facts.dense_bytes)
+        equivalent = _gauge(
+            "svdserve_dense_equivalent_bytes", "Bytes of the weights if all were dense."
+        )
+        equivalent.labels(self._name).set(facts.dense_equivalent_bytes)
+        load_seconds = slowest_load(reports)
+        if load_seconds is not None:
+            load = _gauge("svdserve_model_load_seconds", "Loading of the weights, slowest worker.")
+            load.labels(self._name).set(load_seconds)
+        on_device = {r.rank: r.device_bytes for r in reports if r.device_bytes is not None}
+        if on_device:
+            device = _gauge(
+                "svdserve_device_memory_bytes", "Accelerator memory reserved at start-up.", "worker"
+            )
+            for rank, reserved in on_device.items():
+                device.labels(self._name, str(rank)).set(reserved)
+
+    def update(self, seconds: float) -> None:
+        """Set the moving gauges; ``seconds`` is a monotonic clock."""
+        totals = dict.fromkeys(_COUNTERS, 0.0)
+        for metric in self._counters.collect():
+            for sample in metric.samples:
+                for kind, counter in _COUNTERS.items():
+                    if sample.name == counter:
+                        totals[kind] += sample.value
+        for kind, rate in self._rates.items():
+            self._tokens_per_second[kind].labels(self._name).set(rate.add(seconds, totals[kind]))
+        for process, resident in self._processes().items():
+            self._resident.labels(self._name, process).set(resident)
+
+    async def watch(self, period: float = 1.0) -> None:
+        """Update for ever, every ``period`` seconds."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.update(clock())
+            await asyncio.sleep(period)
+
+
+def resident_bytes(pids: dict[str, int]) -> dict[str, int]:
+    """Resident memory of the processes that still run, by role."""
+    found = {}
+    for role, pid in pids.items():
+        try:
+            found[role] = int(psutil.Process(pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _gauge(name: str, text: str, *labels: str, mode: str = "livemostrecent") -> Gauge:
+    return Gauge(name, text, ["model_name", *labels], multiprocess_mode=mode)  # type: ignore[arg-type]

@@ -1,0 +1,86 @@
+"""What a vLLM worker tells about itself: the class behind ``--worker-extension-cls``.
+
+vLLM adds the class to the bases of its worker (vllm/v1/worker/worker_base.py), and then
+``collective_rpc`` can call ``svdserve_report`` by name on every worker. The API process and the
+benchmark ask once, after the model has loaded, and watch the worker's memory from outside.
+"""
+
+import ctypes
+import gc
+import os
+import socket
+import sys
+from typing import Any
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+
+EXTENSION = "svdserve.server.worker.WorkerExtension"
+METHOD = "svdserve_report"
+
+
+class WorkerReport(BaseModel):
+    """One worker after it has loaded its model; memory in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    host: str
+    pid: int
+    parent_pid: int
+    load_seconds: float | None
+    device_bytes: int | None
+
+    @property
+    def local(self) -> bool:
+        """Whether the worker runs on this machine, so that its pid means something here."""
+        return self.host == socket.gethostname()
+
+    def resident_bytes(self) -> int:
+        """Resident set now, shared pages included; only for a local worker."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+    def unique_bytes(self) -> int:
+        """Memory that would be freed if the worker ended now; only for a local worker."""
+        return int(psutil.Process(self.pid).memory_full_info().uss)
+
+
+def slowest_load(reports: list[WorkerReport]) -> float | None:
+    """Seconds after which every worker had its weights; None where none kept the time."""
+    return max((r.load_seconds for r in reports if r.load_seconds is not None), default=None)
+
+
+class WorkerExtension:
+    """Methods that vLLM's worker gains; names carry our prefix because vLLM refuses clashes."""
+
+    rank: int
+    model_runner: Any
+
+    def svdserve_report(self) -> dict[str, Any]:
+        """Hand memory freed by loading back to the system, then describe this worker.
+
+        A dict and not a WorkerReport: the engine sends plain values between processes only.
+        """
+        gc.collect()
+        if sys.platform == "linux":
+            # Loading frees as much as it keeps; glibc holds on to that until asked.
+            ctypes.CDLL(None).malloc_trim(0)
+        # Left on the model by loader.py; a dense model has none.
+        loaded = getattr(self.model_runner.get_model(), "svdserve_load_report", None)
+        report = WorkerReport(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            parent_pid=os.getppid(),
+            load_seconds=None if loaded is None else loaded.seconds,
+            device_bytes=_device_bytes(),
+        )
+        return report.model_dump()
+
+
+def _device_bytes() -> int | None:
+    """Accelerator memory that this process has reserved; None on a CPU."""
+    if not torch.accelerator.is_available():
+        return None
+    return int(torch.accelerator.memory_reserved())
