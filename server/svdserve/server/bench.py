@@ -1,0 +1,297 @@
+"""`svdserve bench`: how much faster compressed models decode and prefill than their dense model.
+
+All engines are loaded at once and measured in turn, A B C, C B A, ..., so that whatever else the
+machine does strikes every model alike; a ratio compares two measurements that lie seconds apart.
+Medians are reported with the extremes of the rounds. Each engine is a process (bench_worker.py).
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
+from rich.console import Console
+from rich.table import Table
+
+from svdserve.compression.checkpoint import read_json
+from svdserve.compression.errors import UserError
+from svdserve.server.bench_worker import EngineOptions
+from svdserve.server.cpu_install import work_around
+from svdserve.server.metrics import ModelFacts, model_facts
+from svdserve.server.serve import check_model
+
+
+class BenchOptions(BaseModel):
+    """What is measured; lengths in tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Path
+    models: tuple[Path, ...] = Field(min_length=1)
+    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="decode batches")
+    prompt_len: PositiveInt = Field(default=32, description="prompt of a decode measurement")
+    output_len: int = Field(default=64, ge=2, description="tokens decoded for each prompt")
+    prefill_len: PositiveInt = Field(default=512, description="prompt of a prefill measurement")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    eager: bool = Field(default=True, description="without compilation and CUDA graphs")
+    kv_cache_bytes: PositiveInt = Field(default=512 << 20, description="KV cache of each engine")
+
+    @property
+    def workloads(self) -> tuple[str, ...]:
+        """Names of what is measured, in order."""
+        return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
+
+
+class ModelResult(BaseModel):
+    """One model: its size, its memory after loading in bytes, and tokens per second by workload."""
+
+    directory: str
+    facts: ModelFacts
+    start_seconds: float
+    load_seconds: float | None
+    resident_bytes: int
+    unique_bytes: int
+    device_bytes: int | None
+    tokens_per_second: dict[str, list[float]] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return Path(self.directory).name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights in the files."""
+        return self.facts.lowrank_bytes + self.facts.dense_bytes
+
+
+class Ratio(BaseModel):
+    """A model's tokens per second over the dense model's, round by round."""
+
+    model: str
+    workload: str
+    rounds: list[float]
+    median: float
+    lowest: float
+    highest: float
+
+
+class Machine(BaseModel):
+    """Where the figures were taken; ``cores`` are those that each model could use."""
+
+    cpu: str
+    cores: list[int]
+    python: str
+    packages: dict[str, str]
+
+
+class BenchResult(BaseModel):
+    """Everything that was measured; ``models[0]`` is the dense one."""
+
+    options: BenchOptions
+    machine: Machine
+    models: list[ModelResult]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratios(self) -> list[Ratio]:
+        """Each compressed model and workload over dense."""
+        dense, *others = self.models
+        return [
+            _ratio(model, dense, workload)
+            for model in others
+            for workload in self.options.workloads
+        ]
+
+
+def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
+    pairs = zip(model.tokens_per_second[workload], dense.tokens_per_second[workload], strict=True)
+    rounds = [fast / slow for fast, slow in pairs]
+    return Ratio(
+        model=model.name,
+        workload=workload,
+        rounds=rounds,
+        median=statistics.median(rounds),
+        lowest=min(rounds),
+        highest=max(rounds),
+    )
+
+
+def run_bench(options: BenchOptions) -> BenchResult:
+    """Load all models, measure them in turn, and return every figure.
+
+    Raises:
+        UserError: a directory that cannot be served, or a model too short for the prompts.
+        RuntimeError: an engine died; carries the end of its log.
+    """
+    directories = [options.dense, *options.models]
+    for directory in directories:
+        check_model(directory)
+        _check_context(directory, _context(options))
+    work_around()
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_engine(d, options, cores)) for d in directories]
+        results = [
+            ModelResult(directory=str(d), facts=model_facts(d), **engine.description)
+            for d, engine in zip(directories, engines, strict=True)
+        ]
+        order = list(zip(engines, results, strict=True))
+        for number in range(options.pairs + 1):
+            for workload, call in _calls(options, seed=number):
+                for engine, result in order:
+                    speed = engine.call(call)
+                    if number:  # Round 0 warms up.
+                        result.tokens_per_second.setdefault(workload, []).append(speed)
+            order.reverse()
+    return BenchResult(options=options, machine=_machine(cores), models=results)
+
+
+def print_bench(result: BenchResult) -> None:
+    """Print sizes and ratios as tables."""
+    options, machine = result.options, result.machine
+    dense, *others = result.models
+    sizes = Table(title="Models")
+    for heading in ("model", "keep", "weights MiB", "resident MiB", "start s"):
+        sizes.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in result.models:
+        amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
+        sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
+    speeds = Table(
+        title=f"Tokens per second over dense: median and range of {options.pairs} rounds",
+        caption=f"{machine.cpu}, {len(machine.cores)} cores, "
+        f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
+    )
+    speeds.add_column("model")
+    for workload in options.workloads:
+        speeds.add_column(workload, justify="right")
+    absolute = [statistics.median(dense.tokens_per_second[name]) for name in options.workloads]
+    speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
+    for model in others:
+        ratios = (_ratio(model, dense, workload) for workload in options.workloads)
+        cells = (f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}" for r in ratios)
+        speeds.add_row(model.name, *cells)
+    console = Console()
+    console.print(sizes)
+    console.print(speeds)
+
+
+def _calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each workload and the call of bench_worker.Engine that measures it."""
+    lengths = {"prompt_len": options.prompt_len, "output_len": options.output_len}
+    *decode, prefill = options.workloads
+    for workload, batch in zip(decode, options.batch_sizes, strict=True):
+        yield workload, {"method": "decode", "batch": batch, "seed": seed, **lengths}
+    yield prefill, {"method": "prefill", "prompt_len": options.prefill_len, "seed": seed}
+
+
+def _context(options: BenchOptions) -> int:
+    return max(options.prompt_len + options.output_len, options.prefill_len + 1)
+
+
+def _check_context(directory: Path, needed: int) -> None:
+    limit = read_json(directory / "config.json").get("max_position_embeddings")
+    if limit is not None and limit < needed:
+        raise UserError(
+            f"{directory}: its context holds {limit} tokens, the benchmark needs {needed}; "
+            "lower --prefill-len, --prompt-len or --output-len"
+        )
+
+
+class _Engine:
+    """The parent's end of a bench_worker process."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
+        self._process = process
+        self._log = log
+        self._directory = options.directory
+        self.description: dict[str, Any] = self.call(asdict(options))
+
+    def call(self, message: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        answer = ""
+        try:
+            print(json.dumps(message), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        if not answer:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+            raise RuntimeError(f"the engine of {self._directory} died:\n{tail}")
+        return json.loads(answer)
+
+
+@contextmanager
+def _engine(directory: Path, options: BenchOptions, cores: list[int]) -> Iterator[_Engine]:
+    """A loaded engine; its process ends with the context."""
+    batch = max(options.batch_sizes)
+    engine_options = EngineOptions(
+        directory=str(directory),
+        dtype=options.dtype,
+        eager=options.eager,
+        max_model_len=_context(options),
+        max_num_seqs=batch,
+        # A whole batch of prompts fits one step, so that decode steps hold decodes only.
+        max_num_batched_tokens=max(batch * options.prompt_len, _context(options)),
+        kv_cache_bytes=options.kv_cache_bytes,
+    )
+    with tempfile.TemporaryDirectory(prefix="svdserve-bench-") as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "svdserve.server.bench_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | _environment(cores),
+            )
+        try:
+            yield _Engine(process, log, engine_options)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _environment(cores: list[int]) -> dict[str, str]:
+    """Engine and worker in one process, bound to all cores that this process may use.
+
+    vLLM sets the same for its worker processes (utils/ompmultiprocessing.py, platforms/cpu.py):
+    threads bound to cores, and torch's own OpenMP first, without which two copies would compete.
+    """
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(len(cores)),
+        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+    }
+    spec = find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    for folder in (package.parent / "torch.libs", package / "lib"):
+        for library in folder.glob("libgomp*.so*"):
+            return environment | {"LD_PRELOAD": str(library)}
+    return environment
+
+
+def _machine(cores: list[int]) -> Machine:
+    names = ("svdserve", "torch", "transformers")
+    packages = {name: version(name) for name in names} | {"vllm": version("vllm")}
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [li for li in info.read_text().splitlines() if li.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return Machine(cpu=cpu, cores=cores, python=platform.python_version(), packages=packages)
