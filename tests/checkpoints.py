@@ -1,104 +1,100 @@
-"""svdserve checkpoints made by plain truncated SVD, and their multiplied-out dense twins.
-
-Independent of the compression methods: tests of readers compare a checkpoint with a dense model
-that any transformers or vLLM can load.
-"""
+"""Factored checkpoints of pico models, each with the dense model that it stands for."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from svdserve.compression.checkpoint import open_checkpoint
-from svdserve.compression.factors import Factors, Layout, interpolative
+from svdserve.compression.checkpoint import SINGLE_FILE, read_json
+from svdserve.compression.factors import Factors, Layout, interpolative, parameters
 from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec
 
-PARENTS = {
-    "qkv_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_up_proj": "mlp",
-    "down_proj": "mlp",
-}
+RankRule = Callable[[str, int, int], int]
+"""Rank of the module of this name with a weight [m, n]."""
 
 
-def make_checkpoint(
+def unequal_ranks(module: str, out_features: int, in_features: int) -> int:
+    """About half of the full rank, but another for each kind of module and each layer."""
+    layer = next((int(part) for part in module.split(".") if part.isdigit()), 0)
+    return min(out_features, in_features) // 2 - 3 * (sum(map(ord, module[-9:])) % 5) - layer
+
+
+def write_checkpoint(
     dense: Path,
     target: Path,
-    twin: Path,
-    layout: Layout = "interpolative",
-    shared: bool = True,
-    keep: float = 0.8,
-    rank: int | None = None,
-    keep_dense: tuple[str, ...] = (),
+    *,
+    layout: Layout,
+    shared: bool,
+    keep_dense: frozenset[str] = frozenset(),
+    rank_rule: RankRule = unequal_ranks,
+    reference: Path | None = None,
 ) -> Path:
-    """Factor every linear of the blocks of ``dense`` by truncated SVD.
+    """Factor every linear of ``dense`` by a truncated SVD.
 
     Args:
-        dense: a Hugging Face directory with a Llama-like model in model.safetensors.
-        target: the svdserve checkpoint to write.
-        twin: the dense model to write, with the factors multiplied out in float64.
-        layout, shared: how the factors are stored.
-        keep: its share of min(out, in) is the rank, unless ``rank`` gives one for all modules.
-        keep_dense: groups, linears or full module names to leave dense, such as ``"o_proj"`` or
-            ``"model.layers.0.mlp.gate_up_proj"``.
-
-    Returns:
-        ``target``, which passed ``open_checkpoint``.
+        dense: Hugging Face directory with one safetensors file.
+        target: directory of the factored checkpoint.
+        shared: one factorisation for the stacked weight of a group, or one for each linear.
+        keep_dense: last name components of modules that stay dense.
+        reference: where to write the same model with every factored weight multiplied out.
     """
-    config = json.loads((dense / "config.json").read_text())
-    tensors = load_file(dense / "model.safetensors")
-    multiplied = dict(tensors)
+    weights = load_file(dense / SINGLE_FILE)
+    products = dict(weights)
     modules: dict[str, ModuleSpec] = {}
-    for layer in range(config["num_hidden_layers"]):
-        for group, members in GROUPS.items():
-            parent = f"model.layers.{layer}.{PARENTS[group]}"
-            for name, linears in _modules(group, members, shared):
-                if name in keep_dense or f"{parent}.{name}" in keep_dense:
-                    continue
-                weights = [tensors.pop(f"{parent}.{linear}.weight") for linear in linears]
-                factors = _svd(torch.cat(weights), layout, keep, rank)
-                for suffix in ("factor_in", "factor_out", "pivots"):
-                    value = getattr(factors, suffix)
-                    if value is not None:
-                        tensors[f"{parent}.{name}.{suffix}"] = value
-                exact = factors.to(torch.float64).dense().to(weights[0].dtype)
-                rows = exact.split([weight.shape[0] for weight in weights])
-                for linear, weight in zip(linears, rows, strict=True):
-                    multiplied[f"{parent}.{linear}.weight"] = weight.contiguous()
-                modules[f"{parent}.{name}"] = ModuleSpec(
-                    members=linears,
-                    layout=layout,
-                    rank=factors.rank,
-                    in_features=weights[0].shape[1],
-                    out_features=tuple(weight.shape[0] for weight in weights),
-                )
-    block = CheckpointConfig(base_model=dense.name, keep=keep, modules=modules).dump()
-    _write(dense, twin, config, multiplied)
-    _write(dense, target, {**config, "quantization_config": block}, tensors)
-    open_checkpoint(target)
+    stored = total = 0
+    for module, members in _modules(list(weights), shared):
+        last = module.rpartition(".")[2]
+        if last in keep_dense:
+            continue
+        parent = module.rpartition(".")[0]
+        names = [f"{parent}.{member}.weight" for member in members]
+        weight = torch.cat([weights.pop(name) for name in names])
+        sizes = tuple(products[name].shape[0] for name in names)
+        rank = rank_rule(module, *weight.shape)
+        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        pair = Factors(
+            (s[:rank].sqrt()[:, None] * v[:rank]).to(weight.dtype).contiguous(),
+            (u[:, :rank] * s[:rank].sqrt()).to(weight.dtype).contiguous(),
+        )
+        exact = (pair.factor_out.double() @ pair.factor_in.double()).to(weight.dtype)
+        products |= dict(zip(names, exact.split(sizes), strict=True))
+        factors = pair if layout == "pair" else interpolative(pair)
+        modules[module] = ModuleSpec.model_validate(
+            {"members": members, "layout": layout, "rank": factors.rank}
+            | {"in": weight.shape[1], "out": sizes}
+        )
+        for suffix in modules[module].tensors():
+            weights[f"{module}.{suffix}"] = getattr(factors, suffix)
+        stored += parameters(layout, *weight.shape, factors.rank)
+        total += weight.numel()
+    block = CheckpointConfig(base_model=dense.name, keep=min(1.0, stored / total), modules=modules)
+    _write(dense, target, weights, {"quantization_config": block.dump()})
+    if reference is not None:
+        _write(dense, reference, products, {})
     return target
 
 
-def _modules(
-    group: str, members: tuple[str, ...], shared: bool
-) -> list[tuple[str, tuple[str, ...]]]:
-    return [(group, members)] if shared else [(member, (member,)) for member in members]
+def _modules(names: list[str], shared: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Modules and their members, for every block whose linears have the usual names."""
+    parents = {name.rpartition(".")[0].rpartition(".")[0] for name in names}
+    return [
+        (f"{parent}.{module}", chosen)
+        for parent in sorted(parents)
+        for group, members in GROUPS.items()
+        if all(f"{parent}.{member}.weight" in names for member in members)
+        for module, chosen in (
+            [(group, members)] if shared else [(member, (member,)) for member in members]
+        )
+    ]
 
 
-def _svd(weight: Tensor, layout: Layout, keep: float, rank: int | None) -> Factors:
-    """Truncated SVD, stored in the dtype of ``weight``."""
-    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    rank = rank or max(1, round(keep * len(values)))
-    pair = Factors(right[:rank].contiguous(), (left[:, :rank] * values[:rank]).contiguous())
-    return (interpolative(pair) if layout == "interpolative" else pair).to(weight.dtype)
-
-
-def _write(source: Path, target: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    skip = shutil.ignore_patterns("*.safetensors", "config.json")
-    shutil.copytree(source, target, ignore=skip)
+def _write(
+    source: Path, target: Path, weights: dict[str, torch.Tensor], extra: dict[str, object]
+) -> None:
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = read_json(source / "config.json") | extra
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    save_file({name: w.contiguous() for name, w in weights.items()}, target / SINGLE_FILE)

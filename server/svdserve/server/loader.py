@@ -1,0 +1,230 @@
+"""The model loader: checks a svdserve checkpoint, then streams it into the model.
+
+How it is chosen. vLLM picks the loader by ``--load-format`` alone, before it looks at the
+checkpoint, and gives a quantization config no hook that sees the load configuration early enough to
+change it. So the loader takes the place of vLLM's DefaultModelLoader, of which it is a subclass,
+for the formats that read plain safetensors ("auto", "hf", "safetensors"), and does what its parent
+does for every model that is not quantized with svdserve. ``--load-format svdserve`` names it
+explicitly. The other formats are refused.
+"""
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from vllm.config import LoadConfig, ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor import model_loader
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+from svdserve.compression.checkpoint import Checkpoint, check_finite, open_checkpoint
+from svdserve.compression.errors import UserError
+from svdserve.compression.schema import QUANT_METHOD
+from svdserve.server.linear import LowRankLinearMethod, StoredBytes
+
+logger = init_logger("vllm.svdserve")
+
+LOAD_FORMAT = "svdserve"
+REPLACED_FORMATS = ("auto", "hf", "safetensors")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one worker loaded, kept for metrics.
+
+    Attributes:
+        seconds: from the first check of the files to the last packed factor.
+        layers: factored vLLM layers.
+        stored: bytes of weights on this rank.
+    """
+
+    seconds: float
+    layers: int
+    stored: StoredBytes
+
+
+_reports: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
+
+
+def load_report(model: nn.Module) -> LoadReport | None:
+    """The report of a model that this process loaded; None for a model without svdserve."""
+    return _reports.get(model)
+
+
+def register_loader() -> None:
+    """Register the loader for its own name and in place of vLLM's default loader."""
+    model_loader.register_model_loader(LOAD_FORMAT)(SvdserveModelLoader)
+    # The public function would warn of each replacement at every start of every model.
+    registry = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    for load_format in REPLACED_FORMATS:
+        if registry[load_format] is DefaultModelLoader:
+            registry[load_format] = SvdserveModelLoader
+        else:
+            logger.warning(
+                "Load format %r belongs to %s; svdserve models need --load-format %s",
+                load_format,
+                registry[load_format].__name__,
+                LOAD_FORMAT,
+            )
+
+
+def require_supported_load_format() -> None:
+    """Refuse loaders that would feed factors to the model's own weight mapping, or no weights.
+
+    Raises:
+        UserError: names the load formats that work.
+    """
+    chosen = get_current_vllm_config().load_config.load_format
+    allowed = (LOAD_FORMAT, *REPLACED_FORMATS)
+    if chosen not in allowed:
+        raise UserError(
+            f"--load-format {chosen} can not load a svdserve checkpoint; allowed: "
+            + ", ".join(allowed)
+        )
+
+
+def lowrank_layers(model: nn.Module) -> list[tuple[LinearBase, LowRankLinearMethod]]:
+    """The factored layers of a vLLM model, each with its method, in the order of the model."""
+    return [
+        (module, method)
+        for module in model.modules()
+        if isinstance(method := getattr(module, "quant_method", None), LowRankLinearMethod)
+    ]
+
+
+class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's default loader, which in addition knows factored layers."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        self.explicit = load_config.load_format == LOAD_FORMAT
+        if self.explicit:
+            load_config = replace(load_config, load_format="safetensors")
+        super().__init__(load_config)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Raises UserError for a bad checkpoint, before the model takes memory."""
+        if model_config.quantization == QUANT_METHOD:
+            self._started = time.perf_counter()
+            self._checkpoint = self._open(model_config)
+        elif self.explicit:
+            raise UserError(
+                f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
+            )
+        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[no-any-return]
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load everything but the factored layers as vLLM does, then those one by one.
+
+        Raises:
+            UserError: names a weight that the checkpoint lacks, or a factored module that the
+                model does not have.
+        """
+        if model_config.quantization != QUANT_METHOD:
+            super().load_weights(model, model_config)
+            return
+        layers = lowrank_layers(model)
+        methods = [method for _, method in layers]
+        _require_all_used(self._checkpoint, methods, model)
+        # Factor names never meet the model's mapping of stacked names: it replaces substrings, and
+        # "v_proj" is one of "qkv_proj".
+        ours = set[str]().union(*(method.checkpoint_names() for method in methods))
+        weights = super().get_all_weights(model_config, model)
+        expected = {name: p for name, p in model.named_parameters() if p.numel()}
+        _mark_unloaded(model)
+        stream = ((name, weight) for name, weight in weights if name not in ours)
+        loaded = model.load_weights(stream)  # type: ignore[operator]
+        _require_all_loaded(self._checkpoint, model, expected, loaded)
+        rest = sum(p.nbytes for p in expected.values())
+        stored = StoredBytes(dense=rest, dense_equivalent=rest)
+        for layer, method in layers:
+            stored += method.load(layer, self._checkpoint)
+        report = LoadReport(time.perf_counter() - self._started, len(layers), stored)
+        _reports[model] = report
+        logger.info(
+            "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
+            "(all dense: %.1f MiB)",
+            report.layers,
+            report.seconds,
+            *(n / 2**20 for n in (stored.lowrank, stored.dense, stored.dense_equivalent)),
+        )
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Generator[tuple[str, Tensor], None, None]:
+        """vLLM calls this from outside to reload weights in place only.
+
+        Raises:
+            UserError: for a svdserve checkpoint; packed factors can not be written in place.
+        """
+        if model_config.quantization == QUANT_METHOD:
+            raise UserError("svdserve models can not reload weights in place; restart the server")
+        return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+
+    def _open(self, model_config: ModelConfig) -> Checkpoint:
+        """Download where needed, then check the directory and the values of the factors."""
+        model, revision = model_config.model, model_config.revision
+        directory, *_ = self._prepare_weights(model, None, revision, False, None)
+        if not (Path(directory) / "config.json").exists():
+            # With --download-dir vLLM keeps the weights apart from the configuration.
+            from huggingface_hub import hf_hub_download
+
+            cache = self.load_config.download_dir
+            hf_hub_download(model, "config.json", revision=revision, cache_dir=cache)
+        checkpoint = open_checkpoint(Path(directory))
+        check_finite(checkpoint)
+        return checkpoint
+
+
+def _require_all_used(
+    checkpoint: Checkpoint, methods: list[LowRankLinearMethod], model: nn.Module
+) -> None:
+    used = {name for method in methods for part in method.parts for name in part.names}
+    for name in checkpoint.config.modules:
+        if name not in used and not is_pp_missing_parameter(name, model):
+            raise UserError(
+                f"{checkpoint.directory}: module {name} is factored, but {type(model).__name__} of "
+                "vLLM has no such linear; keep it (experts, embeddings, fused attention) dense"
+            )
+
+
+def _mark_unloaded(model: nn.Module) -> None:
+    """Fill what vLLM's linear layers will load with NaN.
+
+    vLLM reports a merged parameter as loaded as soon as one member arrived, so a missing k_proj
+    would stay uninitialised memory; the NaN that remain tell it.
+    """
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            for parameter in module.parameters(recurse=False):
+                parameter.data.fill_(torch.nan)
+
+
+def _require_all_loaded(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    expected: dict[str, nn.Parameter],
+    loaded: set[str] | None,
+) -> None:
+    linear = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase)
+        for key, _ in module.named_parameters(recurse=False)
+    }
+    for name, parameter in expected.items():
+        if name in linear:
+            missing = bool(parameter.isnan().any())
+        else:
+            missing = loaded is not None and name not in loaded
+        if missing:
+            raise UserError(
+                f"{checkpoint.directory}: the weights of {name} are missing, incomplete or NaN"
+            )

@@ -1,0 +1,48 @@
+"""The vLLM plug-in: ``vllm serve DIR`` of a svdserve checkpoint works once this is installed.
+
+vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in every process it
+starts: the front end, the engine core and each worker.
+"""
+
+import logging
+
+from svdserve.compression.schema import QUANT_METHOD
+
+# Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
+SUPPORTED_CPU = ("0.32", "0.33")
+SUPPORTED_GPU = ("0.32", "0.34")
+
+logger = logging.getLogger("vllm.svdserve")  # below vLLM's logger, hence in its format and level
+
+
+def register() -> None:
+    """Make the quantization method and the load format known to vLLM; safe to call repeatedly."""
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if QUANT_METHOD in QUANTIZATION_METHODS:
+        return
+    from svdserve.server.loader import register_loader
+    from svdserve.server.quantization import SvdserveConfig
+
+    if warning := unsupported_version():
+        logger.warning(warning)
+    register_quantization_config(QUANT_METHOD)(SvdserveConfig)
+    register_loader()
+
+
+def unsupported_version() -> str | None:
+    """One line that says why this vLLM is untested, or None when it is in the tested range."""
+    import vllm
+    from packaging.version import Version
+    from vllm.platforms import current_platform
+
+    first, last = SUPPORTED_CPU if current_platform.is_cpu() else SUPPORTED_GPU
+    if Version(first) <= Version(vllm.__version__) < Version(last):
+        return None
+    return (
+        f"svdserve is tested with vLLM >={first},<{last} on this platform, found "
+        f"{vllm.__version__}; if serving fails, install a tested version"
+    )

@@ -1,0 +1,131 @@
+"""What config.json's ``quant_method: svdserve`` selects in vLLM: which linear is factored, and how.
+
+Interface: vllm/model_executor/layers/quantization/base_config.py. A vLLM layer may merge several
+linears of the checkpoint (``qkv_proj``, ``gate_up_proj``); ``SvdserveConfig.parts`` says in which
+pieces the checkpoint stores it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from svdserve.compression.checkpoint import open_checkpoint
+from svdserve.compression.schema import (
+    GROUPS,
+    QUANT_METHOD,
+    CheckpointConfig,
+    ModuleSpec,
+    parse_config,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive outputs of a vLLM layer that one weight produces.
+
+    Attributes:
+        names: checkpoint names; one factored module, or dense linears that stand side by side.
+        spec: the factored module's, None for dense.
+    """
+
+    names: tuple[str, ...]
+    spec: ModuleSpec | None
+
+    @property
+    def outputs(self) -> int:
+        """How many of the layer's logical outputs (``output_partition_sizes``) it covers."""
+        return len(self.names) if self.spec is None else len(self.spec.members)
+
+
+class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
+    """The ``quantization_config`` block of a checkpoint, asked by every vLLM layer at creation."""
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        # Module names as vLLM spells them -> as the checkpoint does; differs in models that
+        # vLLM nests differently from transformers.
+        self.module_names = {name: name for name in checkpoint.modules}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # plain matrix products run on every device
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # the block lives in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SvdserveConfig":
+        """Raises UserError when the block is malformed."""
+        return cls(parse_config(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Check a local directory's files; here, so that no worker starts on a broken one.
+
+        Raises:
+            UserError: see ``open_checkpoint``. Models from the Hub are not downloaded yet; the
+                loader checks those.
+        """
+        del hf_config, revision
+        if Path(model_name).is_dir():
+            open_checkpoint(Path(model_name))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.module_names = hf_to_vllm_mapper.apply_dict(self.module_names)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of one layer; None (embeddings, attention, experts) means vLLM's default."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from svdserve.server.linear import LowRankLinearMethod
+        from svdserve.server.loader import require_supported_load_format
+
+        if not isinstance(layer, LinearBase):
+            return None
+        require_supported_load_format()
+        parts = self.parts(prefix)
+        return LowRankLinearMethod(prefix, parts) if parts else UnquantizedLinearMethod()
+
+    def parts(self, prefix: str) -> tuple[Part, ...]:
+        """The parts of the vLLM layer ``prefix`` in the order of its outputs; none if all dense."""
+        if prefix in self.module_names:
+            return (self._factored(prefix),)
+        parent, _, last = prefix.rpartition(".")
+        # About 30 model files of vLLM declare no packed_modules_mapping.
+        members = self.packed_modules_mapping.get(last) or GROUPS.get(last, ())
+        linears = [f"{parent}.{member}" if parent else member for member in members]
+        factored = [linear for linear in linears if linear in self.module_names]
+        if not factored:
+            return ()
+        checkpoint_parent = self.module_names[factored[0]].rpartition(".")[0]
+        parts: list[Part] = []
+        for member, linear in zip(members, linears, strict=True):
+            if linear in self.module_names:
+                parts.append(self._factored(linear))
+                continue
+            name = f"{checkpoint_parent}.{member}" if checkpoint_parent else member
+            if parts and parts[-1].spec is None:  # side by side: one product serves both
+                parts[-1] = Part((*parts[-1].names, name), None)
+            else:
+                parts.append(Part((name,), None))
+        return tuple(parts)
+
+    def _factored(self, module: str) -> Part:
+        name = self.module_names[module]
+        return Part((name,), self.checkpoint.modules[name])
