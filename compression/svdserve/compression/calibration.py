@@ -31,9 +31,7 @@ def check_calibration(model: Path, recipe: Recipe) -> None:
     if source.startswith("hf:"):
         _dataset_parts(source)
     elif not Path(source).is_file():
-        raise UserError(
-            f"calibration {source}: no such file; give a text file, hf:DATASET or self"
-        )
+        raise UserError(f"calibration {source}: no such file; give a text file, hf:DATASET or self")
 
 
 def calibration_tokens(model: Path, recipe: Recipe) -> Tensor:

@@ -89,6 +89,11 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.info
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files, in order of their names."""
+        return sorted({info.file for info in self.info.values()})
+
     def load(self, names: list[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The named tensors, each file opened once."""
         by_file: dict[Path, list[str]] = {}
@@ -225,7 +230,7 @@ def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
         pivots = files.load([f"{name}.pivots"])[f"{name}.pivots"]
         if int(pivots.min()) < 0 or int(pivots.max()) >= spec.in_features:
             raise UserError(f"{where}: pivots must lie in 0..{spec.in_features - 1}")
-        if pivots.unique().numel() != spec.rank:
+        if len(set(pivots.tolist())) != spec.rank:
             raise UserError(f"{where}: pivots are repeated")
     return {f"{name}.{suffix}" for suffix in spec.tensors()}
 

@@ -6,17 +6,15 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import json
-import os
 import resource
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdserve.compression import allocation
@@ -28,13 +26,13 @@ from svdserve.compression.linalg import relative_error
 from svdserve.compression.methods import get_method
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Run, dump_recipe
-from svdserve.compression.schema import CheckpointConfig, ModuleSpec
+from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import Statistics
 from svdserve.compression.walk import BlockPass, Walk
+from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-_REST = "rest.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,8 @@ class Job:
     """One compression with its work directory. ``execute`` runs or resumes it."""
 
     def __init__(self, model: str, out: Path, recipe: Recipe, run: Run) -> None:
-        self.recipe, self.run, self.out = recipe, run, out
-        self.work = out.with_name(out.name + ".partial")
-        _check_output(out, run)
+        self.recipe, self.run = recipe, run
+        self.work = WorkDirectory(out, resume=run.resume, force=run.force)
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
@@ -89,13 +86,12 @@ class Job:
         self.device = _device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        self.dtype = (
-            self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        )
+        self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.plan = self._plan()
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
-            "weights": self._weights_digest(),
+            # Sizes are enough to notice that the model was exchanged.
+            "weights": {file.name: file.stat().st_size for file in self.skeleton.files.paths},
             "order": {
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
@@ -106,11 +102,12 @@ class Job:
 
     def execute(self) -> Report:
         started = time.perf_counter()
-        self._open_work()
+        self.work.open(self.signature)
         tokens = self._tokens()
-        modules: dict[str, ModuleSpec] = {}
-        with Progress(self.work / LOG_FILE, self.skeleton.blocks, self.run.progress) as progress:
-            progress.truncate(self._finished_blocks())
+        specs: dict[str, ModuleSpec] = {}
+        finished = self.work.finished(self.skeleton.blocks)
+        with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
+            progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
             walk = Walk(
                 self.skeleton,
@@ -122,23 +119,16 @@ class Job:
                 self.run.offload,
             )
             for index in range(self.skeleton.blocks):
-                path = self._block_file(index)
-                if path.exists():
-                    modules |= self._replay(walk, index)
+                if index < finished:
+                    specs |= self._replay(walk, index)
                 else:
-                    modules |= self._factor(walk, index, progress)
+                    specs |= self._factor(walk, index, progress)
                 progress.block(index, peak_bytes())
-            self._write_rest()
-            report = self._report(modules, tokens.numel(), time.perf_counter() - started)
-            progress.event(
-                "done",
-                seconds=report.seconds,
-                peak_bytes=report.peak_bytes,
-                tokens=report.tokens,
-                stored_parameters=report.stored_parameters,
-                dense_parameters=report.dense_parameters,
-            )
-        self._publish(modules)
+            stored, dense = parameters_of(specs)
+            seconds = round(time.perf_counter() - started, 3)
+            report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
+            progress.event("done", **{k: v for k, v in asdict(report).items() if k != "directory"})
+        self._publish(specs)
         return report
 
     # Planning
@@ -153,8 +143,8 @@ class Job:
             for group in groups:
                 parent = block.get_submodule(group.parent)
                 for name, members in self._split(index, group):
-                    sizes = [tuple(parent.get_submodule(m).weight.shape) for m in members]
-                    shapes[name] = (sum(m for m, _ in sizes), sizes[0][1])
+                    weights = [parent.get_submodule(m).get_parameter("weight") for m in members]
+                    shapes[name] = (sum(w.shape[0] for w in weights), weights[0].shape[1])
                     units[-1].append((group, name, members))
         ranks = allocation.uniform(shapes, self.recipe.layout, self.recipe.keep)
         return [[Unit(g, name, m, ranks[name]) for g, name, m in block] for block in units]
@@ -189,11 +179,10 @@ class Job:
                 spec, facts = self._solve(block, unit, statistics, tensors)
                 if spec is not None:
                     specs[unit.name] = spec
-                progress.solved(
-                    index, unit.name, **facts, pass_seconds=round(collected - begun, 4)
-                )
+                progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
         block.finish()
-        self._write_block(index, tensors, specs)
+        tensors |= self._dense(self._dense_names(index, specs))
+        self.work.save_block(index, tensors, specs)
         return specs
 
     def _solve(
@@ -214,8 +203,8 @@ class Job:
             members=unit.members,
             layout=factors.layout,
             rank=factors.rank,
-            in_features=weight.shape[1],
-            out_features=tuple(w.shape[0] for w in weights),
+            **{"in": weight.shape[1]},
+            out=tuple(w.shape[0] for w in weights),
         )
         for suffix in spec.tensors():
             tensors[f"{unit.name}.{suffix}"] = getattr(factors, suffix).cpu().contiguous()
@@ -228,11 +217,7 @@ class Job:
 
     def _replay(self, walk: Walk, index: int) -> dict[str, ModuleSpec]:
         """Carry the streams over a finished block with the factors that it stored."""
-        stored = load_file(self._block_file(index))
-        specs = {
-            name: ModuleSpec.model_validate(fields)
-            for name, fields in read_json(self._block_file(index).with_suffix(".json")).items()
-        }
+        stored, specs = self.work.load_block(index)
         if not walk.wanted:
             return specs
         block = walk.block(index)
@@ -249,80 +234,41 @@ class Job:
 
     # Files
 
-    def _block_file(self, index: int) -> Path:
-        return self.work / f"block-{index:05d}.safetensors"
-
-    def _finished_blocks(self) -> int:
-        return sum(self._block_file(index).exists() for index in range(self.skeleton.blocks))
-
-    def _open_work(self) -> None:
-        """Start or resume the work directory."""
-        job = self.work / "job.json"
-        if self.run.force and not self.run.resume and self.work.exists():
-            shutil.rmtree(self.work)
-        if job.exists():
-            if not self.run.resume:
-                raise UserError(
-                    f"{self.work}: holds an unfinished job; add --resume to go on or --force to "
-                    "start over"
-                )
-            _refuse_changes(read_json(job), self.signature, self.work)
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        _write_atomically(job, json.dumps(self.signature, indent=2) + "\n")
-
     def _tokens(self) -> Tensor:
         """Calibration tokens, kept in the work directory so that a resumed job has the same."""
         if not self.method.statistics:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        path = self.work / "calibration.safetensors"
-        if not path.exists():
+        tokens = self.work.tokens()
+        if tokens is None:
             tokens = calibration_tokens(self.skeleton.directory, self.recipe)
-            _save_atomically({"tokens": tokens}, path)
-        return load_file(path)["tokens"]
+            self.work.save_tokens(tokens)
+        return tokens
 
-    def _write_block(
-        self, index: int, tensors: dict[str, Tensor], specs: dict[str, ModuleSpec]
-    ) -> None:
-        prefix = self.skeleton.block_name(index)
-        factored = {
-            f"{name.rpartition('.')[0]}.{member}.weight"
-            for name, spec in specs.items()
-            for member in spec.members
-        }
-        dense = [
-            name
-            for name in self.skeleton.files.info
-            if name.startswith(f"{prefix}.") and name not in factored
-        ]
-        path = self._block_file(index)
-        fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
-        # The block counts as finished when its tensors exist, so they come last.
-        _write_atomically(path.with_suffix(".json"), json.dumps(fields, indent=1) + "\n")
-        _save_atomically({**tensors, **self._cast(self.skeleton.files.load(dense))}, path)
-
-    def _write_rest(self) -> None:
-        blocks = tuple(f"{self.skeleton.block_name(i)}." for i in range(self.skeleton.blocks))
-        names = [name for name in self.skeleton.files.info if not name.startswith(blocks)]
-        _save_atomically(self._cast(self.skeleton.files.load(names)), self.work / _REST)
-
-    def _cast(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Dense tensors in the stored dtype; untouched where the recipe keeps the model's own."""
+    def _dense(self, names: list[str]) -> dict[str, Tensor]:
+        """Unfactored tensors, in the stored dtype where the recipe names one."""
+        tensors = self.skeleton.files.load(names)
         if self.recipe.dtype == "auto":
             return tensors
         return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
-    def _publish(self, modules: dict[str, ModuleSpec]) -> None:
-        final = self.work / "final"
-        shutil.rmtree(final, ignore_errors=True)
-        final.mkdir()
-        source = self.skeleton.directory
+    def _dense_names(self, index: int, specs: dict[str, ModuleSpec]) -> list[str]:
+        factored = {f"{li}.weight" for name, spec in specs.items() for li in linears_of(name, spec)}
+        prefix = f"{self.skeleton.block_name(index)}."
+        names = self.skeleton.files.info
+        return [name for name in names if name.startswith(prefix) and name not in factored]
+
+    def _publish(self, specs: dict[str, ModuleSpec]) -> None:
+        """Put the finished blocks, the rest and the metadata together as a checkpoint."""
+        blocks = range(self.skeleton.blocks)
+        prefixes = tuple(f"{self.skeleton.block_name(index)}." for index in blocks)
+        rest = [name for name in self.skeleton.files.info if not name.startswith(prefixes)]
+        save_tensors(self._dense(rest), self.work.rest)
+        final, source = self.work.final(), self.skeleton.directory
+        merge_shards([self.work.rest, *map(self.work.block, blocks)], final)
         for pattern in _COPIED:
             for file in source.glob(pattern):
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copy(file, final / file.name)
-        parts = [self._block_file(index) for index in range(self.skeleton.blocks)]
-        merge_shards([self.work / _REST, *parts], final)
         config = read_json(source / "config.json")
         if self.recipe.dtype != "auto":
             config.pop("torch_dtype", None)
@@ -330,42 +276,18 @@ class Job:
         config["quantization_config"] = CheckpointConfig(
             base_model=self.base_model,
             keep=self.recipe.keep,
-            modules=modules,
+            modules=specs,
             recipe=self.recipe.model_dump(mode="json"),
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        shutil.copy(self.work / LOG_FILE, final / LOG_FILE)
-        _replace_directory(final, self.out)
-        shutil.rmtree(self.work)
-
-    def _report(self, modules: dict[str, ModuleSpec], tokens: int, seconds: float) -> Report:
-        stored = dense = 0
-        for spec in modules.values():
-            dense += spec.stacked * spec.in_features
-            stored += sum(
-                torch.Size(shape).numel()
-                for suffix, shape in spec.tensors().items()
-                if suffix != "pivots"
-            )
-        return Report(self.out, seconds, peak_bytes(), tokens, stored, dense)
-
-    def _weights_digest(self) -> dict[str, int]:
-        """Size of every weight file: enough to notice that the model was exchanged."""
-        files = {info.file for info in self.skeleton.files.info.values()}
-        return {file.name: file.stat().st_size for file in sorted(files)}
+        shutil.copy(self.work.log, final / LOG_FILE)
+        self.work.publish(final)
 
 
 def peak_bytes() -> int:
     """Peak resident memory of this process so far (Linux counts ru_maxrss in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _check_output(out: Path, run: Run) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a directory to write")
-    if out.is_dir() and any(out.iterdir()) and not run.force:
-        raise UserError(f"{out}: is not empty; give another --out or add --force to replace it")
 
 
 def _device(name: str) -> torch.device:
@@ -376,41 +298,3 @@ def _device(name: str) -> torch.device:
         first = (str(error).splitlines() or ["unknown device"])[0]
         raise UserError(f"device {name!r} cannot be used here: {first}") from None
     return device
-
-
-def _refuse_changes(old: dict[str, Any], new: dict[str, Any], work: Path) -> None:
-    for part, fields in new.items():
-        for name, value in fields.items():
-            before = old.get(part, {}).get(name)
-            if before != value:
-                raise UserError(
-                    f"{work}: cannot resume, {part}.{name} was {before!r} and is {value!r}; restore "
-                    "it, or start over with --force"
-                )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _replace_directory(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; what stood there goes away only once the new one is in place."""
-    old = target.with_name(target.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -41,7 +41,7 @@ class Container:
         """While inside, the container returns ``value`` instead of computing."""
         module = block.get_submodule(self.path)
         output = self.output(value)
-        module.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
+        module.forward = lambda *_args, **_kwargs: output
         try:
             yield
         finally:
@@ -119,8 +119,10 @@ def learn_containers(
     for members in GROUPS.values():
         if any(inputs[member] is not inputs[members[0]] for member in members):
             raise UserError(f"{name}: {', '.join(members)} do not read the same input")
-    return {key: _container(parents[key], outputs[f"container {key}"], outputs[key], name)
-            for key in CLOSING}
+    return {
+        key: _container(parents[key], outputs[f"container {key}"], outputs[key], name)
+        for key in CLOSING
+    }
 
 
 def _container(path: str, output: Any, tensor: Tensor, name: str) -> Container:

@@ -4,7 +4,6 @@ FORMAT.md in this folder describes the format in prose. This module imports pyda
 every reader (transformers, vLLM, tools) can share it.
 """
 
-from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -104,7 +103,7 @@ def linears_of(module: str, spec: ModuleSpec) -> list[str]:
     return [f"{parent}.{member}" if parent else member for member in spec.members]
 
 
-def parse_config(block: dict[str, Any], source: str | PurePosixPath = "config.json") -> CheckpointConfig:
+def parse_config(block: dict[str, Any], source: str = "config.json") -> CheckpointConfig:
     """Check a ``quantization_config`` block.
 
     Raises:

@@ -108,8 +108,8 @@ class Skeleton:
     def _unsupported(self, reason: str) -> UserError:
         return UserError(
             f"architecture {self.model_type!r} is not supported: {reason}; tested: "
-            f"{', '.join(TESTED)}; others work if their blocks have q_proj, k_proj, v_proj, o_proj, "
-            "gate_proj, up_proj and down_proj"
+            f"{', '.join(TESTED)}; others work if their blocks have q_proj, k_proj, v_proj, "
+            "o_proj, gate_proj, up_proj and down_proj"
         )
 
     @property
@@ -207,7 +207,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

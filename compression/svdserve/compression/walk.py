@@ -248,9 +248,7 @@ class BlockPass:
         linear = self._linear(block, group)
         return input_of(linear, lambda: self._run(block, stream, rows, replay))
 
-    def _run(
-        self, block: nn.Module, stream: str, rows: slice, replay: dict[str, Tensor]
-    ) -> Tensor:
+    def _run(self, block: nn.Module, stream: str, rows: slice, replay: dict[str, Tensor]) -> Tensor:
         """Run ``block`` on a stream's rows with the containers of ``replay`` left out."""
         args, kwargs = self.walk.call(self.index, rows)
         with ExitStack() as stack:

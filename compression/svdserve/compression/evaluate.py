@@ -1,0 +1,212 @@
+"""Perplexity of a model directory, dense or compressed, on a text file.
+
+The protocol of the SVD literature (SVD-LLM, arXiv 2403.07378): tokenise the whole text without
+special tokens, cut it into chunks of equal length, average the token losses of all chunks, exp.
+"""
+
+import hashlib
+import math
+import platform
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
+from svdserve.compression.errors import UserError
+
+LOSS_SLICE = 256  # positions whose logits are float32 at the same time
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Machine(BaseModel):
+    """Where a number was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    processor: str
+    threads: PositiveInt
+    python: str
+    torch: str
+    transformers: str
+    svdserve: str
+
+
+class Perplexity(BaseModel):
+    """The result of one evaluation, with all that is needed to repeat it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    perplexity: float
+    mean_loss: float
+    chunks: PositiveInt
+    tokens: PositiveInt
+    """Predicted tokens: seq_len - 1 of each chunk."""
+    seq_len: PositiveInt
+    text: str
+    text_sha256: str
+    dtype: str
+    machine: Machine
+    seconds: float
+    measured_at: datetime
+
+
+def perplexity(
+    model_dir: Path,
+    text: Path,
+    *,
+    seq_len: int = 2048,
+    max_chunks: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of the model in ``model_dir`` on a UTF-8 text file, which is taken verbatim.
+
+    Args:
+        seq_len: tokens of a chunk; a shorter rest of the text is not used.
+        max_chunks: use the first chunks only.
+        batch_size: chunks of one forward step.
+        dtype: of weights and activations; "auto" is the model's own. Losses are float32.
+
+    Raises:
+        UserError: no model or text, a text shorter than one chunk, a bad option, or logits that
+            are not finite (the chunk is named; chunks are never skipped).
+    """
+    started = time.perf_counter()
+    _check_options(seq_len, max_chunks, batch_size, dtype)
+    chunks = _chunks(model_dir, text, seq_len, max_chunks)
+    model = load_model(model_dir, dtype, device)
+    total = 0.0
+    with torch.inference_mode():
+        for first, batch in _batches(chunks, batch_size, progress):
+            total += _loss(model, batch.to(device), first)
+    tokens = chunks.shape[0] * (seq_len - 1)
+    return Perplexity(
+        model=str(model_dir),
+        perplexity=math.exp(total / tokens),
+        mean_loss=total / tokens,
+        chunks=chunks.shape[0],
+        tokens=tokens,
+        seq_len=seq_len,
+        text=str(text),
+        text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        machine=_machine(device),
+        seconds=time.perf_counter() - started,
+        measured_at=datetime.now(UTC),
+    )
+
+
+def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The transformers model of a dense or compressed directory, in evaluation mode.
+
+    Raises:
+        UserError: no such model, or a checkpoint that ``open_checkpoint`` refuses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import svdserve.compression.hf  # noqa: F401 (registers the quantizer)
+
+    if is_checkpoint(model_dir):
+        open_checkpoint(model_dir)
+    else:
+        TensorFiles(model_dir)
+    chosen = DTYPES.get(dtype, "auto")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=chosen, local_files_only=True)
+    return model.eval().to(device)
+
+
+def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
+    if seq_len < 2:
+        raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
+    if max_chunks is not None and max_chunks < 1:
+        raise UserError(f"max_chunks {max_chunks}: give at least 1, or leave it out for all")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: give at least 1")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+
+
+def _chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:
+    """Token ids [chunks, seq_len]."""
+    from transformers import AutoTokenizer
+
+    read_json(model_dir / "config.json")
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{text}: cannot be read as UTF-8 text ({error})") from None
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    count = len(ids) // seq_len
+    if count == 0:
+        raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
+    count = min(count, max_chunks or count)
+    return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+
+
+def _batches(chunks: Tensor, batch_size: int, progress: bool) -> Iterator[tuple[int, Tensor]]:
+    """The batches, each with the index of its first chunk, behind a progress bar."""
+    columns = (
+        TextColumn("perplexity"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("chunks"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not progress, transient=True) as bar:
+        task = bar.add_task("", total=chunks.shape[0])
+        for first in range(0, chunks.shape[0], batch_size):
+            batch = chunks[first : first + batch_size]
+            yield first, batch
+            bar.advance(task, batch.shape[0])
+
+
+def _loss(model: Any, batch: Tensor, first: int) -> float:
+    """Summed next-token loss of chunks [batch, seq_len]; ``first`` is the index of the first."""
+    logits: Tensor = model(batch, use_cache=False).logits
+    total = 0.0
+    for row in range(batch.shape[0]):
+        for start in range(0, batch.shape[1] - 1, LOSS_SLICE):
+            stop = min(start + LOSS_SLICE, batch.shape[1] - 1)
+            targets = batch[row, start + 1 : stop + 1]
+            loss = cross_entropy(logits[row, start:stop].float(), targets, reduction="sum").item()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"chunk {first + row}: the logits of positions {start} to {stop - 1} are not "
+                    "finite; the model is broken, or overflows in its dtype (try --dtype float32)"
+                )
+            total += loss
+    return total
+
+
+def _machine(device: str) -> Machine:
+    on_gpu = device.startswith("cuda")
+    return Machine(
+        device=device,
+        processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        svdserve=version("svdserve"),
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

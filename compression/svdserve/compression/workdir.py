@@ -1,0 +1,152 @@
+"""The work directory of a job, ``OUT.partial``: what is finished, and the atomic last step.
+
+Every file appears by a rename after an fsync, so that whatever stands here after a kill is whole.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svdserve.compression.checkpoint import LOG_FILE, read_json
+from svdserve.compression.errors import UserError
+from svdserve.compression.schema import ModuleSpec
+
+_JOB = "job.json"
+_TOKENS = "calibration.safetensors"
+
+
+class WorkDirectory:
+    """Holds the finished blocks of one job until its checkpoint is complete.
+
+    Raises:
+        UserError: ``out`` is a file, or not empty and ``force`` is off.
+    """
+
+    def __init__(self, out: Path, *, resume: bool, force: bool) -> None:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is a file; give a directory to write")
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise UserError(f"{out}: is not empty; give another --out or add --force to replace it")
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self._resume, self._force = resume, force
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
+
+    @property
+    def rest(self) -> Path:
+        """The tensors outside the blocks."""
+        return self.path / "rest.safetensors"
+
+    def block(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def finished(self, blocks: int) -> int:
+        """How many blocks, from the first on, are done."""
+        return next((i for i in range(blocks) if not self.block(i).exists()), blocks)
+
+    def open(self, signature: dict[str, dict[str, Any]]) -> None:
+        """Start, or resume what was started with the same signature.
+
+        Raises:
+            UserError: unfinished work without ``resume``, or of another signature.
+        """
+        job = self.path / _JOB
+        if self._force and not self._resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if not job.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(job, signature)
+        elif not self._resume:
+            raise UserError(
+                f"{self.path}: holds an unfinished job; add --resume to go on or --force to start "
+                "over"
+            )
+        else:
+            self._refuse_changes(read_json(job), signature)
+
+    def _refuse_changes(self, old: dict[str, Any], new: dict[str, dict[str, Any]]) -> None:
+        for part, fields in new.items():
+            for name, value in fields.items():
+                before = old.get(part, {}).get(name)
+                if before != value:
+                    raise UserError(
+                        f"{self.path}: cannot resume, {part}.{name} was {before!r} and is "
+                        f"{value!r}; restore it, or start over with --force"
+                    )
+
+    def tokens(self) -> Tensor | None:
+        """The calibration tokens of this job, once they are saved."""
+        path = self.path / _TOKENS
+        return load_file(path)["tokens"] if path.exists() else None
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        save_tensors({"tokens": tokens}, self.path / _TOKENS)
+
+    def save_block(
+        self, index: int, tensors: dict[str, Tensor], specs: dict[str, ModuleSpec]
+    ) -> None:
+        """Mark a block as finished: its tensors come last, and their presence counts."""
+        path = self.block(index)
+        fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
+        _write(path.with_suffix(".json"), fields)
+        save_tensors(tensors, path)
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, ModuleSpec]]:
+        path = self.block(index)
+        fields = read_json(path.with_suffix(".json"))
+        specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
+        return load_file(path), specs
+
+    def final(self) -> Path:
+        """An empty folder for the complete checkpoint."""
+        final = self.path / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        return final
+
+    def publish(self, final: Path) -> None:
+        """Rename ``final`` to the output; what stood there goes once the new one is in place."""
+        old = self.out.with_name(self.out.name + ".replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(old)
+        final.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors so that ``path`` is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
+    """Stored and dense parameters of factored modules; pivots are indices and do not count."""
+    stored = dense = 0
+    for spec in specs.values():
+        shapes = spec.tensors()
+        stored += sum(torch.Size(s).numel() for name, s in shapes.items() if name != "pivots")
+        dense += spec.stacked * spec.in_features
+    return stored, dense
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
