@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints import make_checkpoint
+from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import LAYOUTS
@@ -38,7 +38,14 @@ def test_plain_transformers_equals_multiplied_out(architecture: str, tmp_path: P
         for shared in (True, False):
             target = tmp_path / f"{layout}-{shared}"
             twin = tmp_path / f"{layout}-{shared}-twin"
-            make_checkpoint(dense, target, twin, layout, shared, keep_dense=("o_proj",))
+            write_checkpoint(
+                dense,
+                target,
+                layout=layout,
+                shared=shared,
+                keep_dense=frozenset({"o_proj"}),
+                reference=twin,
+            )
             pairs.append((target, twin))
     tokens = tmp_path / "tokens.pt"
     torch.save(random_tokens(2, 40), tokens)
@@ -62,7 +69,7 @@ def test_start_up_hook_loads_nothing_by_itself() -> None:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     dense = save_model("qwen2", tmp_path / "dense")
-    return make_checkpoint(dense, tmp_path / "small", tmp_path / "twin")
+    return write_checkpoint(dense, tmp_path / "small", layout="interpolative", shared=True)
 
 
 def test_save_pretrained_round_trips(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,209 @@
+"""Methods against independent float64 oracles (formulas: SAES-SVD, arXiv 2602.03051)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.linalg import whiten
+from svdserve.compression.methods import METHODS, get_method
+from svdserve.compression.methods.saes_svd import exact_search, saes_svd, tail_ratio
+from svdserve.compression.methods.svd_llm import svd_llm
+from svdserve.compression.statistics import Statistics
+
+M, N, T, R = 24, 32, 600, 7
+
+
+def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight and correlated student and teacher inputs [n, T] of falling energy."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(N, N, generator=g, dtype=torch.float64)
+    mix *= torch.logspace(0, -1.5, N, dtype=torch.float64)
+    x_f = mix @ torch.randn(N, T, generator=g, dtype=torch.float64)
+    x = 0.9 * x_f + 0.2 * mix.flip(1) @ torch.randn(N, T, generator=g, dtype=torch.float64)
+    return torch.randn(M, N, generator=g, dtype=torch.float64), x, x_f
+
+
+def statistics_of(x: Tensor, x_f: Tensor) -> Statistics:
+    t = x.shape[1]
+    return Statistics(t, x @ x.T / t, (x_f - x) @ x.T / t, x_f @ x_f.T / t)
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def objective(weight: Tensor, approximation: Tensor, x: Tensor, x_f: Tensor, beta: float) -> float:
+    """Equation 3 over 1 + α: (1 − β)‖(Ŵ − W)X‖² + β‖ŴX − W X_f‖²."""
+    own = ((approximation - weight) @ x).square().sum()
+    aligned = (approximation @ x - weight @ x_f).square().sum()
+    return float((1 - beta) * own + beta * aligned)
+
+
+def test_beta_zero_on_equal_streams_is_svd_llm():
+    weight, _, x_f = problem()
+    stats = statistics_of(x_f, x_f)
+    ours = saes_svd(weight, stats, R, beta=0.0, ridge=1e-6).factors.dense()
+    root = torch.linalg.cholesky(x_f @ x_f.T / T)
+    oracle = torch.linalg.solve(root.T, truncated(weight @ root, R).T).T
+    torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-5)
+    reference = svd_llm(weight, stats, R, ridge=1e-6).factors.dense()
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
+
+
+def test_beta_one_is_aa_svd():
+    """min ‖W X_f − Ŵ X‖: the truncation of W X_f Xᵀ F⁻ᵀ (AA-SVD, arXiv 2604.02119)."""
+    weight, x, x_f = problem()
+    ours = saes_svd(weight, statistics_of(x, x_f), R, beta=1.0, ridge=0.0).factors.dense()
+    root = torch.linalg.cholesky(x @ x.T)
+    target = torch.linalg.solve_triangular(root, (weight @ x_f @ x.T).T, upper=False).T
+    oracle = torch.linalg.solve(root.T, truncated(target, R).T).T
+    torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.75])
+def test_alternating_least_squares_finds_nothing_better(beta: float):
+    weight, x, x_f = problem()
+    factors = saes_svd(weight, statistics_of(x, x_f), R, beta=beta, ridge=1e-12).factors
+    start = objective(weight, factors.dense(), x, x_f, beta)
+    outer, inner = factors.factor_out, factors.factor_in
+    target = weight @ ((1 - beta) * x + beta * x_f)
+    for _ in range(30):
+        inner = torch.linalg.lstsq(outer, torch.linalg.lstsq(x.T, target.T).solution.T).solution
+        outer = torch.linalg.lstsq((inner @ x).T, target.T).solution.T
+    assert objective(weight, outer @ inner, x, x_f, beta) >= start * (1 - 1e-9)
+    # The oracle does go down from anywhere else, so it would have seen a better point.
+    worse = svd_llm(weight, statistics_of(x_f, x), R).factors
+    assert objective(weight, worse.dense(), x, x_f, beta) > start
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("shape", [(M, N), (N, M), (N, N)])
+def test_full_rank_gives_the_weight_back(name: str, shape: tuple[int, int]):
+    m, n = shape
+    g = torch.Generator().manual_seed(5)
+    x_f = torch.randn(n, T, generator=g, dtype=torch.float64)
+    weight = torch.randn(m, n, generator=g, dtype=torch.float64)
+    method = get_method(name)
+    statistics = statistics_of(x_f, x_f)
+    factors = method.solve(weight, statistics, min(m, n), method.parameters).factors
+    torch.testing.assert_close(factors.dense(), weight, rtol=0, atol=1e-8)
+
+
+def test_plain_svd_is_eckart_young():
+    weight, x, x_f = problem()
+    got = get_method("svd").solve(weight, statistics_of(x, x_f), R, {}).factors.dense()
+    torch.testing.assert_close(got, truncated(weight, R))
+
+
+def test_tail_ratio_is_exact_at_zero_and_so_is_its_derivative():
+    """Fixed-subspace first-order approximation, equations 15 to 19."""
+    weight, x, x_f = problem()
+    statistics = statistics_of(x, x_f)
+    whitening = whiten(statistics.gram, 1e-3)
+    base = weight @ whitening.root
+    pull = whitening.dual(weight @ statistics.shift)
+
+    def true_ratio(beta: float) -> float:
+        energy = torch.linalg.svdvals(base + beta * pull).square()
+        return float(energy[R:].sum() / energy.sum())
+
+    ratio = tail_ratio(base, pull, R)
+    assert ratio(0.0) == pytest.approx(true_ratio(0.0), rel=1e-10)
+    step = 1e-5
+    slope = (true_ratio(step) - true_ratio(-step)) / (2 * step)
+    assert (ratio(step) - ratio(-step)) / (2 * step) == pytest.approx(slope, rel=1e-5)
+
+
+def test_stationary_points_have_no_slope():
+    weight, x, x_f = problem(3)
+    statistics = statistics_of(x, x_f)
+    whitening = whiten(statistics.gram, 1e-3)
+    ratio = tail_ratio(weight @ whitening.root, whitening.dual(weight @ statistics.shift), R)
+    points = ratio.stationary_points()
+    assert len(points) == 2
+    for point in points:
+        slope = (ratio(point + 1e-5) - ratio(point - 1e-5)) / 2e-5
+        assert abs(slope) < 1e-7
+
+
+def test_aces_takes_the_best_candidate_within_its_caps():
+    weight, x, x_f = problem()
+    statistics = statistics_of(x, x_f)
+    whitening = whiten(statistics.gram, 1e-3)
+    ratio = tail_ratio(weight @ whitening.root, whitening.dual(weight @ statistics.shift), R)
+    beta = saes_svd(weight, statistics, R, beta="aces").facts["beta"]
+    grid = torch.linspace(0.25, 0.75, 501).tolist()
+    assert 0.25 <= beta <= 0.75
+    assert ratio(beta) <= min(map(ratio, grid)) + 1e-12
+
+
+@pytest.mark.parametrize("shape", [(M, N), (60, N)])
+def test_exact_search_is_brute_force(shape: tuple[int, int]):
+    g = torch.Generator().manual_seed(2)
+    base = torch.randn(shape, generator=g, dtype=torch.float64)
+    pull = 0.8 * torch.randn(shape, generator=g, dtype=torch.float64) - 0.5 * truncated(base, 3)
+
+    def tail(beta: float) -> float:
+        energy = torch.linalg.svdvals(base + beta * pull).square()
+        return float(energy[R:].sum() / energy.sum())
+
+    grid = torch.linspace(0.0, 1.0, 6, dtype=torch.float64).tolist()
+    assert exact_search(base, pull, R, 0.0, 1.0) == pytest.approx(min(grid, key=tail))
+
+
+def test_no_shift_means_beta_zero():
+    weight, x, _ = problem()
+    for beta in ("aces", "exact", 0.5):
+        assert saes_svd(weight, statistics_of(x, x), R, beta=beta).facts["beta"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["dead", "deficient", "duplicate", "one token", "silent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype, name: str):
+    weight, x, x_f = problem()
+    if kind == "dead":
+        x, x_f = x.clone(), x_f.clone()
+        x[::4] = 0
+        x_f[::4] = 0
+    elif kind == "deficient":
+        x, x_f = x[:, : N // 2], x_f[:, : N // 2]
+    elif kind == "duplicate":
+        x, x_f = x[:, :3].repeat(1, 50), x_f[:, :3].repeat(1, 50)
+    elif kind == "one token":
+        x, x_f = x[:, :1], x_f[:, :1]
+    elif kind == "silent":
+        x, x_f = torch.zeros_like(x), torch.zeros_like(x_f)
+    method = get_method(name)
+    statistics = statistics_of(x, x_f)
+    stored = weight.to(dtype)
+    solution = method.solve(stored, statistics, R, method.parameters)
+    got = solution.factors.dense()
+    assert got.isfinite().all()
+    if kind in ("duplicate", "one token") and method.statistics:
+        # No more distinct tokens than ranks: the outputs aimed at are met but for the ridge.
+        beta = solution.facts.get("beta", 1.0)
+        inputs = x if "gram" in method.statistics else x_f
+        aim = stored.double() @ (x + beta * (x_f - x))
+        assert (got @ inputs - aim).norm() < 0.02 * aim.norm()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"beta": "often"}, "aces, exact, or a number"),
+        ({"beta": 1.5}, "from 0 to 1"),
+        ({"beta_min": 0.8}, "beta_min 0.8"),
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
+    weight, x, x_f = problem()
+    with pytest.raises(UserError, match=message):
+        saes_svd(weight, statistics_of(x, x_f), R, **parameters)
+
+
+def test_unknown_method_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'best'.*saes-svd, svd, svd-llm"):
+        get_method("best")
