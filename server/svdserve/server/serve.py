@@ -33,7 +33,8 @@ def serve(directory: str, extra_args: Sequence[str] = ()) -> int:
     Raises:
         UserError: no such model, a malformed checkpoint, or a port that is taken.
     """
-    check_model(Path(directory))
+    if not check_model(Path(directory)):
+        print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
     arguments = server_arguments(extra_args)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     work_around()
@@ -44,8 +45,11 @@ def serve(directory: str, extra_args: Sequence[str] = ()) -> int:
     return 0
 
 
-def check_model(directory: Path) -> None:
+def check_model(directory: Path) -> bool:
     """Refuse what cannot be served, before vLLM starts; reads headers only.
+
+    Returns:
+        Whether it is an svdserve checkpoint; if not, a dense model.
 
     Raises:
         UserError: see serve().
@@ -54,10 +58,10 @@ def check_model(directory: Path) -> None:
         raise UserError(f"{directory}: no such directory; give a model directory on this machine")
     if is_checkpoint(directory):
         open_checkpoint(directory)
-        return
+        return True
     read_json(directory / "config.json")
     TensorFiles(directory)
-    print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
+    return False
 
 
 def server_arguments(extra_args: Sequence[str]) -> list[str]:

@@ -62,12 +62,13 @@ class WorkerExtension:
 
         A dict and not a WorkerReport: the engine sends plain values between processes only.
         """
+        from svdserve.server.loader import load_report  # Imports vLLM, which only workers need.
+
         gc.collect()
         if sys.platform == "linux":
             # Loading frees as much as it keeps; glibc holds on to that until asked.
             ctypes.CDLL(None).malloc_trim(0)
-        # Left on the model by loader.py; a dense model has none.
-        loaded = getattr(self.model_runner.get_model(), "svdserve_load_report", None)
+        loaded = load_report(self.model_runner.get_model())  # None for a dense model.
         report = WorkerReport(
             rank=self.rank,
             host=socket.gethostname(),

@@ -1,0 +1,350 @@
+"""`svdserve serve` and plain `vllm serve` of a factored checkpoint, as a client sees them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints import write_checkpoint
+from files import file_bytes
+from models import random_tokens, save_model
+from svdserve.compression.errors import UserError
+from svdserve.server.serve import allowed_plugins, check_model, server_arguments
+from svdserve.server.worker import EXTENSION
+
+pytestmark = pytest.mark.vllm
+
+BIN = Path(sys.executable).parent
+NAME = "pico"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+DEADLINE = 300
+
+
+@dataclass(frozen=True)
+class Models:
+    """A factored checkpoint, and the dense model whose weights are its factors' products."""
+
+    factored: Path
+    reference: Path
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server and clients of it."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return self.make_client(strict=True)
+
+    def make_client(self, *, strict: bool) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key="none",
+            max_retries=0,
+            _strict_response_validation=strict,
+        )
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as response:
+            return str(response.read().decode())
+
+    def gauges(self) -> dict[str, dict[str, float]]:
+        """Our metrics: values by name and by the label that is not the model's name."""
+        found: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")):
+            for sample in family.samples:
+                if sample.name.startswith("svdserve_"):
+                    assert sample.labels["model_name"] == NAME
+                    label = sample.labels.get("kind") or sample.labels.get("process") or ""
+                    found.setdefault(sample.name, {})[label] = sample.value
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str | Path], log: Path) -> Iterator[Server]:
+    """A server, from its first healthy answer; its whole process tree ends with the context."""
+    port = free_port()
+    arguments = [*command, *FLAGS, "--port", str(port), "--served-model-name", NAME]
+    with log.open("wb") as output:
+        environment = {**os.environ, **ENVIRONMENT}
+        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment)
+    server = Server(process, port)
+    try:
+        wait_until(lambda: healthy(server), log)
+        yield server
+    finally:
+        for child in living_tree(process.pid):
+            child.kill()
+        process.wait()
+
+
+def healthy(server: Server) -> bool:
+    assert server.process.poll() is None, "the server ended"
+    try:
+        server.get("/health")
+    except OSError:
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], log: Path | None = None) -> None:
+    end = time.monotonic() + DEADLINE
+    try:
+        while not condition():
+            assert time.monotonic() < end, "the deadline has passed"
+            time.sleep(0.3)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log.read_text()[-3000:] if log else ''}") from None
+
+
+def living_tree(pid: int) -> list[psutil.Process]:
+    """The process and its descendants that still run."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+    return [process for process in tree if is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    dense = save_model("llama", folder / "dense")
+    models = Models(folder / "factored", folder / "reference")
+    write_checkpoint(
+        dense, models.factored, layout="interpolative", shared=True, reference=models.reference
+    )
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    template = folder / "chat.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    command: list[str | Path] = [BIN / "svdserve", "serve", models.factored]
+    with running([*command, "--chat-template", template], folder / "log") as server:
+        yield server
+
+
+def expected_text(models: Models, prompt: list[int], tokens: int) -> str:
+    """Greedy continuation by transformers and the products of the factors."""
+    model = AutoModelForCausalLM.from_pretrained(models.reference, dtype=torch.float32)
+    output = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models.reference)
+    return str(tokenizer.decode(output[0, len(prompt) :]))
+
+
+def test_the_model_is_listed(server: Server, models: Models) -> None:
+    (listed,) = server.client.models.list().data
+    assert (listed.id, listed.object) == (NAME, "model")
+    assert listed.model_extra
+    assert listed.model_extra["root"] == str(models.factored)
+
+
+def test_completions_are_the_greedy_tokens_of_the_product(server: Server, models: Models) -> None:
+    prompt = random_tokens(1, 9)[0].tolist()
+    completion = server.client.completions.create(
+        model=NAME, prompt=prompt, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert completion.choices[0].text.split() == expected_text(models, prompt, 12).split()
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.usage
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (9, 12)
+
+
+def test_streamed_completions_add_up(server: Server) -> None:
+    request = {"model": NAME, "prompt": "w7 w8 w9", "max_tokens": 10, "temperature": 0}
+    whole = server.client.completions.create(**request)
+    # OpenAI's type of this answer forbids the null finish_reason that its own API streams, too.
+    lenient = server.make_client(strict=False)
+    pieces = list(lenient.completions.create(**request, stream=True))
+    assert len(pieces) > 2
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+
+
+def test_chat_is_the_completion_of_the_rendered_template(server: Server) -> None:
+    messages = [{"role": "user", "content": "w7 w8 w9"}]
+    request = {"model": NAME, "messages": messages, "max_tokens": 10, "temperature": 0}
+    answer = server.client.chat.completions.create(**request)
+    completion = server.client.completions.create(
+        model=NAME, prompt="w7 w8 w9 ", max_tokens=10, temperature=0
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
+    assert answer.choices[0].message.content.strip() == completion.choices[0].text.strip()
+    chunks = list(
+        server.client.chat.completions.create(
+            **request, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage == answer.usage
+
+
+def test_an_unknown_model_is_refused(server: Server) -> None:
+    with pytest.raises(openai.NotFoundError, match="nothing-of-that-name"):
+        server.client.completions.create(model="nothing-of-that-name", prompt="w1")
+
+
+def test_gauges_agree_with_the_files(server: Server, models: Models) -> None:
+    gauges, stored = server.gauges(), file_bytes(models.factored)
+    assert gauges["svdserve_weights_bytes"] == stored
+    assert gauges["svdserve_dense_equivalent_bytes"][""] == file_bytes(models.reference)["dense"]
+    assert 0.3 < gauges["svdserve_keep_ratio"][""] < 0.9
+    assert gauges["svdserve_model_info"] == {"": 1}
+    assert 0 < gauges["svdserve_model_load_seconds"][""] < DEADLINE
+
+
+def test_every_process_has_its_memory(server: Server) -> None:
+    gauges = server.gauges()["svdserve_process_resident_bytes"]
+    assert set(gauges) == {"api_server_0", "engine_core", "worker_0"}
+    memory = {p.pid: p.memory_info().rss for p in living_tree(server.process.pid)}
+    assert gauges["api_server_0"] == pytest.approx(memory[server.process.pid], rel=0.05)
+    # The three are all there is, but for Python's resource trackers.
+    assert sum(gauges.values()) == pytest.approx(sum(memory.values()), rel=0.05)
+
+
+def test_the_model_route_tells_the_same(server: Server, models: Models) -> None:
+    schema = server.client.get("/../openapi.json", cast_to=object)
+    assert "/svdserve/model" in schema["paths"]  # type: ignore[index]
+    served = server.client.get("/../svdserve/model", cast_to=object)
+    stored = file_bytes(models.factored)
+    assert served["name"] == NAME  # type: ignore[index]
+    facts = served["model"]  # type: ignore[index]
+    assert (facts["lowrank_bytes"], facts["dense_bytes"]) == (stored["lowrank"], stored["dense"])
+
+
+def test_token_rates_rise_under_load_and_return_to_zero(server: Server) -> None:
+    """Checked against vLLM's own counter: the rate is never more than all tokens in one second."""
+
+    def rates() -> dict[str, float]:
+        gauges = server.gauges()
+        kinds = ("generation", "prompt")
+        return {kind: gauges[f"svdserve_{kind}_tokens_per_second"][""] for kind in kinds}
+
+    server.client.completions.create(
+        model=NAME, prompt=random_tokens(1, 50)[0].tolist(), max_tokens=200
+    )
+    wait_until(lambda: min(rates().values()) > 0)
+    text = server.get("/metrics")
+    (total,) = re.findall(r"^vllm:generation_tokens_total\S* (\S+)", text, re.MULTILINE)
+    assert rates()["generation"] <= float(total)
+    wait_until(lambda: rates() == {"generation": 0, "prompt": 0})
+
+
+def test_sigterm_ends_the_server_and_its_children(server: Server) -> None:
+    """Last of the tests of this server."""
+    tree = living_tree(server.process.pid)
+    assert len(tree) >= 3
+    server.process.terminate()
+    assert server.process.wait(60) in (0, -15)
+    wait_until(lambda: not any(is_alive(process) for process in tree))
+
+
+def test_plain_vllm_serves_the_same_checkpoint(models: Models, tmp_path: Path) -> None:
+    with running([BIN / "vllm", "serve", models.factored], tmp_path / "log") as server:
+        prompt = random_tokens(1, 9)[0].tolist()
+        completion = server.client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert completion.choices[0].text.split() == expected_text(models, prompt, 12).split()
+        assert server.gauges() == {}
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line on standard error with which `svdserve serve` refuses."""
+    outcome = subprocess.run(
+        [BIN / "svdserve", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+        check=False,
+    )
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    (line,) = outcome.stderr.splitlines()
+    return line
+
+
+def test_a_refusal_is_one_line(models: Models, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'absent'}: no such directory" in refusal(tmp_path / "absent")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}" in refusal(models.factored, "--port", port)
+
+
+def test_bad_directories_are_refused(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_model(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((models.factored / name).read_bytes())
+    assert check_model(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-40])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        check_model(tmp_path)
+
+
+@pytest.mark.parametrize("port", ["https", "70000", "-1"])
+def test_bad_ports_are_refused(port: str) -> None:
+    with pytest.raises(UserError, match="--port"):
+        server_arguments(["--port", port])
+
+
+def test_given_flags_are_kept() -> None:
+    given = ["--host=localhost", "--port", str(free_port()), "--worker-extension-cls", "own.Class"]
+    assert server_arguments(given) == given
+    ours = server_arguments(["--uds", "socket"])
+    assert ours == ["--uds", "socket", "--worker-extension-cls", EXTENSION]
+
+
+def test_the_allow_list_takes_no_plugin_away() -> None:
+    assert allowed_plugins("theirs") == ["svdserve", "theirs"]
+    general = {entry.name for entry in entry_points(group="vllm.general_plugins")}
+    assert len(general) > 1
+    assert general <= set(allowed_plugins(None))
