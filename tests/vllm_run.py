@@ -1,0 +1,138 @@
+"""Run the real vLLM on a list of models, one after the other in one fresh process.
+
+``run`` is called by tests; the module itself is the script of that process.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+NEW_TOKENS = 64
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one interpreter for many engines
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets a test send a function to the workers
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one engine did.
+
+    Attributes:
+        tokens: [prompts, 64] greedy continuations.
+        logprobs: for each prompt [length - 1 + 64, vocabulary]: of every token but the first.
+        reports: svdserve's load report of each worker, as dictionaries; None from a dense model.
+        error: message of the exception that ended it, else empty.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[torch.Tensor]
+    reports: list[dict[str, Any] | None]
+    error: str
+
+
+def run(
+    folder: Path,
+    engines: list[dict[str, Any]],
+    prompts: list[list[int]],
+    timeout: float = 600,
+    **environment: str,
+) -> list[Served]:
+    """Start one engine for each dictionary of LLM arguments, generate from all prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps({"engines": engines, "prompts": prompts}))
+    command = [sys.executable, __file__, str(folder)]
+    environment = os.environ | ENVIRONMENT | {"VLLM_CACHE_ROOT": str(folder)} | environment
+    done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    served = []
+    for index in range(len(engines)):
+        facts = json.loads((folder / f"{index}.json").read_text())
+        tensors = load_file(folder / f"{index}.safetensors")
+        rows = [tensors[f"logprobs.{i}"] for i in range(len(facts["tokens"]))]
+        served.append(Served(facts["tokens"], rows, facts["reports"], facts["error"]))
+    return served
+
+
+def _main(folder: Path) -> None:
+    jobs = json.loads((folder / "jobs.json").read_text())
+    for index, engine in enumerate(jobs["engines"]):
+        facts: dict[str, Any] = {"tokens": [], "reports": [], "error": ""}
+        tensors: dict[str, torch.Tensor] = {}
+        try:
+            facts |= _serve(engine, jobs["prompts"], tensors)
+        except Exception as error:
+            facts["error"] = f"{type(error).__name__}: {error}"
+        (folder / f"{index}.json").write_text(json.dumps(facts))
+        save_file(tensors, folder / f"{index}.safetensors")
+
+
+def _serve(
+    engine: dict[str, Any], prompts: list[list[int]], tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_logprobs": -1,
+        "enable_prefix_caching": False,
+        "use_tqdm_on_load": False,
+    }
+    llm = None
+    try:
+        llm = LLM(**(defaults | engine))
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=NEW_TOKENS,
+            ignore_eos=True,
+            logprobs=-1,
+            prompt_logprobs=-1,
+            detokenize=False,
+        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        for index, output in enumerate(outputs):
+            rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            tensors[f"logprobs.{index}"] = torch.tensor(
+                [[row[token].logprob for token in range(len(row))] for row in rows]
+            )
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "reports": llm.apply_model(_report),
+        }
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _report(model: torch.nn.Module) -> dict[str, Any] | None:
+    from dataclasses import asdict
+
+    from svdserve.server.loader import load_report
+
+    report = load_report(model)
+    return None if report is None else asdict(report)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
