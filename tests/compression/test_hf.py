@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.errors import UserError
-from svdserve.compression.factors import LAYOUTS
+from svdserve.compression.factors import LAYOUTS, Layout
 from svdserve.compression.modules import LowRankLinear
 
 PLAIN_USER = """
@@ -25,37 +25,50 @@ for directory in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         torch.save(model(tokens).logits, directory + "/logits.pt")
-    steps = model.generate(tokens[:1], max_new_tokens=8, do_sample=False)
+    steps = model.generate(tokens[:1], max_new_tokens=4, do_sample=False)
     torch.save(steps, directory + "/steps.pt")
 """
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_plain_transformers_equals_multiplied_out(architecture: str, tmp_path: Path) -> None:
-    dense = save_model(architecture, tmp_path / "dense")
-    pairs = []
-    for layout in LAYOUTS:
-        for shared in (True, False):
-            target = tmp_path / f"{layout}-{shared}"
-            twin = tmp_path / f"{layout}-{shared}-twin"
-            write_checkpoint(
-                dense,
-                target,
-                layout=layout,
-                shared=shared,
-                keep_dense=frozenset({"o_proj"}),
-                reference=twin,
-            )
-            pairs.append((target, twin))
-    tokens = tmp_path / "tokens.pt"
+Variant = tuple[str, Layout, bool]
+VARIANTS: list[Variant] = [("llama", layout, True) for layout in LAYOUTS]
+VARIANTS += [(name, "interpolative", name != "qwen2") for name in ARCHITECTURES[1:]]
+VARIANTS += [("qwen2", "pair", True)]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, tuple[Path, Path]]:
+    """Checkpoint and multiplied-out twin of every variant, run by one fresh interpreter."""
+    root = tmp_path_factory.mktemp("hf")
+    dense = {name: save_model(name, root / name) for name in ARCHITECTURES}
+    pairs: dict[Variant, tuple[Path, Path]] = {}
+    for name, layout, shared in VARIANTS:
+        target = root / f"{name}-{layout}-{shared}"
+        twin = target.with_name(f"{target.name}-twin")
+        write_checkpoint(
+            dense[name],
+            target,
+            layout=layout,
+            shared=shared,
+            keep_dense=frozenset({"o_proj"}),
+            reference=twin,
+        )
+        pairs[name, layout, shared] = target, twin
+    tokens = root / "tokens.pt"
     torch.save(random_tokens(2, 40), tokens)
-    directories = [str(directory) for pair in pairs for directory in pair]
+    directories = [str(directory) for pair in pairs.values() for directory in pair]
     subprocess.run([sys.executable, "-c", PLAIN_USER, str(tokens), *directories], check=True)
-    for target, twin in pairs:
-        got, expected = (torch.load(path / "logits.pt") for path in (target, twin))
-        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-        steps, expected_steps = (torch.load(path / "steps.pt") for path in (target, twin))
-        assert steps.tolist() == expected_steps.tolist()
+    return pairs
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v)))
+def test_plain_transformers_equals_multiplied_out(
+    variant: Variant, outputs: dict[Variant, tuple[Path, Path]]
+) -> None:
+    got, expected = (torch.load(path / "logits.pt") for path in outputs[variant])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    steps, expected_steps = (torch.load(path / "steps.pt") for path in outputs[variant])
+    assert steps.tolist() == expected_steps.tolist()
 
 
 def test_start_up_hook_loads_nothing_by_itself() -> None:

@@ -181,14 +181,14 @@ def _loss(model: Any, batch: Tensor, first: int) -> float:
     for row in range(batch.shape[0]):
         for start in range(0, batch.shape[1] - 1, LOSS_SLICE):
             stop = min(start + LOSS_SLICE, batch.shape[1] - 1)
-            targets = batch[row, start + 1 : stop + 1]
-            loss = cross_entropy(logits[row, start:stop].float(), targets, reduction="sum").item()
-            if not math.isfinite(loss):
+            piece = logits[row, start:stop].float()
+            if not bool(piece.isfinite().all()):
                 raise UserError(
                     f"chunk {first + row}: the logits of positions {start} to {stop - 1} are not "
                     "finite; the model is broken, or overflows in its dtype (try --dtype float32)"
                 )
-            total += loss
+            targets = batch[row, start + 1 : stop + 1]
+            total += cross_entropy(piece, targets, reduction="sum").item()
     return total
 
 
