@@ -1,14 +1,14 @@
 """Pico models: every supported architecture at a size that runs in milliseconds.
 
-Weights are random but scaled so that the logits depend visibly on every layer; a tiny
-whitespace tokenizer makes each directory complete for transformers and for vLLM.
+Weights are random but scaled so that the logits depend visibly on every layer; a tokenizer of
+bytes makes each directory complete for transformers and for vLLM.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -69,11 +69,19 @@ def save_model(
 ) -> Path:
     """Write a pico model and its tokenizer as a Hugging Face directory."""
     build_model(architecture, **changes).to(dtype).save_pretrained(directory)
-    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Bytes as tokens: what every tokenizer class that transformers may pick can read.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<pad>", "<s>", "</s>", "<unk>", *alphabet]
+    words += [f"<unused{i}>" for i in range(len(words), VOCABULARY)]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w3"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     ).save_pretrained(directory)
     return directory
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from svdserve.compression.errors import UserError
 from svdserve.compression.linalg import whiten
 from svdserve.compression.methods import METHODS, get_method
-from svdserve.compression.methods.saes_svd import exact_search, saes_svd, tail_ratio
+from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics import Statistics
 
@@ -97,6 +97,20 @@ def test_plain_svd_is_eckart_young():
     torch.testing.assert_close(got, truncated(weight, R))
 
 
+@pytest.mark.parametrize("shape", [(M, N), (60, N)])
+def test_tail_ratio_is_the_energy_outside_the_subspaces(shape: tuple[int, int]):
+    g = torch.Generator().manual_seed(7)
+    base, pull = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(base, full_matrices=False)
+    off_left = torch.eye(shape[0], dtype=torch.float64) - u[:, :R] @ u[:, :R].T
+    off_right = torch.eye(shape[1], dtype=torch.float64) - v[:R].T @ v[:R]
+    ratio = tail_ratio(energies(base, pull), R)
+    for beta in (-0.5, 0.0, 0.3, 1.0):
+        whole = base + beta * pull
+        want = (off_left @ whole @ off_right).square().sum() / whole.square().sum()
+        assert ratio(beta) == pytest.approx(float(want), rel=1e-9)
+
+
 def test_tail_ratio_is_exact_at_zero_and_so_is_its_derivative():
     """Fixed-subspace first-order approximation, equations 15 to 19."""
     weight, x, x_f = problem()
@@ -109,7 +123,7 @@ def test_tail_ratio_is_exact_at_zero_and_so_is_its_derivative():
         energy = torch.linalg.svdvals(base + beta * pull).square()
         return float(energy[R:].sum() / energy.sum())
 
-    ratio = tail_ratio(base, pull, R)
+    ratio = tail_ratio(energies(base, pull), R)
     assert ratio(0.0) == pytest.approx(true_ratio(0.0), rel=1e-10)
     step = 1e-5
     slope = (true_ratio(step) - true_ratio(-step)) / (2 * step)
@@ -120,7 +134,8 @@ def test_stationary_points_have_no_slope():
     weight, x, x_f = problem(3)
     statistics = statistics_of(x, x_f)
     whitening = whiten(statistics.gram, 1e-3)
-    ratio = tail_ratio(weight @ whitening.root, whitening.dual(weight @ statistics.shift), R)
+    pull = whitening.dual(weight @ statistics.shift)
+    ratio = tail_ratio(energies(weight @ whitening.root, pull), R)
     points = ratio.stationary_points()
     assert len(points) == 2
     for point in points:
@@ -132,7 +147,8 @@ def test_aces_takes_the_best_candidate_within_its_caps():
     weight, x, x_f = problem()
     statistics = statistics_of(x, x_f)
     whitening = whiten(statistics.gram, 1e-3)
-    ratio = tail_ratio(weight @ whitening.root, whitening.dual(weight @ statistics.shift), R)
+    pull = whitening.dual(weight @ statistics.shift)
+    ratio = tail_ratio(energies(weight @ whitening.root, pull), R)
     beta = saes_svd(weight, statistics, R, beta="aces").facts["beta"]
     grid = torch.linspace(0.25, 0.75, 501).tolist()
     assert 0.25 <= beta <= 0.75
@@ -150,7 +166,7 @@ def test_exact_search_is_brute_force(shape: tuple[int, int]):
         return float(energy[R:].sum() / energy.sum())
 
     grid = torch.linspace(0.0, 1.0, 6, dtype=torch.float64).tolist()
-    assert exact_search(base, pull, R, 0.0, 1.0) == pytest.approx(min(grid, key=tail))
+    assert exact_search(energies(base, pull), R, 0.0, 1.0) == pytest.approx(min(grid, key=tail))
 
 
 def test_no_shift_means_beta_zero():

@@ -6,7 +6,6 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.linalg import relative_error
+from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Run, dump_recipe
@@ -172,6 +172,7 @@ class Job:
                 raise UserError(
                     f"{self.skeleton.block_name(index)}.{group.path}: {error}; use another dtype"
                 ) from None
+            release()
             collected = time.perf_counter()
             for unit in self.plan[index]:
                 if unit.group != group:
@@ -180,6 +181,7 @@ class Job:
                 if spec is not None:
                     specs[unit.name] = spec
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
+            release()
         block.finish()
         tensors |= self._dense(self._dense_names(index, specs))
         self.work.save_block(index, tensors, specs)
@@ -242,6 +244,7 @@ class Job:
         if tokens is None:
             tokens = calibration_tokens(self.skeleton.directory, self.recipe)
             self.work.save_tokens(tokens)
+            release()
         return tokens
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
@@ -283,11 +286,6 @@ class Job:
         (final / "recipe.yaml").write_text(dump_recipe(self.recipe))
         shutil.copy(self.work.log, final / LOG_FILE)
         self.work.publish(final)
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process so far (Linux counts ru_maxrss in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _device(name: str) -> torch.device:

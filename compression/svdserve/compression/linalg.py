@@ -76,12 +76,15 @@ def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tall = m > n
     values, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
     sigma = values.clamp_min(0).sqrt().flip(0)
-    if float(sigma[rank - 1]) <= 1e-7 * float(sigma[0]):
+    reach = float(sigma[rank - 1]) / max(float(sigma[0]), 1e-300)
+    if reach <= 1e-7:
         left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank], sigma
     top = vectors.flip(1)[:, :rank]
     if tall:
-        top = torch.linalg.qr(matrix @ top).Q
+        # M V Σ⁻¹ is orthonormal up to 1e-16 / reach²; QR repairs what would be visible.
+        top = matrix @ top
+        top = top / sigma[:rank] if reach > 1e-4 else torch.linalg.qr(top).Q
     return top, sigma
 
 

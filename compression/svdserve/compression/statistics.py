@@ -62,11 +62,11 @@ class Accumulator:
         done: dict[str, Tensor] = {}
         for name, total in self._sums.items():
             if name != "shift":
-                lower = total.tril()
-                total = lower + lower.tril(-1).T
-            if not bool(total.isfinite().all()):
+                total.tril_()
+                total += total.tril(-1).T
+            if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum
                 raise FloatingPointError(f"{name}: the calibration inputs are not finite")
-            done[name] = total / max(self._tokens, 1)
+            done[name] = total.div_(max(self._tokens, 1))
         return Statistics(self._tokens, **done)
 
 

@@ -61,10 +61,9 @@ def saes_svd(
     # Without accumulated error (the first block's q, k, v) every β gives the same factors.
     if not bool(statistics.shift.any()):
         chosen = 0.0
-    elif beta == "aces":
-        chosen = aces(base, pull, rank, beta_min, beta_max)
-    elif beta == "exact":
-        chosen = exact_search(base, pull, rank, beta_min, beta_max)
+    elif isinstance(beta, str):
+        search = aces if beta == "aces" else exact_search
+        chosen = search(energies(base, pull), rank, beta_min, beta_max)
     else:
         chosen = float(beta)
     left, _ = left_subspace(base + chosen * pull, rank)
@@ -126,42 +125,62 @@ class TailRatio:
         return [half / quadratic, constant / half] if half != 0 else [0.0]
 
 
-def tail_ratio(base: Tensor, pull: Tensor, rank: int) -> TailRatio:
-    """The coefficients of ρ̃ for G(β) = base + β pull, both [m, n], at ``rank``."""
-    left, sigma = left_subspace(base, rank)
-    kept = left.mT @ base
-    right = torch.linalg.qr(kept.mT).Q
-    outer = pull - left @ (left.mT @ pull)
-    outer = outer - (outer @ right) @ right.mT
+@dataclass(frozen=True)
+class Energies:
+    """S Sᵀ, S Dᵀ and D Dᵀ of G(β) = S + βD, [k, k] with k the smaller side (transposed if tall).
+
+    G Gᵀ = S Sᵀ + β (S Dᵀ + D Sᵀ) + β² D Dᵀ holds all that the choice of β needs.
+    """
+
+    square: Tensor
+    cross: Tensor
+    shift: Tensor
+
+
+def energies(base: Tensor, pull: Tensor) -> Energies:
+    """The energies of G(β) = base + β pull, both [m, n]."""
+    if base.shape[0] > base.shape[1]:
+        base, pull = base.mT, pull.mT
+    return Energies(base @ base.mT, base @ pull.mT, pull @ pull.mT)
+
+
+def tail_ratio(energy: Energies, rank: int) -> TailRatio:
+    """The coefficients of ρ̃ at ``rank``.
+
+    With P and P' the projectors off the top singular subspaces of S, c = ‖P D P'‖² is taken as
+    ‖P D‖² − ‖P D V_r‖², and D V_r = D Sᵀ U_r Σ_r⁻¹.
+    """
+    values, vectors = torch.linalg.eigh(energy.square)
+    values = values.clamp_min(0)
+    top, sigma = vectors[:, -rank:], values[-rank:].sqrt()
+    sigma = sigma.clamp_min(1e-8 * float(sigma[-1])) if float(sigma[-1]) > 0 else sigma + 1
+    seen = energy.cross.mT @ top / sigma
+    seen = seen - top @ (top.mT @ seen)
+    outside = energy.shift.trace() - ((energy.shift @ top) * top).sum()
     return TailRatio(
-        a=float((sigma[rank:] ** 2).sum()),
-        b=float((base * outer).sum()),
-        c=float((outer**2).sum()),
-        whole_a=float((base**2).sum()),
-        whole_b=float((base * pull).sum()),
-        whole_c=float((pull**2).sum()),
+        a=float(values[:-rank].sum()),
+        b=float(energy.cross.trace() - ((energy.cross @ top) * top).sum()),
+        c=float((outside - seen.square().sum()).clamp_min(0)),
+        whole_a=float(energy.square.trace()),
+        whole_b=float(energy.cross.trace()),
+        whole_c=float(energy.shift.trace()),
     )
 
 
-def aces(base: Tensor, pull: Tensor, rank: int, beta_min: float, beta_max: float) -> float:
+def aces(energy: Energies, rank: int, beta_min: float, beta_max: float) -> float:
     """ACES: the candidate of least ρ̃ among the caps and the stationary points between them."""
-    ratio = tail_ratio(base, pull, rank)
+    ratio = tail_ratio(energy, rank)
     inside = [root for root in ratio.stationary_points() if beta_min < root < beta_max]
     return min([beta_min, beta_max, *inside], key=ratio)
 
 
-def exact_search(base: Tensor, pull: Tensor, rank: int, beta_min: float, beta_max: float) -> float:
-    """The β of least true tail ratio on an even grid of six between the caps.
-
-    G Gᵀ (or Gᵀ G where that is smaller) is a quadratic in β, so each point costs one eigvalsh.
-    """
-    if base.shape[0] > base.shape[1]:
-        base, pull = base.mT, pull.mT
-    square, cross, shift = base @ base.mT, base @ pull.mT, pull @ pull.mT
+def exact_search(energy: Energies, rank: int, beta_min: float, beta_max: float) -> float:
+    """The β of least true tail ratio on an even grid of six between the caps."""
     best = (float("inf"), beta_min)
+    both = energy.cross + energy.cross.mT
     for beta in torch.linspace(beta_min, beta_max, _GRID, dtype=torch.float64).tolist():
-        values = torch.linalg.eigvalsh(square + beta * (cross + cross.mT) + beta**2 * shift)
+        values = torch.linalg.eigvalsh(energy.square + beta * both + beta**2 * energy.shift)
         whole = float(values.sum())
-        tail = float(values[: len(values) - rank].clamp_min(0).sum())
+        tail = float(values[:-rank].clamp_min(0).sum())
         best = min(best, (tail / whole if whole > 0 else 1.0, beta))
     return best[1]

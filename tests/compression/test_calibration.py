@@ -1,0 +1,81 @@
+"""Calibration tokens: deterministic, of the asked shape, and checked before the long job."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import save_model
+from svdserve.compression.calibration import calibration_tokens, check_calibration
+from svdserve.compression.errors import UserError
+from svdserve.compression.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + i % 26) + str(i) for i in range(200))[:500])
+    return str(path)
+
+
+def test_file_sequences_are_distinct_pieces_of_the_text(model: Path, text: str):
+    recipe = make_recipe(calibration=text, tokens=200, seq_len=50)
+    tokens = calibration_tokens(model, recipe)
+    assert tokens.shape == (4, 50)
+    ids = AutoTokenizer.from_pretrained(model)(Path(text).read_text()).input_ids
+    pieces = [ids[start : start + 50] for start in range(0, len(ids), 50)]
+    assert all(row in pieces for row in tokens.tolist())
+    assert len({tuple(row) for row in tokens.tolist()}) == 4
+    assert torch.equal(tokens, calibration_tokens(model, recipe))
+    other = calibration_tokens(model, recipe.model_copy(update={"seed": 1}))
+    assert not torch.equal(tokens, other)
+
+
+def test_short_text_gives_what_it_has(model: Path, text: str):
+    recipe = make_recipe(calibration=text, tokens=10_000, seq_len=100)
+    assert calibration_tokens(model, recipe).shape == (5, 100)
+
+
+def test_text_below_one_sequence_is_refused(model: Path, tmp_path: Path):
+    path = tmp_path / "short.txt"
+    path.write_text("ab")
+    recipe = make_recipe(calibration=str(path), tokens=64, seq_len=32)
+    with pytest.raises(UserError, match="2 tokens are less than one sequence of 32"):
+        calibration_tokens(model, recipe)
+
+
+def test_self_calibration_is_the_models_own_text(model: Path):
+    recipe = make_recipe(calibration="self", tokens=160, seq_len=40)
+    tokens = calibration_tokens(model, recipe)
+    assert tokens.shape == (4, 40)
+    assert torch.equal(tokens, calibration_tokens(model, recipe))
+    other = calibration_tokens(model, recipe.model_copy(update={"seed": 1}))
+    assert not torch.equal(tokens, other)
+    # The text is likelier to the model than random tokens are.
+    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    noise = torch.randint(4, 500, tokens.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own, random = (float(network(ids, labels=ids).loss) for ids in (tokens, noise))
+    assert own < random - 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"calibration": "no/such/file.txt", "seq_len": 32},
+            "no such file; give a text file, hf:DATASET or self",
+        ),
+        ({"calibration": "hf:", "seq_len": 32}, "write hf:DATASET"),
+        ({"calibration": "self", "seq_len": 4096}, "seq_len is 4096; .* allows at most 256"),
+    ],
+)
+def test_wrong_calibration_is_found_early(model: Path, fields: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        check_calibration(model, make_recipe(**fields))

@@ -1,0 +1,206 @@
+"""The whole compression job on pico models: result, resume, refusal, atomic output."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from models import ARCHITECTURES, save_model
+from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint
+from svdserve.compression.errors import UserError
+from svdserve.compression.job import compress
+from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.schema import linears_of
+
+TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
+QUIET = Run(progress=False, threads=1)
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def recipe_for(calibration: str, **fields):
+    return make_recipe(calibration=calibration, **{"tokens": 256, "seq_len": 32, **fields})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", ["pair", "interpolative"])
+@pytest.mark.parametrize("grouping", ["shared", "separate"])
+def test_checkpoint_is_valid_and_within_the_budget(
+    architecture: str, layout: str, grouping: str, tmp_path: Path, calibration: str
+):
+    model = save_model(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    recipe = recipe_for(calibration, keep=0.6, layout=layout, grouping=grouping)
+    report = compress(str(model), tmp_path / "out", recipe, QUIET)
+    assert report.stored_parameters <= 0.6 * report.dense_parameters
+    checkpoint = open_checkpoint(tmp_path / "out")
+    check_finite(checkpoint)
+    modules = checkpoint.config.modules
+    assert len(modules) == 3 * (4 if grouping == "shared" else 7)
+    assert {spec.layout for spec in modules.values()} == {layout}
+    dense = load_file(model / "model.safetensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    factored = {f"{li}.weight" for name, spec in modules.items() for li in linears_of(name, spec)}
+    for name, tensor in dense.items():
+        assert (name in stored) != (name in factored)
+        assert name in factored or torch.equal(stored[name], tensor)
+    lines = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    errors = {line["module"]: line["error"] for line in lines if line["event"] == "group"}
+    assert errors.keys() == modules.keys()
+    assert all(0 < error < 1 for error in errors.values())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_full_keep_leaves_the_model_as_it_is(tmp_path: Path, calibration: str):
+    model = save_model("qwen2", tmp_path / "model")
+    compress(str(model), tmp_path / "out", recipe_for(calibration, keep=1.0), QUIET)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.config.modules == {}
+    dense = load_file(model / "model.safetensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert dense.keys() == stored.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in dense.items())
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "saes-svd"])
+def test_high_rank_model_computes_nearly_the_same(method: str, tmp_path: Path, calibration: str):
+    """More rank, less difference of the logits, down to that of rounding."""
+    model = save_model("llama", tmp_path / "model")
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens = torch.randint(4, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+    differences = []
+    with torch.no_grad():
+        logits = dense(tokens).logits
+        for keep in (0.3, 0.9, 0.9999):
+            out = tmp_path / f"{keep}"
+            compress(str(model), out, recipe_for(calibration, method=method, keep=keep), QUIET)
+            small = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+            differences.append(float((small(tokens).logits - logits).norm() / logits.norm()))
+    assert differences == sorted(differences, reverse=True)
+    assert differences[-1] < 0.2 * differences[0]
+
+
+def test_stored_dtype_follows_the_recipe(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model")
+    compress(str(model), tmp_path / "out", recipe_for(calibration, dtype="float16"), QUIET)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    kinds = {tensor.dtype for name, tensor in stored.items() if not name.endswith("pivots")}
+    assert kinds == {torch.float16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+_COMMAND = """
+import sys
+from pathlib import Path
+from svdserve.compression.job import compress
+from svdserve.compression.recipe import make_recipe, make_run
+model, out, text = sys.argv[1:4]
+compress(model, Path(out), make_recipe(calibration=text, tokens=2048, seq_len=64),
+         make_run(progress=False, threads=1, resume=True))
+"""
+
+
+def _start(model: Path, out: Path, text: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", _COMMAND, str(model), str(out), text])
+
+
+def test_killed_jobs_resume_to_the_same_bytes(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=8)
+    whole = tmp_path / "whole"
+    assert _start(model, whole, calibration).wait(120) == 0
+    cut, kills, generator = tmp_path / "cut", 0, random.Random(0)
+    partial = tmp_path / "cut.partial"
+    while not cut.exists():
+        process = _start(model, cut, calibration)
+        before = len(list(partial.glob("block-*.safetensors")))
+        # Every start gets one or two blocks further, and is killed somewhere in the next one.
+        goal = before + generator.randint(1, 2)
+        while process.poll() is None and len(list(partial.glob("block-*.safetensors"))) < goal:
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.05))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(60)
+        assert process.returncode in (0, -signal.SIGKILL)
+        if cut.exists():  # an output directory is whole from the moment it exists
+            open_checkpoint(cut)
+    assert kills >= 3
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    events = [json.loads(line) for line in (cut / LOG_FILE).read_text().splitlines()]
+    modules = [event["module"] for event in events if event["event"] == "group"]
+    assert len(modules) == len(set(modules)) == 32
+
+
+def _abandon(model: Path, out: Path, text: str) -> None:
+    """Leave unfinished work behind."""
+    process = _start(model, out, text)
+    partial = out.with_name(out.name + ".partial")
+    while not (partial / "block-00000.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def test_changed_recipe_is_not_resumed(tmp_path: Path, calibration: str):
+    model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
+    _abandon(model, out, calibration)
+    run = Run(progress=False, threads=1, resume=True)
+    fields = {"calibration": calibration, "tokens": 2048, "seq_len": 64}
+    with pytest.raises(UserError, match=r"recipe.keep was 0.8 and is 0.7"):
+        compress(str(model), out, make_recipe(**fields, keep=0.7), run)
+    with pytest.raises(UserError, match="add --resume to go on or --force to start over"):
+        compress(str(model), out, make_recipe(**fields), QUIET)
+    compress(str(model), out, make_recipe(**fields), run)
+    open_checkpoint(out)
+
+
+def test_existing_output_is_kept_without_force(tmp_path: Path, calibration: str):
+    model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty.*--force"):
+        compress(str(model), out, recipe_for(calibration), QUIET)
+    assert (out / "precious.txt").read_text() == "mine"
+    compress(str(model), out, recipe_for(calibration), QUIET.model_copy(update={"force": True}))
+    open_checkpoint(out)
+    assert not (out / "precious.txt").exists()
+
+
+def test_a_compressed_model_is_not_compressed_again(tmp_path: Path, calibration: str):
+    model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
+    compress(str(model), out, recipe_for(calibration), QUIET)
+    with pytest.raises(UserError, match=r"already quantised or compressed \(svdserve\)"):
+        compress(str(out), tmp_path / "again", recipe_for(calibration), QUIET)
+
+
+def test_one_token_of_calibration_is_enough_to_finish(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model", dtype=torch.float16)
+    compress(str(model), tmp_path / "out", recipe_for(calibration, tokens=1), QUIET)
+    check_finite(open_checkpoint(tmp_path / "out"))
+
+
+def test_overflowing_activations_name_the_group(tmp_path: Path, calibration: str):
+    from safetensors.torch import save_file
+
+    model = save_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj.*not finite"):
+        compress(str(model), tmp_path / "out", recipe_for(calibration), QUIET)
