@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("part", ["compression", "kernels", "server"])
 def test_no_init_turns_a_root_into_a_package(part: str):
-    """``compression`` is a standard-library package from Python 3.14 on; ours must not shadow it."""
+    """``compression`` is a standard-library package from Python 3.14 on: do not shadow it."""
     assert (ROOT / part / "svdserve" / part).is_dir()
     assert not (ROOT / part / "__init__.py").exists()
     assert not (ROOT / part / "svdserve" / "__init__.py").exists()

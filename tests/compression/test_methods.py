@@ -209,15 +209,16 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"beta": "often"}, "aces, exact, or a number"),
-        ({"beta": 1.5}, "from 0 to 1"),
-        ({"beta_min": 0.8}, "beta_min 0.8"),
+        ({"beta": "often"}, "beta is 'often': .*'aces' or 'exact'"),
+        ({"beta": 1.5}, "beta is 1.5: .*less than or equal to 1"),
+        ({"beta_range": (0.8, 0.2)}, "lower cap must not be above"),
+        ({"ridge": -1}, "ridge is -1: .*greater than or equal to 0"),
+        ({"gamma": 1}, "no parameter 'gamma'; it takes: beta, beta_range, ridge"),
     ],
 )
 def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
-    weight, x, x_f = problem()
     with pytest.raises(UserError, match=message):
-        saes_svd(weight, statistics_of(x, x_f), R, **parameters)
+        get_method("saes-svd").check_parameters(parameters)
 
 
 def test_unknown_method_lists_the_known_ones():

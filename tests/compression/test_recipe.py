@@ -18,7 +18,7 @@ def test_yaml_round_trip(tmp_path: Path):
 
 def test_parameters_are_completed_with_the_methods_defaults():
     assert make_recipe(method="svd-llm").parameters == {"ridge": 1e-6}
-    assert make_recipe(parameters={"beta": 0.5}).parameters["beta_max"] == 0.75
+    assert make_recipe(parameters={"beta": 0.5}).parameters["beta_range"] == (0.25, 0.75)
 
 
 @pytest.mark.parametrize(

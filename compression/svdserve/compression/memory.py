@@ -4,7 +4,7 @@ import ctypes
 import resource
 import sys
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def peak_bytes() -> int:
@@ -18,5 +18,5 @@ def release() -> None:
     The allocator keeps the many tensors of a few megabytes that each block leaves behind, in
     fragments that the next block cannot always use; without this the peak grows with the depth.
     """
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+    if _TRIM is not None:
+        _TRIM(0)

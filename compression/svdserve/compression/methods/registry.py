@@ -2,20 +2,24 @@
 
 A method takes the float64 weight [m, n] of a factored module (the stacked weight of a group), the
 statistics of its inputs and a rank, and returns the pair factors. It touches no model, no file and
-chooses no device. Keyword-only parameters with a default are its hyper-parameters; a recipe sets
-them by name.
+chooses no device. Keyword-only parameters with a default are its hyper-parameters: a recipe sets
+them by name, and their annotations (pydantic's) are checked when the recipe is.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, get_type_hints
 
+from pydantic import BaseModel, Field, ValidationError, create_model
 from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
 from svdserve.compression.statistics import Statistic, Statistics
+
+Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""λ over the mean of the diagonal of the Gram matrix that it damps."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,6 @@ class Solution:
 
     factors: Factors
     facts: dict[str, float] = field(default_factory=dict)
-
-
-class MethodFunction(Protocol):
-    def __call__(
-        self, weight: Tensor, statistics: Statistics, rank: int, /, **parameters: Any
-    ) -> Solution: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,12 @@ class Method:
     paper: str
     statistics: frozenset[Statistic]
     function: Callable[..., Solution]
-    parameters: dict[str, Any]
+    schema: type[BaseModel]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The hyper-parameters and their defaults."""
+        return self.check_parameters({})
 
     def solve(
         self, weight: Tensor, statistics: Statistics, rank: int, parameters: dict[str, Any]
@@ -49,14 +52,24 @@ class Method:
         return self.function(weight.double(), statistics, rank, **parameters)
 
     def check_parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The full set of hyper-parameters; UserError on a name that the method does not take."""
-        unknown = sorted(set(given) - set(self.parameters))
+        """The full set of hyper-parameters.
+
+        Raises:
+            UserError: a name that the method does not take, or a value that is out of range.
+        """
+        unknown = sorted(set(given) - set(self.schema.model_fields))
         if unknown:
             raise UserError(
                 f"method {self.name} has no parameter {unknown[0]!r}; it takes: "
-                + (", ".join(sorted(self.parameters)) or "none")
+                + (", ".join(sorted(self.schema.model_fields)) or "none")
             )
-        return {**self.parameters, **given}
+        try:
+            return self.schema.model_validate(given).model_dump()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = first["loc"][0]
+            allowed = " or ".join(e["msg"] for e in error.errors() if e["loc"][0] == name)
+            raise UserError(f"{name} is {given.get(str(name))!r}: {allowed}") from None
 
 
 METHODS: dict[str, Method] = {}
@@ -68,12 +81,14 @@ def method(
     """Register a function as the method ``name``."""
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
-        parameters = {
-            p.name: p.default
+        hints = get_type_hints(function, include_extras=True)
+        fields: dict[str, Any] = {
+            p.name: (hints[p.name], p.default)
             for p in inspect.signature(function).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         }
-        METHODS[name] = Method(name, title, paper, frozenset(statistics), function, parameters)
+        schema = create_model(name, **fields)
+        METHODS[name] = Method(name, title, paper, frozenset(statistics), function, schema)
         return function
 
     return register

@@ -8,17 +8,28 @@ whatever λ is: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹.
 """
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
 from svdserve.compression.linalg import left_subspace, whiten
-from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.statistics import Statistics
 
 _GRID = 6
+
+
+def _ordered(caps: tuple[float, float]) -> tuple[float, float]:
+    if caps[0] > caps[1]:
+        raise ValueError("the lower cap must not be above the upper one")
+    return caps
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 
 
 @method(
@@ -32,10 +43,9 @@ def saes_svd(
     statistics: Statistics,
     rank: int,
     *,
-    beta: float | str = "aces",
-    beta_min: float = 0.25,
-    beta_max: float = 0.75,
-    ridge: float = 1e-3,
+    beta: Share | Literal["aces", "exact"] = "aces",
+    beta_range: Range = (0.25, 0.75),
+    ridge: Ridge = 1e-3,
 ) -> Solution:
     """CEALC with a β that is fixed, or chosen by ACES.
 
@@ -45,14 +55,9 @@ def saes_svd(
         rank: 1..min(m, n).
         beta: a number in [0, 1]; ``aces`` for the paper's closed form (fixed-subspace first-order
             approximation); ``exact`` for a search over the true retained-energy ratio.
-        beta_min: lower cap of ACES and of the search (paper, table 4: 0.25).
-        beta_max: upper cap (0.75).
+        beta_range: caps of ACES and of the search (paper, table 4).
         ridge: λ over the mean of diag H.
-
-    Raises:
-        UserError: a hyper-parameter is out of its range.
     """
-    check_beta(beta, beta_min, beta_max)
     assert statistics.gram is not None
     assert statistics.shift is not None
     whitening = whiten(statistics.gram, ridge)
@@ -63,7 +68,7 @@ def saes_svd(
         chosen = 0.0
     elif isinstance(beta, str):
         search = aces if beta == "aces" else exact_search
-        chosen = search(energies(base, pull), rank, beta_min, beta_max)
+        chosen = search(energies(base, pull), rank, *beta_range)
     else:
         chosen = float(beta)
     left, _ = left_subspace(base + chosen * pull, rank)
@@ -72,19 +77,6 @@ def saes_svd(
         Factors(factor_in=left.mT @ effective, factor_out=left),
         {"beta": chosen, "damping": whitening.damping},
     )
-
-
-def check_beta(beta: float | str, beta_min: float, beta_max: float) -> None:
-    """UserError unless β is ``aces``, ``exact`` or in [0, 1], and the caps are ordered in it."""
-    if isinstance(beta, str):
-        if beta not in ("aces", "exact"):
-            raise UserError(f"beta is {beta!r}; allowed: aces, exact, or a number from 0 to 1")
-    elif not 0 <= beta <= 1:
-        raise UserError(f"beta is {beta}; allowed: aces, exact, or a number from 0 to 1")
-    if not 0 <= beta_min <= beta_max <= 1:
-        raise UserError(
-            f"beta_min {beta_min} and beta_max {beta_max} must satisfy 0 ≤ beta_min ≤ beta_max ≤ 1"
-        )
 
 
 @dataclass(frozen=True)

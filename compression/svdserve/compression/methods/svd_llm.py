@@ -4,7 +4,7 @@ from torch import Tensor
 
 from svdserve.compression.factors import Factors
 from svdserve.compression.linalg import left_subspace, whiten
-from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.statistics import Statistics
 
 
@@ -14,7 +14,7 @@ from svdserve.compression.statistics import Statistics
     paper="https://arxiv.org/abs/2403.07378",
     statistics={"teacher_gram"},
 )
-def svd_llm(weight: Tensor, statistics: Statistics, rank: int, *, ridge: float = 1e-6) -> Solution:
+def svd_llm(weight: Tensor, statistics: Statistics, rank: int, *, ridge: Ridge = 1e-6) -> Solution:
     """Truncate the SVD of W F with F Fᵀ = X_f X_fᵀ, the inputs of the original model.
 
     Ŵ = U_r U_rᵀ W with U_r from W F equals the paper's U_r Σ_r V_rᵀ F⁻¹ in exact arithmetic.
