@@ -1,0 +1,45 @@
+# make demo | test | lint. Each does its whole set-up in .venv; needs Python >= 3.11 (< 3.15), make
+# and a C++ compiler.
+PYTHON ?= python3
+VENV   ?= .venv
+# On a GPU machine: make EXTRAS=gpu,eval,demo,dev
+EXTRAS ?= cpu,eval,demo,dev
+# Where the CPU build of torch is found if pip's own indexes lack it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.svdserve-installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export DO_NOT_TRACK ?= 1
+
+.PHONY: demo test lint install clean
+demo: $(STAMP)
+	$(BIN)/python -m svdserve.server.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+# An old pip backtracks for minutes over vLLM's requirements, so it is upgraded first. The second
+# index is asked only after a failure: where it cannot be reached pip would wait for it.
+$(STAMP): pyproject.toml compression/svdserve_startup.py compression/svdserve_startup.pth
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  { echo "$(PYTHON) is no Python 3.11 to 3.14; name one: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet -e '.[$(EXTRAS)]' || \
+	  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m svdserve.server.cpu_install
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
