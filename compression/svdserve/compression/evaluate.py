@@ -103,7 +103,7 @@ def perplexity(
         text=str(text),
         text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
         dtype=str(model.dtype).removeprefix("torch."),
-        machine=_machine(device),
+        machine=machine(device),
         seconds=time.perf_counter() - started,
         measured_at=datetime.now(UTC),
     )
@@ -192,7 +192,7 @@ def _loss(model: Any, batch: Tensor, first: int) -> float:
     return total
 
 
-def _machine(device: str) -> Machine:
+def machine(device: str) -> Machine:
     on_gpu = device.startswith("cuda")
     return Machine(
         device=device,
