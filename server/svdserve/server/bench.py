@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from svdserve.compression.checkpoint import read_json
@@ -79,7 +81,7 @@ class ModelResult(BaseModel):
 class Ratio(BaseModel):
     """A model's tokens per second over the dense model's, round by round."""
 
-    model: str
+    directory: str
     workload: str
     rounds: list[float]
     median: float
@@ -119,7 +121,7 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
     pairs = zip(model.tokens_per_second[workload], dense.tokens_per_second[workload], strict=True)
     rounds = [fast / slow for fast, slow in pairs]
     return Ratio(
-        model=model.name,
+        directory=model.directory,
         workload=workload,
         rounds=rounds,
         median=statistics.median(rounds),
@@ -141,14 +143,18 @@ def run_bench(options: BenchOptions) -> BenchResult:
         _check_context(directory, _context(options))
     work_around()
     cores = sorted(os.sched_getaffinity(0))
+    progress = partial(track, console=Console(stderr=True), transient=True)
     with ExitStack() as stack:
-        engines = [stack.enter_context(_engine(d, options, cores)) for d in directories]
+        engines = [
+            stack.enter_context(_engine(directory, options, cores))
+            for directory in progress(directories, "loading")
+        ]
         results = [
             ModelResult(directory=str(d), facts=model_facts(d), **engine.description)
             for d, engine in zip(directories, engines, strict=True)
         ]
         order = list(zip(engines, results, strict=True))
-        for number in range(options.pairs + 1):
+        for number in progress(range(options.pairs + 1), "measuring"):
             for workload, call in _calls(options, seed=number):
                 for engine, result in order:
                     speed = engine.call(call)
@@ -287,8 +293,7 @@ def _environment(cores: list[int]) -> dict[str, str]:
 
 
 def _machine(cores: list[int]) -> Machine:
-    names = ("svdserve", "torch", "transformers")
-    packages = {name: version(name) for name in names} | {"vllm": version("vllm")}
+    packages = {name: version(name) for name in ("svdserve", "vllm", "torch", "transformers")}
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

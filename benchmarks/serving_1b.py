@@ -1,0 +1,186 @@
+"""Throughput of a 1B Llama shape, dense and factored: ``python benchmarks/serving_1b.py``.
+
+Weights are random, since speed and memory do not depend on their values, and the factored models
+are written directly in the checkpoint format. The bars at the end say what this project promises.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svdserve.compression.checkpoint import SINGLE_FILE
+from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec
+from svdserve.server.bench import BenchOptions, BenchResult, print_bench, run_bench
+
+KEEPS = (0.8, 0.6, 0.4)
+HIDDEN, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 16, 8192, 32, 8, 32_000
+HEAD_DIM = HIDDEN // HEADS
+# Outputs and inputs of each linear.
+SHAPES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+MODULES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": INTERMEDIATE,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The least median over dense that a keep ratio must reach."""
+
+    decode_8: float
+    prefill_512: float
+
+
+PROMISES = {0.8: Promise(1.10, 1.18), 0.6: Promise(1.30, 1.5), 0.4: Promise(1.60, 1.8)}
+LEAST_DECODE = 1.0  # At every batch size: never slower than dense.
+LEAST_MEMORY = 0.9  # Of the bytes saved in the files must be saved in the worker.
+
+
+class Bar(BaseModel):
+    """One promise and what was measured."""
+
+    model: str
+    what: str
+    required: float
+    measured: float
+
+    @property
+    def passed(self) -> bool:
+        return self.measured >= self.required
+
+
+def write_model(directory: Path, keep: float | None) -> None:
+    """Write a random model, dense or with every linear factored to ``keep``, shared by group."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows: int, columns: int) -> Tensor:
+        weight = torch.empty(rows, columns, dtype=torch.bfloat16)
+        return weight.normal_(std=columns**-0.5, generator=generator)
+
+    tensors = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN)}
+    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    modules: dict[str, ModuleSpec] = {}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+        if keep is None:
+            tensors |= {f"{prefix}.{n}.weight": random(*shape) for n, shape in SHAPES.items()}
+            continue
+        for name, spec in _specs(prefix, keep):
+            modules[name] = spec
+            for suffix, shape in spec.tensors().items():
+                if suffix == "pivots":
+                    order = torch.randperm(spec.in_features, generator=generator)
+                    tensors[f"{name}.{suffix}"] = order[: spec.rank].to(torch.int32)
+                else:
+                    tensors[f"{name}.{suffix}"] = random(*shape)
+    config: dict[str, object] = dict(CONFIG)
+    if keep is not None:
+        block = CheckpointConfig(base_model="random-1b", keep=keep, modules=modules)
+        config["quantization_config"] = block.dump()
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / SINGLE_FILE)
+    # Last: a directory with a configuration is complete.
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _specs(prefix: str, keep: float) -> Iterator[tuple[str, ModuleSpec]]:
+    for module in MODULES:
+        parent, _, group = module.rpartition(".")
+        shapes = [SHAPES[f"{parent}.{member}"] for member in GROUPS[group]]
+        out, inputs = tuple(rows for rows, _ in shapes), shapes[0][1]
+        rank = rank_for_keep("interpolative", sum(out), inputs, keep)
+        spec = {"members": GROUPS[group], "layout": "interpolative", "rank": rank}
+        yield f"{prefix}.{module}", ModuleSpec.model_validate(spec | {"in": inputs, "out": out})
+
+
+def bars(result: BenchResult) -> list[Bar]:
+    """Every promise next to its measurement."""
+    dense, *others = result.models
+    medians = {(ratio.directory, ratio.workload): ratio.median for ratio in result.ratios}
+    found = []
+    for model in others:
+        promise = PROMISES[model.facts.keep_ratio]
+        least = {name: LEAST_DECODE for name in result.options.workloads if "decode" in name}
+        for workload, required in (least | vars(promise)).items():
+            measured = medians[model.directory, workload]
+            found.append(Bar(model=model.name, what=workload, required=required, measured=measured))
+        saved = dense.resident_bytes - model.resident_bytes
+        share = saved / (dense.stored_bytes - model.stored_bytes)
+        found.append(
+            Bar(model=model.name, what="memory saved", required=LEAST_MEMORY, measured=share)
+        )
+    return found
+
+
+def main() -> int:
+    """Write the models where they are absent, measure, report; returns 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("results/serving_1b.json"))
+    parser.add_argument("--work", type=Path, default=Path("work/serving_1b"), help="models, 6 GiB")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    dense, *factored = directories = [
+        arguments.work / name for name in ("dense", *(f"keep-{keep:g}" for keep in KEEPS))
+    ]
+    for directory, keep in zip(directories, (None, *KEEPS), strict=True):
+        if not (directory / "config.json").exists():
+            write_model(directory, keep)
+    result = run_bench(
+        BenchOptions(
+            dense=dense,
+            models=tuple(factored),
+            pairs=arguments.pairs,
+            dtype="bfloat16",
+            eager=not arguments.compile,
+            kv_cache_bytes=256 << 20,
+        )
+    )
+    print_bench(result)
+    reached = bars(result)
+    for bar in reached:
+        verdict = "reached" if bar.passed else "MISSED"
+        print(f"{bar.model} {bar.what}: {bar.measured:.2f}, promised {bar.required:.2f}: {verdict}")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    report = {"result": result.model_dump(mode="json"), "bars": [b.model_dump() for b in reached]}
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if all(bar.passed for bar in reached) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
