@@ -15,6 +15,24 @@ from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec
 RankRule = Callable[[str, int, int], int]
 """Rank of the module of this name with a weight [m, n]."""
 
+Factorise = Callable[[torch.Tensor, int, Layout], Factors]
+
+
+def truncated_svd(weight: torch.Tensor, rank: int, layout: Layout) -> Factors:
+    """The best rank-r approximation, computed in float64 and stored in the weight's dtype."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    pair = Factors(s[:rank].sqrt()[:, None] * v[:rank], u[:, :rank] * s[:rank].sqrt())
+    return (pair if layout == "pair" else interpolative(pair)).to(weight.dtype)
+
+
+def random_factors(weight: torch.Tensor, rank: int, layout: Layout) -> Factors:
+    """Factors of the right shapes and scale that have nothing to do with the weight; instant."""
+    m, n = weight.shape
+    outer = (torch.randn(m, rank) * rank**-0.5).to(weight.dtype)
+    columns = n if layout == "pair" else n - rank
+    inner = (torch.randn(rank, columns) * n**-0.5).to(weight.dtype)
+    return Factors(inner, outer, None if layout == "pair" else torch.randperm(n)[:rank].int())
+
 
 def unequal_ranks(module: str, out_features: int, in_features: int) -> int:
     """About half of the full rank, but another for each kind of module and each layer."""
@@ -30,9 +48,10 @@ def write_checkpoint(
     shared: bool,
     keep_dense: frozenset[str] = frozenset(),
     rank_rule: RankRule = unequal_ranks,
+    factorise: Factorise = truncated_svd,
     reference: Path | None = None,
 ) -> Path:
-    """Factor every linear of ``dense`` by a truncated SVD.
+    """Factor every linear of ``dense``.
 
     Args:
         dense: Hugging Face directory with one safetensors file.
@@ -54,14 +73,8 @@ def write_checkpoint(
         weight = torch.cat([weights.pop(name) for name in names])
         sizes = tuple(products[name].shape[0] for name in names)
         rank = rank_rule(module, *weight.shape)
-        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-        pair = Factors(
-            (s[:rank].sqrt()[:, None] * v[:rank]).to(weight.dtype).contiguous(),
-            (u[:, :rank] * s[:rank].sqrt()).to(weight.dtype).contiguous(),
-        )
-        exact = (pair.factor_out.double() @ pair.factor_in.double()).to(weight.dtype)
-        products |= dict(zip(names, exact.split(sizes), strict=True))
-        factors = pair if layout == "pair" else interpolative(pair)
+        factors = factorise(weight, rank, layout)
+        products |= dict(zip(names, factors.dense().split(sizes), strict=True))
         modules[module] = ModuleSpec.model_validate(
             {"members": members, "layout": layout, "rank": factors.rank}
             | {"in": weight.shape[1], "out": sizes}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -37,12 +38,14 @@ class Served:
         tokens: [prompts, 64] greedy continuations.
         logprobs: for each prompt [length - 1 + 64, vocabulary]: of every token but the first.
         reports: svdserve's load report of each worker, as dictionaries; None from a dense model.
+        resident_bytes: of the process after the run; of one rank only if there is one.
         error: message of the exception that ended it, else empty.
     """
 
     tokens: list[list[int]]
     logprobs: list[torch.Tensor]
     reports: list[dict[str, Any] | None]
+    resident_bytes: int
     error: str
 
 
@@ -65,7 +68,7 @@ def run(
         facts = json.loads((folder / f"{index}.json").read_text())
         tensors = load_file(folder / f"{index}.safetensors")
         rows = [tensors[f"logprobs.{i}"] for i in range(len(facts["tokens"]))]
-        served.append(Served(facts["tokens"], rows, facts["reports"], facts["error"]))
+        served.append(Served(logprobs=rows, **facts))
     return served
 
 
@@ -75,7 +78,7 @@ def _main(folder: Path) -> None:
     gc.freeze()  # else a full collection takes as long as starting an engine
     jobs = json.loads((folder / "jobs.json").read_text())
     for index, engine in enumerate(jobs["engines"]):
-        facts: dict[str, Any] = {"tokens": [], "reports": [], "error": ""}
+        facts: dict[str, Any] = {"tokens": [], "reports": [], "resident_bytes": 0, "error": ""}
         tensors: dict[str, torch.Tensor] = {}
         try:
             facts |= _serve(engine, jobs["prompts"], tensors)
@@ -122,6 +125,7 @@ def _serve(
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "reports": llm.apply_model(_report),
+            "resident_bytes": psutil.Process().memory_info().rss,
         }
     finally:
         del llm
