@@ -6,8 +6,6 @@ starts: the front end, the engine core and each worker.
 
 import logging
 
-from svdserve.compression.schema import QUANT_METHOD
-
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
 SUPPORTED_CPU = ("0.32", "0.33")
 SUPPORTED_GPU = ("0.32", "0.34")
@@ -21,6 +19,8 @@ def register() -> None:
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
+
+    from svdserve.compression.schema import QUANT_METHOD
 
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
