@@ -56,7 +56,10 @@ def run(
     timeout: float = 600,
     **environment: str,
 ) -> list[Served]:
-    """Start one engine for each dictionary of LLM arguments, generate from all prompts."""
+    """Start one engine for each dictionary of LLM arguments, generate from all prompts.
+
+    The extra argument ``reload`` then makes the workers reload their weights in place.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps({"engines": engines, "prompts": prompts}))
     command = [sys.executable, __file__, str(folder)]
@@ -104,6 +107,7 @@ def _serve(
         "use_tqdm_on_load": False,
         "num_gpu_blocks_override": 64,  # a small cache: allocating 1 GiB takes seconds
     }
+    reload = engine.pop("reload", False)
     llm = None
     try:
         llm = LLM(**(defaults | engine))
@@ -122,6 +126,8 @@ def _serve(
             tensors[f"logprobs.{index}"] = torch.tensor(
                 [[row[token].logprob for token in range(len(row))] for row in rows]
             )
+        if reload:
+            llm.collective_rpc("reload_weights")
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "reports": llm.apply_model(_report),
