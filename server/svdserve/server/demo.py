@@ -55,6 +55,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the server on 127.0.0.1.")] = 8000,
 ) -> None:
     """Compress SmolLM2-135M to 80 % and show what that costs and gains."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server like Ctrl-C
     check_port(DEFAULT_HOST, port)
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     work.mkdir(parents=True, exist_ok=True)
@@ -170,12 +171,12 @@ def _json(*arguments: str) -> Any:
 
 
 def _command(*arguments: str) -> list[str]:
-    console.print(f"[bold]$ svdserve {' '.join(arguments)}[/bold]", highlight=False)
+    console.print(f"[bold]$ svdserve {' '.join(arguments)}[/bold]", highlight=False, soft_wrap=True)
     return [sys.executable, "-m", "svdserve.server.cli", *arguments]
 
 
 def _run(*arguments: str) -> None:
-    console.print(f"[bold]$ python {' '.join(arguments)}[/bold]", highlight=False)
+    console.print(f"[bold]$ python {' '.join(arguments)}[/bold]", highlight=False, soft_wrap=True)
     subprocess.run([sys.executable, *arguments], check=True)
 
 
