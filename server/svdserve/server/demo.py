@@ -28,7 +28,7 @@ from svdserve.server.serve import DEFAULT_HOST, check_port
 QUESTION = "What is the capital of France?"
 KEEP = "0.8"
 # Short sequences: sampling them from the model itself is most of the calibration's time.
-CALIBRATION = ("--calibration", "self", "--tokens", "16384", "--seq-len", "512")
+CALIBRATION = ("--calibration", "self", "--tokens", "8192", "--seq-len", "256")
 EVALUATION = ("--seq-len", "1024", "--max-chunks", "8")
 BENCH = ("--pairs", "2", "--batch-size", "1", "--batch-size", "8", "--output-len", "32")
 SERVING = ("--max-model-len", "2048", "--enforce-eager")
