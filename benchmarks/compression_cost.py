@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from svdserve.compression.calibration import calibration_tokens
 from svdserve.compression.checkpoint import LOG_FILE
-from svdserve.compression.evaluate import machine
 from svdserve.compression.job import compress
+from svdserve.compression.machine import this_machine
 from svdserve.compression.recipe import Recipe, Run, make_recipe
 
 TIME_BAR, MEMORY_BAR, DEPTH_BAR = 1.6, 1.3e9, 0.05
@@ -36,6 +36,7 @@ import torch
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 from pathlib import Path
 from svdserve.compression.job import compress
+from svdserve.compression.machine import this_machine
 from svdserve.compression.recipe import Run, make_recipe
 model, out, text, tokens, seq_len = sys.argv[1:]
 recipe = make_recipe(calibration=text, tokens=int(tokens), seq_len=int(seq_len))
@@ -127,7 +128,7 @@ def main() -> None:
         "model": given.model.name,
         "tokens": given.tokens,
         "recipe": recipe.model_dump(mode="json") | {"calibration": given.calibration.name},
-        "machine": machine("cpu").model_dump(),
+        "machine": this_machine().model_dump(),
         "time": times,
         "memory": {**memory, "bar": MEMORY_BAR},
         "depth": depth_costs(given.model, given.calibration),

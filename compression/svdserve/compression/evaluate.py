@@ -6,11 +6,9 @@ special tokens, cut it into chunks of equal length, average the token losses of 
 
 import hashlib
 import math
-import platform
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
 from svdserve.compression.errors import UserError
+from svdserve.compression.machine import Machine, this_machine
 
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Machine(BaseModel):
-    """Where a number was measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    device: str
-    processor: str
-    threads: PositiveInt
-    python: str
-    torch: str
-    transformers: str
-    svdserve: str
 
 
 class Perplexity(BaseModel):
@@ -103,7 +88,7 @@ def perplexity(
         text=str(text),
         text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
         dtype=str(model.dtype).removeprefix("torch."),
-        machine=machine(device),
+        machine=this_machine(device),
         seconds=time.perf_counter() - started,
         measured_at=datetime.now(UTC),
     )
@@ -190,23 +175,3 @@ def _loss(model: Any, batch: Tensor, first: int) -> float:
             targets = batch[row, start + 1 : stop + 1]
             total += cross_entropy(piece, targets, reduction="sum").item()
     return total
-
-
-def machine(device: str) -> Machine:
-    on_gpu = device.startswith("cuda")
-    return Machine(
-        device=device,
-        processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=version("torch"),
-        transformers=version("transformers"),
-        svdserve=version("svdserve"),
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

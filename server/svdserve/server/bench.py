@@ -7,7 +7,6 @@ Medians are reported with the extremes of the rounds. Each engine is a process (
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +26,7 @@ from rich.table import Table
 
 from svdserve.compression.checkpoint import read_json
 from svdserve.compression.errors import UserError
+from svdserve.compression.machine import Machine, this_machine
 from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around
 from svdserve.server.metrics import ModelFacts, model_facts
@@ -87,15 +86,6 @@ class Ratio(BaseModel):
     median: float
     lowest: float
     highest: float
-
-
-class Machine(BaseModel):
-    """Where the figures were taken; ``cores`` are those that each model could use."""
-
-    cpu: str
-    cores: list[int]
-    python: str
-    packages: dict[str, str]
 
 
 class BenchResult(BaseModel):
@@ -161,7 +151,7 @@ def run_bench(options: BenchOptions) -> BenchResult:
                     if number:  # Round 0 warms up.
                         result.tokens_per_second.setdefault(workload, []).append(speed)
             order.reverse()
-    return BenchResult(options=options, machine=_machine(cores), models=results)
+    return BenchResult(options=options, machine=this_machine(), models=results)
 
 
 def print_bench(result: BenchResult) -> None:
@@ -176,7 +166,7 @@ def print_bench(result: BenchResult) -> None:
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
         title=f"Tokens per second over dense: median and range of {options.pairs} rounds",
-        caption=f"{machine.cpu}, {len(machine.cores)} cores, "
+        caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )
     speeds.add_column("model")
@@ -290,13 +280,3 @@ def _environment(cores: list[int]) -> dict[str, str]:
         for library in folder.glob("libgomp*.so*"):
             return environment | {"LD_PRELOAD": str(library)}
     return environment
-
-
-def _machine(cores: list[int]) -> Machine:
-    packages = {name: version(name) for name in ("svdserve", "vllm", "torch", "transformers")}
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [li for li in info.read_text().splitlines() if li.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    return Machine(cpu=cpu, cores=cores, python=platform.python_version(), packages=packages)

