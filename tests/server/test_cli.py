@@ -61,9 +61,10 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
     assert block["recipe"]["layout"] == "pair"
     assert block["recipe"]["parameters"]["beta"] == 0.5
 
-    done = svdserve("eval", dense, small, "--text", text, "--seq-len", "64", "--json")
+    record = tmp_path / "results" / "eval.json"
+    done = svdserve("eval", dense, small, "--text", text, "--seq-len", "64", "--json", record)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = json.loads(record.read_text())
     assert [entry["model"] for entry in results] == [str(dense), str(small)]
     assert results[0]["perplexity"] != results[1]["perplexity"]
 

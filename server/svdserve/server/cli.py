@@ -151,7 +151,9 @@ def evaluate(
         str | None, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
+    ] = None,
 ) -> None:
     """Measure perplexity on a text, by the protocol of the SVD literature.
 
@@ -169,9 +171,8 @@ def evaluate(
     }
     given = {name: value for name, value in options.items() if value is not None}
     results = [perplexity(model, text, **given) for model in models]  # type: ignore[arg-type]
-    if as_json:
-        _print_json([result.model_dump(mode="json") for result in results])
-        return
+    if json_file is not None:
+        _write_json(json_file, [result.model_dump(mode="json") for result in results])
     table = Table("model", "dtype", title=f"Perplexity on {text}")
     for heading in ("perplexity", "mean loss", "chunks", "seq_len", "seconds"):
         table.add_column(heading, justify="right")
@@ -214,7 +215,9 @@ def bench(
     eager: Annotated[
         bool | None, typer.Option("--eager/--compiled", help="Without or with compilation.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all rounds to this JSON file too.")
+    ] = None,
 ) -> None:
     """Compare the speed and memory of models in vLLM, in interleaved rounds."""
     given = {name: value for name, value in locals().items() if value is not None}
@@ -222,10 +225,9 @@ def bench(
 
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}
     result = run_bench(BenchOptions(**chosen))
-    if as_json:
-        _print_json(result.model_dump(mode="json"))
-    else:
-        print_bench(result)
+    if json_file is not None:
+        _write_json(json_file, result.model_dump(mode="json"))
+    print_bench(result)
 
 
 @app.command(name="inspect")
@@ -238,7 +240,7 @@ def inspect_(
 
     inspection = inspect_checkpoint(directory)
     if as_json:
-        _print_json(inspection.model_dump(mode="json"))
+        typer.echo(json.dumps(inspection.model_dump(mode="json"), indent=2))
     else:
         print_inspection(inspection)
 
@@ -280,8 +282,9 @@ def _number_or_name(text: str) -> float | str:
         return text
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+def _write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

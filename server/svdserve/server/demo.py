@@ -67,8 +67,9 @@ def demo(
         resume = ["--resume"] if small.with_name(f"{small.name}.partial").exists() else []
         options = ("--out", str(small), "--keep", KEEP, *CALIBRATION, *resume)
         _svdserve("compress", str(dense), *options)
-    perplexities = _json("eval", str(dense), str(small), "--text", str(text), *EVALUATION)
-    bench = _json("bench", str(dense), str(small), *BENCH)
+    models = str(dense), str(small)
+    perplexities = _json(work / "eval.json", "eval", *models, "--text", str(text), *EVALUATION)
+    bench = _json(work / "bench.json", "bench", *models, *BENCH)
     with _server(small, port) as url:
         answer = _ask(url)
         console.print(_table((dense, small), perplexities, bench))
@@ -164,10 +165,10 @@ def _svdserve(*arguments: str) -> None:
     subprocess.run(_command(*arguments), check=True)
 
 
-def _json(*arguments: str) -> Any:
-    """What the command prints with --json."""
-    done = subprocess.run(_command(*arguments, "--json"), check=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
+def _json(file: Path, *arguments: str) -> Any:
+    """What the command writes with --json."""
+    _svdserve(*arguments, "--json", str(file))
+    return json.loads(file.read_text())
 
 
 def _command(*arguments: str) -> list[str]:
