@@ -36,7 +36,9 @@ class Served:
 
     Attributes:
         tokens: [prompts, 64] greedy continuations.
-        logprobs: for each prompt [length - 1 + 64, vocabulary]: of every token but the first.
+        logprobs: for each prompt [length - 1 + 64, vocabulary]: of every token but the first; with
+            ``top_logprobs`` [64, top], of the likeliest new tokens.
+        top_tokens: with ``top_logprobs``, for each prompt [64, top]: which tokens these are.
         reports: svdserve's load report of each worker, as dictionaries; None from a dense model.
         resident_bytes: of the process after the run; of one rank only if there is one.
         error: message of the exception that ended it, else empty.
@@ -44,6 +46,7 @@ class Served:
 
     tokens: list[list[int]]
     logprobs: list[torch.Tensor]
+    top_tokens: list[torch.Tensor]
     reports: list[dict[str, Any] | None]
     resident_bytes: int
     error: str
@@ -58,7 +61,8 @@ def run(
 ) -> list[Served]:
     """Start one engine for each dictionary of LLM arguments, generate from all prompts.
 
-    The extra argument ``reload`` then makes the workers reload their weights in place.
+    Extra arguments: ``reload`` then makes the workers reload their weights in place;
+    ``top_logprobs`` asks for that many, where all of a large vocabulary would be too many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps({"engines": engines, "prompts": prompts}))
@@ -71,7 +75,8 @@ def run(
         facts = json.loads((folder / f"{index}.json").read_text())
         tensors = load_file(folder / f"{index}.safetensors")
         rows = [tensors[f"logprobs.{i}"] for i in range(len(facts["tokens"]))]
-        served.append(Served(logprobs=rows, **facts))
+        tops = [tensor for name, tensor in sorted(tensors.items()) if name.startswith("top.")]
+        served.append(Served(logprobs=rows, top_tokens=tops, **facts))
     return served
 
 
@@ -108,6 +113,7 @@ def _serve(
         "num_gpu_blocks_override": 64,  # a small cache: allocating 1 GiB takes seconds
     }
     reload = engine.pop("reload", False)
+    top = engine.pop("top_logprobs", None)
     llm = None
     try:
         llm = LLM(**(defaults | engine))
@@ -115,13 +121,23 @@ def _serve(
             temperature=0,
             max_tokens=NEW_TOKENS,
             ignore_eos=True,
-            logprobs=-1,
-            prompt_logprobs=-1,
+            logprobs=top or -1,
+            prompt_logprobs=None if top else -1,
             detokenize=False,
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
         for index, output in enumerate(outputs):
+            if top:
+                likeliest = [sorted(row)[:top] for row in output.outputs[0].logprobs]
+                tensors[f"top.{index}"] = torch.tensor(likeliest)
+                tensors[f"logprobs.{index}"] = torch.tensor(
+                    [
+                        [row[token].logprob for token in tokens]
+                        for row, tokens in zip(output.outputs[0].logprobs, likeliest, strict=True)
+                    ]
+                )
+                continue
             rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
             tensors[f"logprobs.{index}"] = torch.tensor(
                 [[row[token].logprob for token in range(len(row))] for row in rows]

@@ -103,12 +103,12 @@ class Job:
     def execute(self) -> Report:
         started = time.perf_counter()
         self.work.open(self.signature)
-        tokens = self._tokens()
         specs: dict[str, ModuleSpec] = {}
         finished = self.work.finished(self.skeleton.blocks)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
+            tokens = self._tokens()
             walk = Walk(
                 self.skeleton,
                 tokens,
@@ -200,6 +200,7 @@ class Job:
         factors = solution.factors
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
+        seconds = round(time.perf_counter() - begun, 4)
         factors = factors.to(self.dtype)
         spec = ModuleSpec(
             members=unit.members,
@@ -213,7 +214,6 @@ class Job:
         block.replace(unit.group, unit.name.rpartition(".")[2], spec, factors)
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         error = relative_error(weight, factors.to(torch.float64).dense(), gram)
-        seconds = round(time.perf_counter() - begun, 4)
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
         return spec, {**facts, "solve_seconds": seconds}
 

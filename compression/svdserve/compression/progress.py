@@ -20,6 +20,7 @@ class Progress:
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
         self._path = log
         self._bar = bars.Progress(
+            bars.SpinnerColumn(),
             bars.TextColumn("[bold]{task.description}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
@@ -30,7 +31,7 @@ class Progress:
             console=Console(stderr=True),
             disable=not show,
         )
-        self._task = self._bar.add_task("blocks", total=blocks, facts="")
+        self._task = self._bar.add_task("calibration tokens", total=blocks, facts="")
         self._facts: list[str] = []
         self._begun = time.perf_counter()
 

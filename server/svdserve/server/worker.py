@@ -5,16 +5,16 @@ vLLM adds the class to the bases of its worker (vllm/v1/worker/worker_base.py), 
 benchmark ask once, after the model has loaded, and watch the worker's memory from outside.
 """
 
-import ctypes
 import gc
 import os
 import socket
-import sys
 from typing import Any
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
+
+from svdserve.compression.memory import release
 
 EXTENSION = "svdserve.server.worker.WorkerExtension"
 METHOD = "svdserve_report"
@@ -65,9 +65,7 @@ class WorkerExtension:
         from svdserve.server.loader import load_report  # Imports vLLM, which only workers need.
 
         gc.collect()
-        if sys.platform == "linux":
-            # Loading frees as much as it keeps; glibc holds on to that until asked.
-            ctypes.CDLL(None).malloc_trim(0)
+        release()  # Loading frees as much as it keeps.
         loaded = load_report(self.model_runner.get_model())  # None for a dense model.
         report = WorkerReport(
             rank=self.rank,
