@@ -1,5 +1,7 @@
 """The two-stream walk against the models' own forward passes."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,22 @@ def test_blocks_hold_memory_only_while_they_are_walked(tmp_path: Path):
     shared = zip(block.teacher.parameters(), block.student.parameters(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in shared)
     assert all(p.device.type == "meta" for p in walk.skeleton.model.parameters())
+
+
+def test_a_finished_block_is_freed_at_once(tmp_path: Path):
+    """Not by the garbage collector: the peak would then grow with the depth."""
+    walk = walk_of(save_model("gemma3", tmp_path / "model"), random_tokens(2, 8))
+    gc.disable()
+    try:
+        block = walk.block(0)
+        for group in block.groups:
+            block.statistics(group)
+        block.finish()
+        modules = [weakref.ref(block.teacher), weakref.ref(block.student), weakref.ref(block)]
+        del block
+        assert [ref() for ref in modules] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_unknown_architecture_lists_the_supported_ones(tmp_path: Path):

@@ -9,9 +9,10 @@ stream, only norms and residual additions are repeated.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from svdserve.compression.replay import input_of, learn_containers
 from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.skeleton import Call, Group, Skeleton
 from svdserve.compression.statistics import Accumulator, Statistic, Statistics
+
+Inputs = tuple[Tensor | None, Tensor | None]
+"""A group's inputs in the student and in the teacher; None for a stream that does not run."""
 
 
 class Streams:
@@ -137,12 +141,6 @@ class BlockPass:
         self.groups = walk.skeleton.groups[index]
         self.teacher = walk.skeleton.block(index, walk.device)
         self.student = _share_copy(self.teacher)
-        self._steps = {
-            "qkv_proj": self._at_attention_input,
-            "o_proj": self._at_attention_output,
-            "gate_up_proj": self._at_mlp_input,
-            "down_proj": self._at_mlp_output,
-        }
 
     def weight(self, group: Group, member: str) -> Tensor:
         """The teacher's weight [m, n] of one linear, float32."""
@@ -159,10 +157,11 @@ class BlockPass:
         wanted = self.walk.wanted if collect else frozenset()
         features = self.weight(group, group.members[0]).shape[1]
         accumulator = Accumulator(features, wanted, self.walk.device)
+        step = self._STEPS[group.name]
         if self.walk.wanted:
             for rows in self.walk.batches:
                 with torch.no_grad():
-                    accumulator.add(*self._steps[group.name](rows))
+                    accumulator.add(*step(self, rows))
         if group.name == "gate_up_proj":
             self.walk.streams.drop("student_heads")
         return accumulator.finish()
@@ -186,10 +185,9 @@ class BlockPass:
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
         streams.drop("teacher_attention", "student_attention", "student_hidden")
 
-    # One step per group: the inputs of student and teacher for a batch, None for a stream that
-    # does not run. What a later step needs is stored on the way.
+    # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 
-    def _at_attention_input(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    def _at_attention_input(self, rows: slice) -> Inputs:
         student = teacher = None
         if self.walk.uses_student:
             student = self._input(self.student, "student", rows, "qkv_proj", {})
@@ -197,7 +195,7 @@ class BlockPass:
             teacher = self._input(self.teacher, "teacher", rows, "qkv_proj", {})
         return student, teacher
 
-    def _at_attention_output(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    def _at_attention_output(self, rows: slice) -> Inputs:
         student = teacher = None
         if self.walk.uses_student:
             student = self._input(self.student, "student", rows, "o_proj", {})
@@ -208,7 +206,7 @@ class BlockPass:
             self.walk.streams.write("teacher_attention", rows, attention)
         return student, teacher
 
-    def _at_mlp_input(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    def _at_mlp_input(self, rows: slice) -> Inputs:
         student = teacher = None
         if self.walk.uses_student:
             heads = self.walk.streams.read("student_heads", rows)
@@ -221,7 +219,7 @@ class BlockPass:
             teacher = self._input(self.teacher, "teacher", rows, "gate_up_proj", replay)
         return student, teacher
 
-    def _at_mlp_output(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    def _at_mlp_output(self, rows: slice) -> Inputs:
         student = teacher = None
         streams = self.walk.streams
         if self.walk.uses_student:
@@ -240,6 +238,15 @@ class BlockPass:
                 hook.remove()
             teacher = seen[0]
         return student, teacher
+
+    # On the class: bound methods kept by the instance would make a cycle, and a finished block
+    # would hold its memory until the garbage collector comes by.
+    _STEPS: ClassVar[dict[str, Callable[["BlockPass", slice], Inputs]]] = {
+        "qkv_proj": _at_attention_input,
+        "o_proj": _at_attention_output,
+        "gate_up_proj": _at_mlp_input,
+        "down_proj": _at_mlp_output,
+    }
 
     def _input(
         self, block: nn.Module, stream: str, rows: slice, group: str, replay: dict[str, Tensor]

@@ -9,6 +9,10 @@ needs all of z. Row-parallel: the rank's input channels, that is columns of fact
 among them, give a partial z; z [.., r] is all-reduced instead of y [.., m], fewer bytes, and every
 rank then holds the whole y.
 
+Order. Gathering the pivots of x costs most at down_proj, which has the most inputs. It needs no
+gather where gate_up_proj writes its outputs in that order already: its rows are free to be stored
+in any order (``input_order`` of the one layer is ``row_order`` of the other).
+
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
@@ -88,8 +92,9 @@ class LowRankProduct(nn.Module):
         Args:
             inner: V, or Z for the channels that are no pivots; None if there are none of these.
             outer: U or C.
-            order: channels of x (int64), pivots first, then the others; None for ``pair``.
-            slots: the places in z of this rank's pivots.
+            order: channels of x (int64), pivots first, then the others; None where x has that
+                order, and for ``pair``.
+            slots: the places in z of this rank's pivots; empty for ``pair``.
             reduce: whether z is partial and must be summed over the ranks.
         """
         super().__init__()
@@ -109,13 +114,13 @@ class LowRankProduct(nn.Module):
         return self.outer(z, bias)  # type: ignore[no-any-return]
 
     def _project(self, x: Tensor) -> Tensor:
-        if self.order is None:
-            assert self.inner is not None
-            return self.inner(x)  # type: ignore[no-any-return]
-        # On CPU gather is 2 to 4 times faster than index_select along the last dimension.
-        x = x.gather(-1, self.order.expand(*x.shape[:-1], -1))
+        if self.order is not None:
+            # On CPU gather is 2 to 4 times faster than index_select along the last dimension.
+            x = x.gather(-1, self.order.expand(*x.shape[:-1], -1))
         if self.inner is None:
             z = x.new_zeros(*x.shape[:-1], self.rank)
+        elif self.pivots == 0:
+            return self.inner(x)  # type: ignore[no-any-return]
         else:
             z = self.inner(x.narrow(-1, self.pivots, x.shape[-1] - self.pivots))
         z.narrow(-1, self.first_slot, self.pivots).add_(x.narrow(-1, 0, self.pivots))
@@ -198,11 +203,33 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for suffix in (part.spec.tensors() if part.spec else ("weight",))
         }
 
-    def load(self, layer: LinearBase, checkpoint: Checkpoint) -> StoredBytes:
+    def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
+        """The order of this rank's input channels that needs no gather; None where none does."""
+        spec = self.parts[0].spec
+        if len(self.parts) > 1 or spec is None or spec.layout != "interpolative":
+            return None
+        pivots = checkpoint.factors(self.parts[0].names[0]).pivots
+        assert pivots is not None
+        return _Places.of(pivots, spec.in_features, self.channels).order
+
+    def load(
+        self,
+        layer: LinearBase,
+        checkpoint: Checkpoint,
+        *,
+        row_order: Tensor | None = None,
+        ordered_input: bool = False,
+    ) -> StoredBytes:
         """Read this rank's share of the layer and bring it into the form that ``apply`` uses.
 
         One part is packed before the next is read, so that no more than one part's plain weights
         exist beside the packed ones.
+
+        Args:
+            layer: whose method this is.
+            checkpoint: the files.
+            row_order: of the outputs of every member; the layer must have no bias.
+            ordered_input: whether the inputs come in ``input_order``.
 
         Returns:
             What the rank now stores, also kept as ``stored``.
@@ -217,11 +244,19 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for part in self.parts:
             sizes = list(islice(local, part.outputs))
             if part.spec is None:
-                weight = self._dense_rows(layer, part, sizes, checkpoint)
+                weight = self._dense_rows(layer, part, sizes, checkpoint, row_order)
                 product: nn.Module = Product(self.dense_method, weight)
                 stored += StoredBytes(dense=weight.nbytes, dense_equivalent=weight.nbytes)
             else:
-                product = self._lowrank(layer, part, sizes, checkpoint.factors(part.names[0]), bias)
+                factors = checkpoint.factors(part.names[0])
+                if factors.pivots is not None:
+                    # Their places in z are free to choose: ascending, each rank's are contiguous.
+                    pivots, ascending = factors.pivots.sort()
+                    factors = Factors(
+                        factors.factor_in[ascending], factors.factor_out[:, ascending], pivots
+                    )
+                outer = _rows(factors.factor_out, part.spec.out_features, sizes, layer, row_order)
+                product = self._lowrank(layer, factors, outer, bias, ordered_input)
                 stored += StoredBytes(
                     lowrank=product.stored_bytes,
                     dense_equivalent=sum(sizes) * len(self.channels) * layer.weight.element_size(),
@@ -232,7 +267,12 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return stored
 
     def _dense_rows(
-        self, layer: LinearBase, part: Part, sizes: Sequence[int], checkpoint: Checkpoint
+        self,
+        layer: LinearBase,
+        part: Part,
+        sizes: Sequence[int],
+        checkpoint: Checkpoint,
+        row_order: Tensor | None,
     ) -> Tensor:
         blocks = []
         for linear, size in zip(part.names, sizes, strict=True):
@@ -248,34 +288,24 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     f"{checkpoint.directory}: {name} is {list(weight.shape)}, expected "
                     f"{[size * layer.tp_size, len(self.channels)]}"
                 )
-            blocks.append(_rows(weight, [weight.shape[0]], [size], layer))
+            blocks.append(_rows(weight, [weight.shape[0]], [size], layer, row_order))
         return _own(torch.cat(blocks), layer)
 
     def _lowrank(
         self,
         layer: LinearBase,
-        part: Part,
-        sizes: Sequence[int],
         factors: Factors,
+        outer: Tensor,
         bias: nn.Parameter | None,
+        ordered_input: bool,
     ) -> LowRankProduct:
-        assert part.spec is not None
-        outer = _rows(factors.factor_out, part.spec.out_features, sizes, layer)
-        inner, order, slots = factors.factor_in, None, range(0)
         if factors.pivots is None:
-            inner = inner[:, self.channels.start : self.channels.stop]
+            columns, slots, order = self.channels, range(0), None
         else:
-            # The places in z are free to choose: with ascending pivots each rank's are contiguous.
-            pivots, ascending = factors.pivots.long().sort()
-            inner, outer = inner[ascending], outer[:, ascending]
-            rest = other_channels(pivots, factors.in_features)
-            slots = _within(pivots, self.channels)
-            columns = _within(rest, self.channels)
-            inner = inner[:, columns.start : columns.stop]
-            order = torch.cat(
-                [pivots[slots.start : slots.stop], rest[columns.start : columns.stop]]
-            )
-            order = (order - self.channels.start).to(layer.weight.device)
+            places = _Places.of(factors.pivots, factors.in_features, self.channels)
+            columns, slots = places.columns, places.slots
+            order = None if ordered_input else places.order.to(layer.weight.device)
+        inner = factors.factor_in[:, columns.start : columns.stop]
         dense = self.dense_method
         return LowRankProduct(
             inner=Product(dense, _own(inner, layer)) if inner.shape[1] else None,
@@ -302,17 +332,48 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return y if bias is None else y.add_(bias)
 
 
-def _rows(weight: Tensor, full: Sequence[int], local: Sequence[int], layer: LinearBase) -> Tensor:
+@dataclass(frozen=True)
+class _Places:
+    """Where a rank's input channels stand in the interpolative layout.
+
+    Attributes:
+        slots: of its pivots among all pivots, that is in z.
+        columns: of its other channels among all others, that is in Z.
+        order: its channels, counted from its first one: pivots, then the others; int64.
+    """
+
+    slots: range
+    columns: range
+    order: Tensor
+
+    @classmethod
+    def of(cls, pivots: Tensor, in_features: int, channels: range) -> "_Places":
+        pivots = pivots.long().sort().values
+        rest = other_channels(pivots, in_features)
+        slots, columns = _within(pivots, channels), _within(rest, channels)
+        mine = pivots[slots.start : slots.stop], rest[columns.start : columns.stop]
+        return cls(slots, columns, torch.cat(mine) - channels.start)
+
+
+def _rows(
+    weight: Tensor,
+    full: Sequence[int],
+    local: Sequence[int],
+    layer: LinearBase,
+    order: Tensor | None,
+) -> Tensor:
     """The rank's rows of a stacked weight: of each member, ``local`` of its ``full`` rows.
 
     A member held by fewer shards than there are ranks (key and value heads, replicated layers) is
-    repeated on consecutive ranks, as QKVParallelLinear.weight_loader does.
+    repeated on consecutive ranks, as QKVParallelLinear.weight_loader does. ``order`` rearranges
+    the rank's rows of each member.
     """
     blocks = []
     for block, rows, size in zip(torch.split(weight, list(full)), full, local, strict=True):
         copies = layer.tp_size * size // rows
         start = layer.tp_rank // copies * size
-        blocks.append(block[start : start + size])
+        mine = block[start : start + size]
+        blocks.append(mine if order is None else mine[order])
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 

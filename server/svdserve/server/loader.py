@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor import model_loader
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -31,6 +33,7 @@ from svdserve.server.linear import LowRankLinearMethod, StoredBytes
 logger = init_logger("vllm.svdserve")
 
 LOAD_FORMAT = "svdserve"
+GATED_ACTIVATIONS = (SiluAndMul, GeluAndMul)
 REPLACED_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -144,8 +147,9 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         _require_all_loaded(self._checkpoint, model, expected, loaded)
         rest = sum(p.nbytes for p in expected.values())
         stored = StoredBytes(dense=rest, dense_equivalent=rest)
+        orders = _gated_orders(model, self._checkpoint)
         for layer, method in layers:
-            stored += method.load(layer, self._checkpoint)
+            stored += method.load(layer, self._checkpoint, **orders.get(layer, {}))
         report = LoadReport(time.perf_counter() - self._started, len(layers), stored)
         _reports[model] = report
         logger.info(
@@ -193,6 +197,30 @@ def _require_all_used(
                 f"{checkpoint.directory}: module {name} is factored, but {type(model).__name__} of "
                 "vLLM has no such linear; keep it (experts, embeddings, fused attention) dense"
             )
+
+
+def _gated_orders(model: nn.Module, checkpoint: Checkpoint) -> dict[nn.Module, dict[str, Any]]:
+    """Arguments of ``load`` that spare down_proj its gather, for every gated MLP that allows it.
+
+    Channel i of down_proj's input must come from rows i of gate and up and from nothing else, so
+    the MLP may hold these two layers and an elementwise gated activation, and no more.
+    """
+    found: dict[nn.Module, dict[str, Any]] = {}
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        if children.keys() != {"gate_up_proj", "down_proj", "act_fn"}:
+            continue
+        first, last = children["gate_up_proj"], children["down_proj"]
+        methods = [getattr(layer, "quant_method", None) for layer in (first, last)]
+        if not all(isinstance(method, LowRankLinearMethod) for method in methods):
+            continue
+        if not isinstance(children["act_fn"], GATED_ACTIVATIONS) or first.bias is not None:
+            continue
+        order = methods[1].input_order(checkpoint)
+        if order is not None and set(methods[0].output_sizes) == {len(order)}:
+            found[first] = {"row_order": order}
+            found[last] = {"ordered_input": True}
+    return found
 
 
 def _mark_unloaded(model: nn.Module) -> None:
