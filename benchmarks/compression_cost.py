@@ -14,7 +14,6 @@ the depth.
 # ruff: noqa: E402 (the baseline is taken between two imports)
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-BASELINE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from svdserve.compression.memory import peak_bytes
+
+BASELINE = peak_bytes()
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -37,17 +38,16 @@ TIME_BAR, MEMORY_BAR, DEPTH_BAR = 1.6, 1.3e9, 0.05
 DEPTHS = (8, 32)
 _PEAK = """
 import sys
-import resource
 import torch
-baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from svdserve.compression.memory import peak_bytes
+baseline = peak_bytes()
 from pathlib import Path
 from svdserve.compression.job import compress
-from svdserve.compression.machine import this_machine
 from svdserve.compression.recipe import Run, make_recipe
 model, out, text, tokens, seq_len = sys.argv[1:]
 recipe = make_recipe(calibration=text, tokens=int(tokens), seq_len=int(seq_len))
 report = compress(model, Path(out), recipe, Run(progress=False))
-print(baseline * 1024, report.peak_bytes)
+print(baseline, report.peak_bytes)
 """
 
 
@@ -135,18 +135,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536)
     given = parser.parse_args()
     recipe = make_recipe(calibration=str(given.calibration), tokens=given.tokens)
-    costs = main_costs(given.model, given.out, recipe)
-    result = {
+    # The cheap part first: what it shows may save the long one.
+    result: dict[str, object] = {
         "model": given.model.name,
         "tokens": given.tokens,
         "recipe": recipe.model_dump(mode="json") | {"calibration": given.calibration.name},
         "machine": this_machine().model_dump(),
-        **costs,
         "depth": depth_costs(given.model, given.calibration),
     }
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("time", "memory", "depth")}, indent=2))
+    write(given.json, result)
+    result |= main_costs(given.model, given.out, recipe)
+    write(given.json, result)
+
+
+def write(path: Path, result: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
