@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
@@ -18,15 +19,19 @@ from svdserve.compression.evaluate import perplexity
 SEQ_LEN = 24
 
 
-def words() -> torch.Tensor:
-    """Three chunks and a rest that must be left out; no word starts like a special token."""
-    return 400 + random_tokens(1, 3 * SEQ_LEN + 7)[0] % 100
+LETTERS = "".join(chr(97 + i % 26) for i in random_tokens(1, 3 * SEQ_LEN + 7)[0].tolist())
+
+
+def tokens() -> torch.Tensor:
+    """LETTERS as the pico models' tokenizer of bytes counts them: three chunks and a rest."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return torch.tensor([4 + alphabet.index(letter) for letter in LETTERS])
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{i}" for i in words().tolist()))
+    path = tmp_path_factory.mktemp("text") / "letters.txt"
+    path.write_text(LETTERS)
     return path
 
 
@@ -41,7 +46,7 @@ def test_equals_the_models_own_loss(
     monkeypatch.setattr(evaluate, "LOSS_SLICE", 5)  # slices that do not divide a chunk
     result = perplexity(dense, text, seq_len=SEQ_LEN, batch_size=2, progress=False)
     model = AutoModelForCausalLM.from_pretrained(dense)
-    chunks = words()[: 3 * SEQ_LEN].view(3, SEQ_LEN)
+    chunks = tokens()[: 3 * SEQ_LEN].view(3, SEQ_LEN)
     with torch.no_grad():
         losses = [model(chunk[None], labels=chunk[None]).loss.item() for chunk in chunks]
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
