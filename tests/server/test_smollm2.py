@@ -1,6 +1,7 @@
 """The whole chain on a real model: fetch, compress, serve, and compare with the dense product."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def multiplied_out(checkpoint: Checkpoint, target: Path) -> Path:
     config = read_json(checkpoint.directory / "config.json")
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
+    for file in checkpoint.directory.glob("tokenizer*.json"):
+        shutil.copy(file, target)
     return target
 
 
