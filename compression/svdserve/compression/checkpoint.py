@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,11 +104,6 @@ class TensorFiles:
                 for name in members:
                     tensors[name] = handle.get_tensor(name)
         return tensors
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in turn, in the order of the files."""
-        for name in self.info:
-            yield name, self.load([name])[name]
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:

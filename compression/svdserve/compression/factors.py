@@ -82,8 +82,7 @@ def interpolative(factors: Factors) -> Factors:
     rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
     pivots = torch.from_numpy(order[:rank] - 1)  # LAPACK counts from 1
     rest = torch.from_numpy(order[rank:] - 1)
-    by_channel, ascending = rest.sort()
-    del by_channel
+    ascending = rest.argsort()
     coefficients = torch.linalg.solve_triangular(
         upper[:rank, :rank], upper[:rank, rank:], upper=True
     )[:, ascending]

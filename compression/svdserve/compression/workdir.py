@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdserve.compression.checkpoint import LOG_FILE, read_json
 from svdserve.compression.errors import UserError
+from svdserve.compression.factors import parameters
 from svdserve.compression.schema import ModuleSpec
 
 _JOB = "job.json"
@@ -137,8 +137,7 @@ def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
     """Stored and dense parameters of factored modules; pivots are indices and do not count."""
     stored = dense = 0
     for spec in specs.values():
-        shapes = spec.tensors()
-        stored += sum(torch.Size(s).numel() for name, s in shapes.items() if name != "pivots")
+        stored += parameters(spec.layout, spec.stacked, spec.in_features, spec.rank)
         dense += spec.stacked * spec.in_features
     return stored, dense
 

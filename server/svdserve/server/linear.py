@@ -208,8 +208,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         spec = self.parts[0].spec
         if len(self.parts) > 1 or spec is None or spec.layout != "interpolative":
             return None
-        pivots = checkpoint.factors(self.parts[0].names[0]).pivots
-        assert pivots is not None
+        name = f"{self.parts[0].names[0]}.pivots"
+        pivots = checkpoint.files.load([name])[name]
         return _Places.of(pivots, spec.in_features, self.channels).order
 
     def load(
