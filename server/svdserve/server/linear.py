@@ -2,7 +2,8 @@
 
 A layer [m, n] of one or more ``Part``s (see quantization.py). Each factored part is two products
 around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
-whole, such as a shared qkv_proj, therefore costs exactly two products.
+whole, such as a shared qkv_proj, therefore costs exactly two products, or one fused operation
+where svdserve.kernels has one for the device and dtype.
 
 Tensor parallelism. Column-parallel: the rank's rows of factor_out, all of factor_in, as every rank
 needs all of z. Row-parallel: the rank's input channels, that is columns of factor_in and the pivots
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -33,7 +34,11 @@ from vllm.model_executor.layers.linear import (
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, other_channels
+from svdserve.kernels.cpu import PackedFactors, unsupported
+from svdserve.server.products import LowRankProduct, Product
 from svdserve.server.quantization import Part
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,81 +55,6 @@ class StoredBytes:
             self.dense + other.dense,
             self.dense_equivalent + other.dense_equivalent,
         )
-
-
-class Product(nn.Module):
-    """y = W x + b by vLLM's own dense linear method.
-
-    So each factor gets what a dense layer would on the same device: prepacked oneDNN on CPU, where
-    the unpacked copy is dropped at once, and the configured backend elsewhere.
-    """
-
-    def __init__(
-        self, method: UnquantizedLinearMethod, weight: Tensor, bias: nn.Parameter | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias  # packing for AMX widens it to float32 in place
-        self.shape = weight.shape
-        self.stored_bytes = weight.nbytes
-        self.method = method
-        method.process_weights_after_loading(self)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.method.apply(self, x, bias)  # type: ignore[no-any-return]
-
-
-class LowRankProduct(nn.Module):
-    """y = W x + b by the factors of one part; x [.., n] holds this rank's input channels."""
-
-    order: Tensor | None
-
-    def __init__(
-        self,
-        inner: Product | None,
-        outer: Product,
-        order: Tensor | None,
-        slots: range,
-        reduce: bool,
-    ) -> None:
-        """Compose the two products.
-
-        Args:
-            inner: V, or Z for the channels that are no pivots; None if there are none of these.
-            outer: U or C.
-            order: channels of x (int64), pivots first, then the others; None where x has that
-                order, and for ``pair``.
-            slots: the places in z of this rank's pivots; empty for ``pair``.
-            reduce: whether z is partial and must be summed over the ranks.
-        """
-        super().__init__()
-        self.inner = inner
-        self.outer = outer
-        self.register_buffer("order", order, persistent=False)
-        self.stored_bytes = outer.stored_bytes + (inner.stored_bytes if inner else 0)
-        self.first_slot = slots.start
-        self.pivots = len(slots)
-        self.rank = outer.shape[1]
-        self.reduce = reduce
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        z = self._project(x)
-        if self.reduce:
-            z = tensor_model_parallel_all_reduce(z)
-        return self.outer(z, bias)  # type: ignore[no-any-return]
-
-    def _project(self, x: Tensor) -> Tensor:
-        if self.order is not None:
-            # On CPU gather is 2 to 4 times faster than index_select along the last dimension.
-            x = x.gather(-1, self.order.expand(*x.shape[:-1], -1))
-        if self.inner is None:
-            z = x.new_zeros(*x.shape[:-1], self.rank)
-        elif self.pivots == 0:
-            return self.inner(x)  # type: ignore[no-any-return]
-        else:
-            z = self.inner(x.narrow(-1, self.pivots, x.shape[-1] - self.pivots))
-        z.narrow(-1, self.first_slot, self.pivots).add_(x.narrow(-1, 0, self.pivots))
-        return z
 
 
 class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -298,7 +228,13 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         outer: Tensor,
         bias: nn.Parameter | None,
         ordered_input: bool,
-    ) -> LowRankProduct:
+    ) -> "LowRankProduct | PackedFactors":
+        whole = len(self.channels) == factors.in_features
+        if whole and _has_fused_kernel(layer.weight):
+            inner, pivots = factors.factor_in, factors.pivots
+            if pivots is not None and ordered_input:
+                pivots = torch.arange(len(pivots))
+            return PackedFactors(_own(inner, layer), _own(outer, layer), pivots)
         if factors.pivots is None:
             columns, slots, order = self.channels, range(0), None
         else:
@@ -382,6 +318,14 @@ def _within(ascending: Tensor, channels: range) -> range:
     bounds = torch.tensor([channels.start, channels.stop])
     start, stop = torch.searchsorted(ascending, bounds).tolist()
     return range(start, stop)
+
+
+def _has_fused_kernel(like: Tensor) -> bool:
+    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
+        return False
+    if reason := unsupported():
+        logger.info_once("Factors run as two products: %s", reason)
+    return reason is None
 
 
 def _own(weight: Tensor, layer: LinearBase) -> Tensor:

@@ -1,0 +1,172 @@
+"""The fused low-rank linear for x86 processors with AVX512-BF16 (cpu_bf16.cpp).
+
+The library is compiled once, at install (``python -m svdserve.kernels.cpu``) or at first use, into
+the folder where torch keeps its extensions. Where it cannot be used ``unsupported`` says why, and
+callers run the two products on their own.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
+FLAGS = ("-O3", "-std=c++20", "-fopenmp")
+ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt")
+NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
+_WORD = 32  # channels in one word of the mask
+
+
+class PackedFactors(nn.Module):
+    """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
+
+    Attributes:
+        stored_bytes: of the factors before packing, which pads rows to multiples of 16.
+    """
+
+    packed_in: Tensor
+    packed_out: Tensor
+    mask: Tensor
+
+    def __init__(self, factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None = None) -> None:
+        """Copy the factors; the caller may free its own.
+
+        Args:
+            factor_in: [r, n], or [r, n - r] with pivots; bfloat16 on CPU.
+            factor_out: [m, r]; bfloat16 on CPU.
+            pivots: [r] strictly ascending channels of x, or None for the pair layout.
+
+        Raises:
+            ValueError: shapes, dtypes or pivots that do not fit together.
+            RuntimeError: ``unsupported()`` says why.
+        """
+        super().__init__()
+        self.outputs, self.rank = factor_out.shape
+        self.pivots = 0 if pivots is None else len(pivots)
+        self.channels = self.pivots + factor_in.shape[1]
+        _check(factor_in, factor_out, pivots, self.channels)
+        if reason := unsupported():
+            raise RuntimeError(f"the fused kernel cannot run: {reason}")
+        pack = torch.ops.svdserve.pack
+        self.register_buffer("packed_in", pack(factor_in), persistent=False)
+        self.register_buffer("packed_out", pack(factor_out), persistent=False)
+        self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
+        self.stored_bytes = factor_in.nbytes + factor_out.nbytes
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
+        return torch.ops.svdserve.lowrank(  # type: ignore[no-any-return]
+            x,
+            self.packed_in,
+            self.packed_out,
+            self.mask,
+            self.pivots,
+            self.rank,
+            self.outputs,
+            bias,
+        )
+
+
+@cache
+def unsupported() -> str | None:
+    """Why this process cannot use the kernel; None if it can, and then it is loaded.
+
+    Processors with AMX keep oneDNN's products, which use it.
+    """
+    has = torch.cpu.get_capabilities()
+    if lacking := [name for name in NEEDED if not has.get(name)]:
+        return f"this processor has no {', '.join(lacking)}"
+    if has.get("amx_bf16"):
+        return "this processor has AMX, which the kernel does not use"
+    try:
+        torch.ops.load_library(_library())
+    except (OSError, RuntimeError) as error:
+        return f"{SOURCE.name} did not compile: {error}"
+    torch.library.register_fake("svdserve::lowrank", _fake)
+    return None
+
+
+def _library() -> Path:
+    """The compiled library; compiled now where it is missing or older than its source."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, ISA, torch.__version__)).encode())
+    root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+    library = Path(root) / f"svdserve_cpu_{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(library)
+    return library
+
+
+def _compile(library: Path) -> None:
+    """Raises OSError without a compiler or a writable folder, RuntimeError if it reports errors."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-fPIC", "-shared", str(SOURCE)]
+        # As needed: -fopenmp adds the compiler's OpenMP library last, where torch brings none.
+        command += ["-o", str(built), "-Wl,--as-needed", *_openmp(), "-lc10", "-ltorch_cpu"]
+        command += [f"-isystem{path}" for path in include_paths()]
+        command += [f"-L{path}" for path in library_paths()]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip() or f"{command[0]} failed")
+        built.replace(library)  # at once: several workers may compile at the same time
+
+
+def _openmp() -> list[str]:
+    """Torch's own OpenMP library: a second one in the process would compete for the cores."""
+    package = Path(torch.__file__).parent
+    folders = (package.parent / "torch.libs", package / "lib")
+    return [str(path) for folder in folders for path in folder.glob("libgomp*.so*")][:1]
+
+
+def _check(factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None, channels: int) -> None:
+    rank = factor_out.shape[1]
+    if factor_in.shape[0] != rank or rank == 0 or (pivots is not None and len(pivots) != rank):
+        given = [list(f.shape) for f in (factor_in, factor_out, pivots) if f is not None]
+        raise ValueError(
+            f"factor_in, factor_out and pivots are {given}; expected [r, n], [m, r], or with "
+            "pivots [r, n - r], [m, r], [r]"
+        )
+    for factor in (factor_in, factor_out):
+        if factor.dtype != torch.bfloat16 or factor.device.type != "cpu":
+            raise ValueError(f"a factor is {factor.dtype} on {factor.device}; expected bfloat16")
+    if pivots is not None and not (
+        int(pivots[0]) >= 0 and int(pivots[-1]) < channels and bool((pivots.diff() > 0).all())
+    ):
+        raise ValueError(f"pivots must ascend strictly within 0 .. {channels - 1}")
+
+
+def _mask(pivots: Tensor | None, channels: int) -> Tensor:
+    """One bit for each channel, set for pivots; 32 in an int32, the lowest bit first."""
+    bits = torch.zeros(-(-channels // _WORD), _WORD, dtype=torch.int64)
+    if pivots is not None:
+        bits.view(-1)[pivots.long()] = 1
+    words = (bits << torch.arange(_WORD)).sum(dim=1)
+    return words.to(torch.int32)  # wraps: only the bits count
+
+
+def _fake(
+    x: Tensor,
+    packed_in: Tensor,
+    packed_out: Tensor,
+    mask: Tensor,
+    pivots: int,
+    rank: int,
+    outputs: int,
+    bias: Tensor | None,
+) -> Tensor:
+    del packed_in, packed_out, mask, pivots, rank, bias
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+if __name__ == "__main__":
+    reason = unsupported()
+    print(f"fused kernel: {reason or 'ready'}", file=sys.stderr)

@@ -1,0 +1,308 @@
+// The fused low-rank linear for x86 processors with AVX512-BF16: y = C (x[pivots] + Z x[rest]) + b.
+//
+// One parallel region does all of it: the rows of x are compressed into pivots and other channels,
+// then the first product with the pivots added in float32, then the second product with the bias.
+// A decode step so reads each weight once, in order, and wakes its threads once.
+//
+// Weights are packed in panels of 32 rows, [column pair][row][2], the operand order of vdpbf16ps;
+// the last panel has 16 rows where those are enough. Activations are packed in tiles of up to 12
+// tokens, [column pair][token][2], so that one pointer walks a tile: 12 tokens times 32 rows keep
+// 24 of the 32 vector registers busy.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using std::int64_t;
+using Half = std::uint16_t;  // the bits of one bfloat16
+using Pair = std::uint32_t;  // those of two neighbouring columns
+
+constexpr int kLanes = 16;                   // float32 in a vector
+constexpr int kPanel = 2 * kLanes;           // rows of a packed panel
+constexpr int kTile = 12;                    // tokens of a tile, at most
+constexpr int64_t kChunk = 64 * kTile;       // tokens at a time, which bounds the scratch memory
+constexpr int64_t kGroupBytes = 384 << 10;   // panels that stay in the L2 cache while tiles pass
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+Half* halves(const at::Tensor& tensor) { return static_cast<Half*>(tensor.data_ptr()); }
+const Pair* words(const at::Tensor& tensor) { return static_cast<const Pair*>(tensor.data_ptr()); }
+
+// Lanes of 16-bit values that exist, where `count` are left.
+__mmask32 present(int64_t count) {
+  return count >= kPanel ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+int64_t packed_size(int64_t rows, int64_t columns) {
+  return round_up(rows, kLanes) * round_up(columns, 2);
+}
+
+// A packed weight [rows, 2 * pairs].
+struct Weight {
+  Half* data;
+  int64_t rows;
+  int64_t pairs;
+
+  int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
+  Half* panel(int64_t index) const { return data + index * kPanel * 2 * pairs; }
+  int blocks(int64_t index) const { return rows - index * kPanel <= kLanes ? 1 : 2; }
+};
+
+// Tokens cut into tiles of about one size.
+struct Tiles {
+  int64_t tokens;
+  int64_t count;
+
+  explicit Tiles(int64_t n) : tokens(n), count((n + kTile - 1) / kTile) {}
+  int64_t start(int64_t index) const { return tokens * index / count; }
+  int size(int64_t index) const { return static_cast<int>(start(index + 1) - start(index)); }
+};
+
+// Packed activations [tokens, 2 * pairs], tile after tile.
+struct Activations {
+  Half* data;
+  int64_t pairs;
+
+  Pair* tile(int64_t start) const { return reinterpret_cast<Pair*>(data) + start * pairs; }
+};
+
+// Put the column pairs of one token into its tile.
+void interleave(const Pair* row, int64_t pairs, Pair* tile, int size) {
+  for (int64_t pair = 0; pair < pairs; ++pair) tile[pair * size] = row[pair];
+}
+
+// out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel.
+template <int Tokens, int Blocks>
+void multiply(const Pair* x, const Half* w, int64_t pairs, float* out) {
+  __m512 sums[Tokens][Blocks];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+#pragma GCC unroll 2
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512bh weights[Blocks];
+#pragma GCC unroll 2
+    for (int block = 0; block < Blocks; ++block) {
+      weights[block] = (__m512bh)_mm512_loadu_si512(w + kPanel * block);
+      _mm_prefetch(reinterpret_cast<const char*>(w + kPanel * block) + 2048, _MM_HINT_T0);
+    }
+#pragma GCC unroll 12
+    for (int token = 0; token < Tokens; ++token) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[token]));
+#pragma GCC unroll 2
+      for (int block = 0; block < Blocks; ++block)
+        sums[token][block] = _mm512_dpbf16_ps(sums[token][block], weights[block], value);
+    }
+    w += kPanel * Blocks;
+    x += Tokens;
+  }
+#pragma GCC unroll 12
+  for (int token = 0; token < Tokens; ++token)
+#pragma GCC unroll 2
+    for (int block = 0; block < Blocks; ++block)
+      _mm512_storeu_ps(out + token * kPanel + block * kLanes, sums[token][block]);
+}
+
+using Multiply = void (*)(const Pair*, const Half*, int64_t, float*);
+
+template <int Blocks, int... Less>
+constexpr std::array<Multiply, kTile> by_tokens(std::integer_sequence<int, Less...>) {
+  return {multiply<Less + 1, Blocks>...};
+}
+constexpr auto kMultiply = std::array{by_tokens<1>(std::make_integer_sequence<int, kTile>()),
+                                      by_tokens<2>(std::make_integer_sequence<int, kTile>())};
+
+// 32 sums plus 32 bfloat16 (none where `addend` is null), rounded to bfloat16.
+__m512i add_and_round(const float* sums, const Half* addend, __mmask32 lanes) {
+  __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + kLanes);
+  if (addend) {
+    const __m512i added = _mm512_maskz_loadu_epi16(lanes, addend);
+    const auto widen = [](__m256i bits) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    };
+    low = _mm512_add_ps(low, widen(_mm512_castsi512_si256(added)));
+    high = _mm512_add_ps(high, widen(_mm512_extracti64x4_epi64(added, 1)));
+  }
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// This thread's share of W x; `store(token, size of its tile, its place there, row, sums [32])`
+// gets every result.
+template <typename Store>
+void product(const Activations& x, const Weight& w, const Tiles& tiles, const Store& store) {
+  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t panel_bytes = kPanel * 2 * w.pairs * static_cast<int64_t>(sizeof(Half));
+  const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(panel_bytes, 1));
+  const int64_t begin = w.panels() * thread / threads, end = w.panels() * (thread + 1) / threads;
+  alignas(64) float sums[kTile * kPanel];
+  for (int64_t first = begin; first < end; first += group) {
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int64_t start = tiles.start(tile);
+      const int size = tiles.size(tile);
+      for (int64_t panel = first; panel < std::min(first + group, end); ++panel) {
+        const auto multiply = kMultiply[w.blocks(panel) - 1][size - 1];
+        multiply(x.tile(start), w.panel(panel), w.pairs, sums);
+        for (int place = 0; place < size; ++place)
+          store(start + place, size, place, panel * kPanel, sums + place * kPanel);
+      }
+    }
+  }
+}
+
+// The input [tokens, channels] and which of its channels are pivots: one bit each, 32 in a word.
+struct Input {
+  const Half* data;
+  int64_t stride;
+  int64_t channels;
+  const Pair* mask;
+  int64_t pivots;
+};
+
+// Rows of halves, one for each token, wide enough that whole vectors may be stored at their end.
+struct Rows {
+  Half* data;
+  int64_t stride;
+
+  Half* row(int64_t index) const { return data + index * stride; }
+};
+
+// This thread's tokens: pivots to `chosen`, the other channels to `rest`; `row` is its own scratch.
+void split(const Input& x, const Tiles& tiles, const Rows& chosen, const Activations& rest,
+           Half* row) {
+  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t start = tiles.start(tile);
+    const int size = tiles.size(tile);
+    for (int place = 0; place < size; ++place) {
+      if ((start + place) % threads != thread) continue;
+      const Half* from = x.data + (start + place) * x.stride;
+      Half *pivot = chosen.row(start + place), *other = row;
+      for (int64_t channel = 0; channel < x.channels; channel += kPanel) {
+        const __mmask32 lanes = present(x.channels - channel);
+        const __mmask32 pivots = x.mask[channel / kPanel], others = lanes & ~pivots;
+        const __m512i values = _mm512_maskz_loadu_epi16(lanes, from + channel);
+        _mm512_storeu_si512(pivot, _mm512_maskz_compress_epi16(pivots, values));
+        _mm512_storeu_si512(other, _mm512_maskz_compress_epi16(others, values));
+        pivot += _mm_popcnt_u32(pivots);
+        other += _mm_popcnt_u32(others);
+      }
+      *other = 0;  // the second half of an odd last pair
+      interleave(reinterpret_cast<const Pair*>(row), rest.pairs, rest.tile(start) + place, size);
+    }
+  }
+}
+
+at::Tensor pack(const at::Tensor& weight) {
+  const at::Tensor source = weight.contiguous();
+  const int64_t rows = source.size(0), columns = source.size(1), pairs = (columns + 1) / 2;
+  const at::Tensor packed = at::zeros({packed_size(rows, columns)}, source.options());
+  const Half* from = halves(source);
+  const Weight layout{halves(packed), rows, pairs};
+  at::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t start = panel * kPanel, width = layout.blocks(panel) * kLanes;
+      for (int64_t row = 0; row < std::min(width, rows - start); ++row)
+        for (int64_t column = 0; column < columns; ++column)
+          layout.panel(panel)[(column / 2 * width + row) * 2 + column % 2] =
+              from[(start + row) * columns + column];
+    }
+  });
+  return packed;
+}
+
+// y = C (x[pivots] + Z x[rest]) + b. The first product has a pivot for each of its `rank` rows, or
+// none at all; `mask` tells the pivots among the channels.
+at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::Tensor& packed_out,
+                   const at::Tensor& mask, int64_t pivots, int64_t rank, int64_t outputs,
+                   const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.dim() > 0 && x.scalar_type() == at::kBFloat16 && x.is_cpu(),
+              "lowrank: x must be bfloat16 on CPU with at least one dimension");
+  TORCH_CHECK(packed_in.numel() == packed_size(rank, x.size(-1) - pivots) &&
+                  packed_out.numel() == packed_size(outputs, rank) &&
+                  mask.numel() * kPanel == round_up(x.size(-1), kPanel),
+              "lowrank: x has ", x.size(-1), " channels, the packed factors have others");
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
+                        bias->numel() == outputs),
+              "lowrank: the bias must be bfloat16 [", outputs, "]");
+  const at::Tensor rows = x.reshape({-1, x.size(-1)});
+  const at::Tensor input = rows.stride(-1) == 1 ? rows : rows.contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = outputs;
+  const at::Tensor y = at::empty(shape, x.options());
+  const int64_t tokens = input.size(0), chunk = std::min(tokens, kChunk);
+  if (tokens == 0) return y;
+
+  Input part{halves(input), input.stride(0), input.size(1), words(mask), pivots};
+  const Weight inner{halves(packed_in), rank, (part.channels - pivots + 1) / 2};
+  const Weight outer{halves(packed_out), outputs, (rank + 1) / 2};
+  const Half* offset = bias ? halves(*bias) : nullptr;
+  Half* result = halves(y);
+
+  const int threads = at::get_num_threads();
+  const int64_t chosen_stride = round_up(pivots, kPanel) + kPanel;
+  const int64_t row_length = round_up(part.channels, kPanel) + 2 * kPanel;
+  const int64_t z_start = round_up(2 * inner.pairs * chunk, kPanel);
+  const int64_t chosen_start = z_start + round_up(2 * outer.pairs * chunk, kPanel);
+  const int64_t rows_start = chosen_start + chosen_stride * chunk;
+  const at::Tensor scratch = at::empty({rows_start + row_length * threads}, x.options());
+  Half* base = halves(scratch);
+  const Activations rest{base, inner.pairs}, z{base + z_start, outer.pairs};
+  const Rows chosen{base + chosen_start, chosen_stride};
+
+  for (int64_t first = 0; first < tokens; first += chunk) {
+    const Tiles tiles(std::min(chunk, tokens - first));
+#pragma omp parallel num_threads(threads)
+    {
+      split(part, tiles, chosen, rest, base + rows_start + omp_get_thread_num() * row_length);
+#pragma omp barrier
+      product(rest, inner, tiles,
+              [&](int64_t token, int size, int place, int64_t row, const float* sums) {
+                const __mmask32 lanes = present(rank - row);
+                const Half* addend = pivots ? chosen.row(token) + row : nullptr;
+                const __m512i values = add_and_round(sums, addend, lanes);
+                alignas(64) Pair rounded[kLanes];
+                _mm512_store_si512(rounded, _mm512_maskz_mov_epi16(lanes, values));
+                const int64_t pairs = (std::min<int64_t>(kPanel, rank - row) + 1) / 2;
+                Pair* tile = z.tile(token - place) + row / 2 * size + place;
+                interleave(rounded, pairs, tile, size);
+              });
+#pragma omp barrier
+      product(z, outer, tiles, [&](int64_t token, int, int, int64_t row, const float* sums) {
+        const __mmask32 lanes = present(outputs - row);
+        const __m512i values = add_and_round(sums, offset ? offset + row : nullptr, lanes);
+        _mm512_mask_storeu_epi16(result + token * outputs + row, lanes, values);
+      });
+    }
+    part.data += chunk * part.stride;
+    result += chunk * outputs;
+  }
+  return y;
+}
+
+}  // namespace
+
+// The shapes of the factors are checked before packing, in cpu.py.
+TORCH_LIBRARY(svdserve, library) {
+  library.def("pack(Tensor weight) -> Tensor");
+  library.def(
+      "lowrank(Tensor x, Tensor packed_in, Tensor packed_out, Tensor mask, int pivots, int rank, "
+      "int outputs, Tensor? bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(svdserve, CPU, library) {
+  library.impl("pack", &pack);
+  library.impl("lowrank", &lowrank);
+}
