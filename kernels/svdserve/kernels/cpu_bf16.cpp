@@ -6,8 +6,8 @@
 //
 // Weights are packed in panels of 32 rows, [column pair][row][2], the operand order of vdpbf16ps;
 // the last panel has 16 rows where those are enough. Activations are packed in tiles of up to 12
-// tokens, [column pair][token][2], so that one pointer walks a tile: 12 tokens times 32 rows keep
-// 24 of the 32 vector registers busy.
+// tokens, [block of 32 columns][token][32], so that one pointer walks a tile and whole vectors
+// fill it: 12 tokens times 32 rows keep 24 of the 32 vector registers busy.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -33,6 +33,7 @@ constexpr int kLanes = 16;                   // float32 in a vector
 constexpr int kPanel = 2 * kLanes;           // rows of a packed panel
 constexpr int kTile = 12;                    // tokens of a tile, at most
 constexpr int64_t kChunk = 64 * kTile;       // tokens at a time, which bounds the scratch memory
+constexpr int kAhead = 4096;                 // bytes of weights that are asked for in advance
 constexpr int64_t kGroupBytes = 384 << 10;   // panels that stay in the L2 cache while tiles pass
 
 int64_t round_up(int64_t value, int64_t multiple) {
@@ -45,6 +46,13 @@ const Pair* words(const at::Tensor& tensor) { return static_cast<const Pair*>(te
 // Lanes of 16-bit values that exist, where `count` are left.
 __mmask32 present(int64_t count) {
   return count >= kPanel ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+// Memory that this thread keeps between calls, as fresh pages would cost more than many a product.
+Half* scratch(int64_t count) {
+  static thread_local at::Tensor kept;
+  if (!kept.defined() || kept.numel() < count) kept = at::empty({count}, at::kBFloat16);
+  return halves(kept);
 }
 
 int64_t packed_size(int64_t rows, int64_t columns) {
@@ -72,42 +80,43 @@ struct Tiles {
   int size(int64_t index) const { return static_cast<int>(start(index + 1) - start(index)); }
 };
 
-// Packed activations [tokens, 2 * pairs], tile after tile.
+// Packed activations [tokens, 32 * blocks], tile after tile.
 struct Activations {
   Half* data;
-  int64_t pairs;
+  int64_t blocks;
 
-  Pair* tile(int64_t start) const { return reinterpret_cast<Pair*>(data) + start * pairs; }
+  Half* tile(int64_t start) const { return data + start * blocks * kPanel; }
+  // 32 columns of one token.
+  Half* vector(int64_t token, int size, int place, int64_t block) const {
+    return tile(token - place) + (block * size + place) * kPanel;
+  }
 };
-
-// Put the column pairs of one token into its tile.
-void interleave(const Pair* row, int64_t pairs, Pair* tile, int size) {
-  for (int64_t pair = 0; pair < pairs; ++pair) tile[pair * size] = row[pair];
-}
 
 // out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel.
 template <int Tokens, int Blocks>
-void multiply(const Pair* x, const Half* w, int64_t pairs, float* out) {
+void multiply(const Half* tile, const Half* w, int64_t pairs, float* out) {
   __m512 sums[Tokens][Blocks];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
+  const Pair* x = reinterpret_cast<const Pair*>(tile);
+  for (; pairs > 0; pairs -= kLanes, x += (Tokens - 1) * kLanes) {
+    const Pair* end = x + std::min<int64_t>(pairs, kLanes);
 #pragma GCC unroll 2
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512bh weights[Blocks];
+    for (; x != end; ++x, w += kPanel * Blocks) {
+      __m512bh weights[Blocks];
 #pragma GCC unroll 2
-    for (int block = 0; block < Blocks; ++block) {
-      weights[block] = (__m512bh)_mm512_loadu_si512(w + kPanel * block);
-      _mm_prefetch(reinterpret_cast<const char*>(w + kPanel * block) + 2048, _MM_HINT_T0);
-    }
+      for (int block = 0; block < Blocks; ++block) {
+        weights[block] = (__m512bh)_mm512_loadu_si512(w + kPanel * block);
+        _mm_prefetch(reinterpret_cast<const char*>(w + kPanel * block) + kAhead, _MM_HINT_T0);
+      }
 #pragma GCC unroll 12
-    for (int token = 0; token < Tokens; ++token) {
-      const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[token]));
+      for (int token = 0; token < Tokens; ++token) {
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[token * kLanes]));
 #pragma GCC unroll 2
-      for (int block = 0; block < Blocks; ++block)
-        sums[token][block] = _mm512_dpbf16_ps(sums[token][block], weights[block], value);
+        for (int block = 0; block < Blocks; ++block)
+          sums[token][block] = _mm512_dpbf16_ps(sums[token][block], weights[block], value);
+      }
     }
-    w += kPanel * Blocks;
-    x += Tokens;
   }
 #pragma GCC unroll 12
   for (int token = 0; token < Tokens; ++token)
@@ -116,7 +125,7 @@ void multiply(const Pair* x, const Half* w, int64_t pairs, float* out) {
       _mm512_storeu_ps(out + token * kPanel + block * kLanes, sums[token][block]);
 }
 
-using Multiply = void (*)(const Pair*, const Half*, int64_t, float*);
+using Multiply = void (*)(const Half*, const Half*, int64_t, float*);
 
 template <int Blocks, int... Less>
 constexpr std::array<Multiply, kTile> by_tokens(std::integer_sequence<int, Less...>) {
@@ -200,7 +209,9 @@ void split(const Input& x, const Tiles& tiles, const Rows& chosen, const Activat
         other += _mm_popcnt_u32(others);
       }
       *other = 0;  // the second half of an odd last pair
-      interleave(reinterpret_cast<const Pair*>(row), rest.pairs, rest.tile(start) + place, size);
+      for (int64_t block = 0; block < rest.blocks; ++block)
+        _mm512_storeu_si512(rest.vector(start + place, size, place, block),
+                            _mm512_loadu_si512(row + block * kPanel));
     }
   }
 }
@@ -254,12 +265,12 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
   const int threads = at::get_num_threads();
   const int64_t chosen_stride = round_up(pivots, kPanel) + kPanel;
   const int64_t row_length = round_up(part.channels, kPanel) + 2 * kPanel;
-  const int64_t z_start = round_up(2 * inner.pairs * chunk, kPanel);
-  const int64_t chosen_start = z_start + round_up(2 * outer.pairs * chunk, kPanel);
+  const int64_t rest_width = round_up(part.channels - pivots, kPanel);
+  const int64_t z_width = round_up(rank, kPanel);
+  const int64_t z_start = rest_width * chunk, chosen_start = z_start + z_width * chunk;
   const int64_t rows_start = chosen_start + chosen_stride * chunk;
-  const at::Tensor scratch = at::empty({rows_start + row_length * threads}, x.options());
-  Half* base = halves(scratch);
-  const Activations rest{base, inner.pairs}, z{base + z_start, outer.pairs};
+  Half* base = scratch(rows_start + row_length * threads);
+  const Activations rest{base, rest_width / kPanel}, z{base + z_start, z_width / kPanel};
   const Rows chosen{base + chosen_start, chosen_stride};
 
   for (int64_t first = 0; first < tokens; first += chunk) {
@@ -273,11 +284,8 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
                 const __mmask32 lanes = present(rank - row);
                 const Half* addend = pivots ? chosen.row(token) + row : nullptr;
                 const __m512i values = add_and_round(sums, addend, lanes);
-                alignas(64) Pair rounded[kLanes];
-                _mm512_store_si512(rounded, _mm512_maskz_mov_epi16(lanes, values));
-                const int64_t pairs = (std::min<int64_t>(kPanel, rank - row) + 1) / 2;
-                Pair* tile = z.tile(token - place) + row / 2 * size + place;
-                interleave(rounded, pairs, tile, size);
+                _mm512_storeu_si512(z.vector(token, size, place, row / kPanel),
+                                    _mm512_maskz_mov_epi16(lanes, values));
               });
 #pragma omp barrier
       product(z, outer, tiles, [&](int64_t token, int, int, int64_t row, const float* sums) {
