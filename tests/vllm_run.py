@@ -16,6 +16,8 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdserve.compression.memory import release
+
 NEW_TOKENS = 64
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one interpreter for many engines
@@ -144,6 +146,8 @@ def _serve(
             )
         if reload:
             llm.collective_rpc("reload_weights")
+        gc.collect()
+        release()  # as the server's worker does before it reports
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "reports": llm.apply_model(_report),

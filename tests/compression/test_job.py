@@ -51,6 +51,8 @@ def test_checkpoint_is_valid_and_within_the_budget(
     modules = checkpoint.config.modules
     assert len(modules) == 3 * (4 if grouping == "shared" else 7)
     assert {spec.layout for spec in modules.values()} == {layout}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{report.stored_parameters:,} parameters instead of {report.dense_parameters:,}" in card
     dense = load_file(model / "model.safetensors")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     factored = {f"{li}.weight" for name, spec in modules.items() for li in linears_of(name, spec)}

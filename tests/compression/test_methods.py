@@ -26,7 +26,8 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics_of(x: Tensor, x_f: Tensor) -> Statistics:
     t = x.shape[1]
-    return Statistics(t, x @ x.T / t, (x_f - x) @ x.T / t, x_f @ x_f.T / t)
+    magnitude = x_f.abs().mean(dim=1)
+    return Statistics(t, x @ x.T / t, (x_f - x) @ x.T / t, x_f @ x_f.T / t, magnitude)
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:
@@ -55,7 +56,8 @@ def test_beta_zero_on_equal_streams_is_svd_llm():
 def test_beta_one_is_aa_svd():
     """min ‖W X_f − Ŵ X‖: the truncation of W X_f Xᵀ F⁻ᵀ (AA-SVD, arXiv 2604.02119)."""
     weight, x, x_f = problem()
-    ours = saes_svd(weight, statistics_of(x, x_f), R, beta=1.0, ridge=0.0).factors.dense()
+    aa_svd = get_method("aa-svd")
+    ours = aa_svd.solve(weight, statistics_of(x, x_f), R, {"ridge": 0.0}).factors.dense()
     root = torch.linalg.cholesky(x @ x.T)
     target = torch.linalg.solve_triangular(root, (weight @ x_f @ x.T).T, upper=False).T
     oracle = torch.linalg.solve(root.T, truncated(target, R).T).T
@@ -95,6 +97,46 @@ def test_plain_svd_is_eckart_young():
     weight, x, x_f = problem()
     got = get_method("svd").solve(weight, statistics_of(x, x_f), R, {}).factors.dense()
     torch.testing.assert_close(got, truncated(weight, R))
+
+
+def test_asvd_is_the_truncation_of_the_scaled_weight():
+    """Ŵ = [W S]_r S⁻¹ with S = diag(mean |x|)^½ (arXiv 2312.05821, equations 5 to 8)."""
+    weight, x, x_f = problem()
+    got = get_method("asvd").solve(weight, statistics_of(x, x_f), R, {}).factors.dense()
+    scale = x_f.abs().mean(dim=1).sqrt()
+    torch.testing.assert_close(got, truncated(weight * scale, R) / scale)
+
+
+@pytest.mark.parametrize("metric", ["plain", "whitened"])
+def test_res_svd_adds_the_truncated_residual(metric: str):
+    weight, x, x_f = problem()
+    share = 2 * (M + N) / (M * N)  # two of the seven ranks
+    given = {"residual_share": share, "residual_metric": metric, "ridge": 0.0}
+    got = get_method("res-svd").solve(weight, statistics_of(x, x_f), R, given).factors
+    root = torch.linalg.cholesky(x @ x.T / T)
+
+    def whitened(matrix: Tensor, rank: int) -> Tensor:
+        return torch.linalg.solve(root.T, truncated(matrix @ root, rank).T).T
+
+    first = whitened(weight, R - 2)
+    rest = weight - first
+    second = truncated(rest, 2) if metric == "plain" else whitened(rest, 2)
+    assert got.rank == R
+    torch.testing.assert_close(got.dense(), first + second, rtol=0, atol=1e-6)
+    if metric == "whitened":  # Eckart and Young: nothing is gained in one metric
+        torch.testing.assert_close(got.dense(), whitened(weight, R), rtol=0, atol=1e-6)
+
+
+def test_ada_svd_alternates_least_squares_on_the_inputs():
+    weight, x, x_f = problem()
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    outer, inner = u[:, :R] * s[:R], v[:R]
+    for _ in range(2):
+        outer = torch.linalg.lstsq((inner @ x).T, (weight @ x).T).solution.T
+        inner = torch.linalg.pinv(outer) @ weight
+    given = {"iterations": 2, "ridge": 0.0}
+    got = get_method("ada-svd").solve(weight, statistics_of(x, x_f), R, given).factors.dense()
+    torch.testing.assert_close(got, outer @ inner, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(M, N), (60, N)])
@@ -198,7 +240,7 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
     solution = method.solve(stored, statistics, R, method.parameters)
     got = solution.factors.dense()
     assert got.isfinite().all()
-    if kind in ("duplicate", "one token") and method.statistics:
+    if kind in ("duplicate", "one token") and name in ("saes-svd", "svd-llm", "aa-svd"):
         # No more distinct tokens than ranks: the outputs aimed at are met but for the ridge.
         beta = solution.facts.get("beta", 1.0)
         inputs = x if "gram" in method.statistics else x_f
@@ -222,5 +264,5 @@ def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'best'.*saes-svd, svd, svd-llm"):
+    with pytest.raises(UserError, match=r"'best'.*res-svd, saes-svd, svd, svd-llm"):
         get_method("best")

@@ -13,7 +13,6 @@ def test_yaml_round_trip(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert make_recipe(**load_recipe(path)) == recipe
-    assert make_recipe(**load_recipe(path)).digest() == recipe.digest()
 
 
 def test_parameters_are_completed_with_the_methods_defaults():
@@ -27,7 +26,10 @@ def test_parameters_are_completed_with_the_methods_defaults():
         ({"keep": 1.5}, r"keep: .*less than or equal to 1 \(given: 1.5\)"),
         ({"keep": 0}, r"keep: .*greater than 0"),
         ({"layout": "diagonal"}, r"layout: .*'pair' or 'interpolative' \(given: 'diagonal'\)"),
-        ({"method": "best"}, r"unknown method 'best'; allowed: saes-svd, svd, svd-llm"),
+        (
+            {"method": "best"},
+            r"unknown method 'best'; allowed: aa-svd, ada-svd, asvd, res-svd, saes-svd",
+        ),
         ({"parameters": {"gamma": 1}}, r"no parameter 'gamma'; it takes: beta"),
         ({"kept": 0.5}, r"kept: Extra inputs are not permitted"),
         ({"tokens": -1}, r"tokens: .*greater than 0"),

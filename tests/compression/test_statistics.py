@@ -5,7 +5,7 @@ import torch
 
 from svdserve.compression.statistics import Accumulator
 
-ALL = frozenset({"gram", "shift", "teacher_gram"})
+ALL = frozenset({"gram", "shift", "teacher_gram", "teacher_magnitude"})
 CPU = torch.device("cpu")
 
 
@@ -22,6 +22,9 @@ def test_batches_add_up_to_the_definition(n: int):
     assert got.tokens == 74
     torch.testing.assert_close(got.gram, rows.T @ rows / 74, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got.teacher_gram, rows_f.T @ rows_f / 74, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        got.teacher_magnitude, rows_f.abs().mean(dim=0), atol=1e-6, rtol=1e-5
+    )
     torch.testing.assert_close(got.shift, (rows_f - rows).T @ rows / 74, atol=1e-6, rtol=1e-5)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svdserve.compression import allocation
 from svdserve.compression.calibration import calibration_tokens, check_calibration
+from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
@@ -284,6 +285,8 @@ class Job:
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        card = model_card(self.base_model, self.recipe, specs, *parameters_of(specs))
+        (final / "README.md").write_text(card)
         shutil.copy(self.work.log, final / LOG_FILE)
         self.work.publish(final)
 

@@ -1,11 +1,9 @@
 """What to compute (Recipe) and how this machine computes it (Run). Never mixed.
 
-A Recipe fixes the result; it is written into the checkpoint and its hash guards ``--resume``. A
-Run changes speed, memory and places only.
+A Recipe fixes the result; it is written into the checkpoint. A Run changes speed, memory and places
+only.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -56,11 +54,6 @@ class Recipe(BaseModel):
     def length(self) -> int:
         """Tokens of one sequence; a budget below seq_len makes one short sequence."""
         return min(self.seq_len, self.tokens)
-
-    def digest(self) -> str:
-        """SHA-256 of the recipe, for resume."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Run(BaseModel):

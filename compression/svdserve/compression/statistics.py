@@ -5,6 +5,7 @@ With x the student's and x_f the teacher's inputs of the same tokens (columns of
 * gram  H  = X Xᵀ / T             [n, n], symmetric
 * shift Δ  = (X_f − X) Xᵀ / T     [n, n], not symmetric
 * teacher gram  X_f X_fᵀ / T      [n, n], symmetric
+* teacher magnitude  mean |x_f|   [n]
 
 SAES-SVD, arXiv 2602.03051, Algorithm 1, without its constant factor 2. Products are taken in
 float32 per batch and summed over batches in float64.
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Statistic = Literal["gram", "shift", "teacher_gram"]
+Statistic = Literal["gram", "shift", "teacher_gram", "teacher_magnitude"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Statistics:
     gram: Tensor | None = None
     shift: Tensor | None = None
     teacher_gram: Tensor | None = None
+    teacher_magnitude: Tensor | None = None
 
 
 class Accumulator:
@@ -37,7 +39,11 @@ class Accumulator:
 
     def __init__(self, features: int, wanted: frozenset[Statistic], device: torch.device) -> None:
         self._sums = {
-            name: torch.zeros(features, features, dtype=torch.float64, device=device)
+            name: torch.zeros(
+                [features] if name == "teacher_magnitude" else [features, features],
+                dtype=torch.float64,
+                device=device,
+            )
             for name in sorted(wanted)
         }
         self._tokens = 0
@@ -55,13 +61,15 @@ class Accumulator:
                 _add_gram(total, _given(x))
             elif name == "teacher_gram":
                 _add_gram(total, _given(x_f))
+            elif name == "teacher_magnitude":
+                total += _given(x_f).abs().sum(dim=0)
             elif x is not x_f:
                 total += (_given(x_f) - _given(x)).T @ _given(x)
 
     def finish(self) -> Statistics:
         done: dict[str, Tensor] = {}
         for name, total in self._sums.items():
-            if name != "shift":
+            if name in ("gram", "teacher_gram"):
                 total.tril_()
                 total += total.tril(-1).T
             if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum

@@ -94,7 +94,7 @@ class Walk:
     ) -> None:
         self.skeleton, self.wanted, self.device = skeleton, wanted, device
         self.uses_student = bool(wanted & {"gram", "shift"})
-        self.uses_teacher = bool(wanted & {"teacher_gram", "shift"})
+        self.uses_teacher = bool(wanted - {"gram"})
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]

@@ -85,7 +85,7 @@ def unsupported() -> str | None:
     if has.get("amx_bf16"):
         return "this processor has AMX, which the kernel does not use"
     try:
-        torch.ops.load_library(_library())
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"{SOURCE.name} did not compile: {error}"
     torch.library.register_fake("svdserve::lowrank", _fake)

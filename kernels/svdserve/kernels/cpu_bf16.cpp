@@ -148,20 +148,30 @@ __m512i add_and_round(const float* sums, const Half* addend, __mmask32 lanes) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// This thread's share of W x; `store(token, size of its tile, its place there, row, sums [32])`
-// gets every result.
+// Half-open.
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  // One of `count` about equal parts.
+  static Range part(int64_t size, int index, int count) {
+    return {size * index / count, size * (index + 1) / count};
+  }
+};
+
+// Some panels of W times some tiles of x; `store(token, size of its tile, its place there, row,
+// sums [32])` gets every result.
 template <typename Store>
-void product(const Activations& x, const Weight& w, const Tiles& tiles, const Store& store) {
-  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+void multiply_all(const Activations& x, const Weight& w, const Tiles& tiles, Range panels,
+                  Range some, const Store& store) {
   const int64_t panel_bytes = kPanel * 2 * w.pairs * static_cast<int64_t>(sizeof(Half));
   const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(panel_bytes, 1));
-  const int64_t begin = w.panels() * thread / threads, end = w.panels() * (thread + 1) / threads;
   alignas(64) float sums[kTile * kPanel];
-  for (int64_t first = begin; first < end; first += group) {
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+  for (int64_t first = panels.begin; first < panels.end; first += group) {
+    for (int64_t tile = some.begin; tile < some.end; ++tile) {
       const int64_t start = tiles.start(tile);
       const int size = tiles.size(tile);
-      for (int64_t panel = first; panel < std::min(first + group, end); ++panel) {
+      for (int64_t panel = first; panel < std::min(first + group, panels.end); ++panel) {
         const auto multiply = kMultiply[w.blocks(panel) - 1][size - 1];
         multiply(x.tile(start), w.panel(panel), w.pairs, sums);
         for (int place = 0; place < size; ++place)
@@ -169,6 +179,16 @@ void product(const Activations& x, const Weight& w, const Tiles& tiles, const St
       }
     }
   }
+}
+
+// This thread's share of W x: as many panels as the others, and of the panels that are left over
+// its part of the tokens; of a single tile, such as a decode step has, its part of the panels.
+template <typename Store>
+void product(const Activations& x, const Weight& w, const Tiles& tiles, const Store& store) {
+  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t even = tiles.count < threads ? w.panels() : w.panels() / threads * threads;
+  multiply_all(x, w, tiles, Range::part(even, thread, threads), {0, tiles.count}, store);
+  multiply_all(x, w, tiles, {even, w.panels()}, Range::part(tiles.count, thread, threads), store);
 }
 
 // The input [tokens, channels] and which of its channels are pivots: one bit each, 32 in a word.

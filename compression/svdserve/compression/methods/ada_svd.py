@@ -1,0 +1,44 @@
+"""AdaSVD: adaptive compensation by alternating updates (arXiv 2502.01403)."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from svdserve.compression.factors import Factors
+from svdserve.compression.linalg import left_subspace, whiten
+from svdserve.compression.methods.registry import Ridge, Solution, method
+from svdserve.compression.statistics import Statistics
+
+
+@method(
+    "ada-svd",
+    title="AdaSVD",
+    paper="https://arxiv.org/abs/2502.01403",
+    statistics={"gram"},
+)
+def ada_svd(
+    weight: Tensor,
+    statistics: Statistics,
+    rank: int,
+    *,
+    iterations: Annotated[int, Field(ge=0, le=100)] = 1,
+    ridge: Ridge = 1e-3,
+) -> Solution:
+    """From the plain SVD, least squares for U and for V in turn, of ‖(W − U V) X‖_F.
+
+    U = W H Vᵀ (V H Vᵀ)⁻¹ and V = U⁺ W. Started from the whitened SVD nothing would change, since
+    that is the optimum. Its rank allocation is not part of the method here.
+    """
+    assert statistics.gram is not None
+    whitening = whiten(statistics.gram, ridge)
+    outer, _ = left_subspace(weight, rank)
+    inner = outer.mT @ weight
+    for _ in range(iterations):
+        seen = inner @ whitening.root
+        outer = torch.linalg.lstsq(
+            seen.mT, (weight @ whitening.root).mT, driver="gelsd"
+        ).solution.mT
+        inner = torch.linalg.lstsq(outer, weight, driver="gelsd").solution
+    return Solution(Factors(factor_in=inner, factor_out=outer), {"damping": whitening.damping})

@@ -1,0 +1,37 @@
+"""ASVD: activation-aware SVD (Yuan et al., arXiv 2312.05821)."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from svdserve.compression.factors import Factors
+from svdserve.compression.linalg import left_subspace
+from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.statistics import Statistics
+
+_FLOOR = 1e-6  # of the mean scale: a silent channel keeps a finite inverse
+
+
+@method(
+    "asvd",
+    title="ASVD",
+    paper="https://arxiv.org/abs/2312.05821",
+    statistics={"teacher_magnitude"},
+)
+def asvd(
+    weight: Tensor,
+    statistics: Statistics,
+    rank: int,
+    *,
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5,
+) -> Solution:
+    """Truncate the SVD of W S with S = diag(mean |x|)^α; Ŵ = U_r U_rᵀ W (S cancels).
+
+    The paper's search for ranks by the perplexity of each layer is not part of the method here.
+    """
+    assert statistics.teacher_magnitude is not None
+    scale = statistics.teacher_magnitude.double() ** alpha
+    scale = scale.clamp_min(_FLOOR * float(scale.mean())).clamp_min(1e-30)
+    left, _ = left_subspace(weight * scale, rank)
+    return Solution(Factors(factor_in=left.mT @ weight, factor_out=left))
