@@ -39,6 +39,7 @@ $(STAMP): pyproject.toml compression/svdserve_startup.py compression/svdserve_st
 	$(PIP) install --quiet -e '.[$(EXTRAS)]' || \
 	  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRAS)]'
 	$(BIN)/python -m svdserve.server.cpu_install
+	$(BIN)/python -m svdserve.kernels.cpu
 	touch $@
 
 clean:

@@ -162,10 +162,12 @@ def _serve(
 def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from dataclasses import asdict
 
+    from svdserve.kernels.cpu import PackedFactors
     from svdserve.server.loader import load_report
 
     report = load_report(model)
-    return None if report is None else asdict(report)
+    fused = sum(isinstance(module, PackedFactors) for module in model.modules())
+    return None if report is None else asdict(report) | {"fused": fused}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_parameters_are_completed_with_the_methods_defaults():
         ({"layout": "diagonal"}, r"layout: .*'pair' or 'interpolative' \(given: 'diagonal'\)"),
         (
             {"method": "best"},
-            r"unknown method 'best'; allowed: aa-svd, ada-svd, asvd, res-svd, saes-svd",
+            r"unknown method 'best'; allowed: aa-svd, .*saes-svd",
         ),
         ({"parameters": {"gamma": 1}}, r"no parameter 'gamma'; it takes: beta"),
         ({"kept": 0.5}, r"kept: Extra inputs are not permitted"),

@@ -82,6 +82,7 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
         (("compress", "NOWHERE", "--out", "OUT"), "NOWHERE"),
         (("compress", "MODEL", "--out", "OUT", "--recipe", "NOWHERE"), "recipe"),
         (("eval", "MODEL", "--text", "NOWHERE"), "cannot be read as UTF-8 text"),
+        (("eval", "MODEL"), "nothing to evaluate"),
         (("inspect", "MODEL"), "not a svdserve model"),
         (("serve", "NOWHERE"), "no such directory"),
         (("bench", "MODEL", "MODEL", "--pairs", "0"), "pairs: Input should be greater"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
 from svdserve.compression.factors import LAYOUTS, Layout
+from svdserve.kernels.cpu import unsupported
 from vllm_run import Served, run
 
 pytestmark = pytest.mark.vllm
@@ -123,3 +124,27 @@ def test_compiled(tmp_path: Path) -> None:
     arguments = {"model": str(case.write(tmp_path)), "enforce_eager": False}
     (served,) = run(tmp_path / "run", [arguments], PROMPTS)
     assert_equals_dense(served, tmp_path / case.reference)
+
+
+@pytest.mark.skipif(bool(unsupported()), reason=str(unsupported()))
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_fused_kernel_rounds_no_worse_than_the_dense_product(tmp_path: Path, eager: bool) -> None:
+    """In bfloat16 both are judged by the same factors in float32, in transformers."""
+    cases = [Case("qwen2", "interpolative", True), Case("llama", "pair", False)]
+    prompt = random_tokens(1, 60, seed=1)[0].tolist()
+    for case in cases:
+        small = case.write(tmp_path, dtype=torch.bfloat16)
+        arguments = {"dtype": "bfloat16", "enforce_eager": eager}
+        engines = [{"model": str(path), **arguments} for path in (small, tmp_path / case.reference)]
+        served, dense = run(tmp_path / "run" / str(case), engines, [prompt])
+        assert served.error == dense.error == ""
+        assert served.reports[0] is not None
+        assert served.reports[0]["fused"] >= 3 * 4
+        model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        ours, theirs = (
+            (found.logprobs[0][: len(prompt) - 1] - expected).square().mean().sqrt()
+            for found in (served, dense)
+        )
+        assert ours <= 1.5 * theirs

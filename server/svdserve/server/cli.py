@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,10 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 from svdserve.compression.errors import UserError
+
+if TYPE_CHECKING:
+    from svdserve.compression.evaluate import Perplexity
+    from svdserve.compression.tasks import TaskScores
 
 
 def _recipe_defaults() -> dict[str, Any]:
@@ -141,12 +145,21 @@ def compress(
 @app.command(name="eval", cls=_Command)
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Model directories, dense or compressed.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file, taken verbatim.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file for perplexity, taken verbatim.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="JSONL file or name of lm-evaluation-harness; may repeat."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None,
     max_chunks: Annotated[
         int | None, typer.Option(help="Use the first chunks only; all when absent.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Chunks of one forward step.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks or requests of one forward step.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")
     ] = None,
@@ -155,30 +168,51 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
     ] = None,
 ) -> None:
-    """Measure perplexity on a text, by the protocol of the SVD literature.
+    """Measure perplexity on a text, accuracy on multiple-choice tasks, or both.
 
-    Chunks of equal length without special tokens; the mean token loss over all chunks. Logits
-    that are not finite are an error.
+    Perplexity by the protocol of the SVD literature: chunks of equal length without special
+    tokens; the mean token loss over all chunks. Logits that are not finite are an error.
     """
     from svdserve.compression.evaluate import perplexity
+    from svdserve.compression.tasks import task_scores
 
-    options = {
-        "seq_len": seq_len,
-        "max_chunks": max_chunks,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    results = [perplexity(model, text, **given) for model in models]  # type: ignore[arg-type]
+    if text is None and not tasks:
+        raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
+    common = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
+    chunks: dict[str, Any] = {"seq_len": seq_len} if seq_len is not None else {}
+    results = (
+        []
+        if text is None
+        else [perplexity(model, text, max_chunks=max_chunks, **chunks, **given) for model in models]
+    )
+    scores = [task_scores(model, tasks, limit=limit, **given) for model in models] if tasks else []
     if json_file is not None:
-        _write_json(json_file, [result.model_dump(mode="json") for result in results])
-    table = Table("model", "dtype", title=f"Perplexity on {text}")
+        _write_json(json_file, [result.model_dump(mode="json") for result in (*results, *scores)])
+    if results:
+        _print_perplexity(results)
+    if scores:
+        _print_scores(scores)
+
+
+def _print_perplexity(results: list["Perplexity"]) -> None:
+    table = Table("model", "dtype", title=f"Perplexity on {results[0].text}")
     for heading in ("perplexity", "mean loss", "chunks", "seq_len", "seconds"):
         table.add_column(heading, justify="right")
     for r in results:
         numbers = f"{r.perplexity:.3f}", f"{r.mean_loss:.4f}", str(r.chunks), str(r.seq_len)
         table.add_row(r.model, r.dtype, *numbers, f"{r.seconds:.0f}")
+    Console().print(table)
+
+
+def _print_scores(results: list["TaskScores"]) -> None:
+    table = Table("model", "dtype", title="Accuracy (acc / acc_norm)")
+    for score in results[0].scores:
+        table.add_column(f"{score.task} ({score.items})", justify="right")
+    for r in results:
+        pairs = [(score.acc, score.acc_norm) for score in r.scores]
+        cells = (" / ".join("-" if x is None else f"{x:.3f}" for x in pair) for pair in pairs)
+        table.add_row(r.model, r.dtype, *cells)
     Console().print(table)
 
 

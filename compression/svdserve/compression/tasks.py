@@ -1,0 +1,159 @@
+"""Multiple-choice accuracy through lm-evaluation-harness: its own tasks, or local JSONL files.
+
+A line of a file is {"context": str, "choices": [str, ...], "gold": index}. A request is context, a
+space and a choice; acc takes the choice of the largest log-probability, acc_norm the largest one
+divided by the characters of the choice.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.evaluate import load_model
+from svdserve.compression.machine import Machine, this_machine
+
+
+class TaskScore(BaseModel):
+    """Accuracies of one task, from 0 to 1; None where the task does not define them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    items: PositiveInt
+    acc: float | None
+    acc_norm: float | None
+    sha256: str | None = None
+    """Of the file, for local tasks."""
+
+
+class TaskScores(BaseModel):
+    """All tasks of one model, with what is needed to repeat the evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    scores: tuple[TaskScore, ...]
+    limit: PositiveInt | None
+    dtype: str
+    machine: Machine
+    seconds: float
+    measured_at: datetime
+
+
+def task_scores(
+    model_dir: Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> TaskScores:
+    """Accuracy of a dense or compressed model.
+
+    Args:
+        tasks: JSONL files, or names that lm-evaluation-harness knows.
+        limit: the first items of each task only.
+        batch_size: requests of one forward step.
+        dtype: of weights and activations; the softmax is float32 always, as rounding it to
+            bfloat16 moves accuracies by points.
+
+    Raises:
+        UserError: no such model, file or task, a bad line, or the harness is not installed.
+    """
+    started = time.perf_counter()
+    files = {Path(task).stem: Path(task) for task in tasks if task.endswith(".jsonl")}
+    for file in files.values():
+        _check(file)
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
+    from transformers import AutoTokenizer
+
+    model = load_model(model_dir, dtype, device)
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
+        batch_size=batch_size,
+        device=device,
+        softmax_dtype="float32",
+    )
+    wanted: list[str | dict[str, Any]] = [_local(name, file) for name, file in files.items()]
+    wanted += [task for task in tasks if not task.endswith(".jsonl")]
+    try:
+        found = simple_evaluate(
+            wrapped, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        raise UserError(f"lm-evaluation-harness: {str(error).strip() or repr(error)}") from None
+    return TaskScores(
+        model=str(model_dir),
+        scores=tuple(
+            TaskScore(
+                task=name,
+                items=found["n-samples"][name]["effective"],
+                acc=result.get("acc,none"),
+                acc_norm=result.get("acc_norm,none"),
+                sha256=_sha256(files[name]) if name in files else None,
+            )
+            for name, result in found["results"].items()
+            if name in found["n-samples"]
+        ),
+        limit=limit,
+        dtype=str(model.dtype).removeprefix("torch."),
+        machine=this_machine(device),
+        seconds=time.perf_counter() - started,
+        measured_at=datetime.now(UTC),
+    )
+
+
+def _local(name: str, file: Path) -> dict[str, Any]:
+    """The harness's configuration of a JSONL file."""
+    metrics = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+        for metric in ("acc", "acc_norm")
+    ]
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": metrics,
+    }
+
+
+def _check(file: Path) -> None:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            item = json.loads(line)
+            good = isinstance(item["context"], str) and item["choices"][item["gold"]]
+        except (ValueError, KeyError, IndexError, TypeError):
+            good = False
+        if not good:
+            raise UserError(
+                f"{file}: line {number} is not a multiple-choice item; expected an object with "
+                "context, choices and gold (the index of the right choice)"
+            )
+    if not lines:
+        raise UserError(f"{file}: no items")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
