@@ -105,7 +105,8 @@ def write_model(directory: Path, keep: float | None) -> None:
             for suffix, shape in spec.tensors().items():
                 if suffix == "pivots":
                     order = torch.randperm(spec.in_features, generator=generator)
-                    tensors[f"{name}.{suffix}"] = order[: spec.rank].to(torch.int32)
+                    pivots = order[: spec.rank].sort().values
+                    tensors[f"{name}.{suffix}"] = pivots.to(torch.int32)
                 else:
                     tensors[f"{name}.{suffix}"] = random(*shape)
     config: dict[str, object] = dict(CONFIG)

@@ -80,12 +80,12 @@ def interpolative(factors: Factors) -> Factors:
     upper = torch.from_numpy(packed[: factors.rank]).triu()
     diagonal = upper.diagonal().abs()
     rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
-    pivots = torch.from_numpy(order[:rank] - 1)  # LAPACK counts from 1
-    rest = torch.from_numpy(order[rank:] - 1)
-    ascending = rest.argsort()
+    # LAPACK counts from 1. Ascending pivots spare a server sorting the factors when it loads them.
+    pivots, rows = torch.from_numpy(order[:rank] - 1).sort()
+    columns = torch.from_numpy(order[rank:] - 1).argsort()
     coefficients = torch.linalg.solve_triangular(
         upper[:rank, :rank], upper[:rank, rank:], upper=True
-    )[:, ascending]
+    )[rows][:, columns]
     outer = factors.factor_out.double().cpu() @ inner[:, pivots]
     target = factors.factor_in
     return Factors(

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -245,10 +246,13 @@ at::Tensor pack(const at::Tensor& weight) {
   at::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t start = panel * kPanel, width = layout.blocks(panel) * kLanes;
-      for (int64_t row = 0; row < std::min(width, rows - start); ++row)
-        for (int64_t column = 0; column < columns; ++column)
-          layout.panel(panel)[(column / 2 * width + row) * 2 + column % 2] =
-              from[(start + row) * columns + column];
+      const int64_t present = std::min(width, rows - start);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t length = std::min<int64_t>(2, columns - 2 * pair) * sizeof(Half);
+        for (int64_t row = 0; row < present; ++row)
+          std::memcpy(layout.panel(panel) + (pair * width + row) * 2,
+                      from + (start + row) * columns + 2 * pair, length);
+      }
     }
   });
   return packed;

@@ -179,12 +179,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored += StoredBytes(dense=weight.nbytes, dense_equivalent=weight.nbytes)
             else:
                 factors = checkpoint.factors(part.names[0])
-                if factors.pivots is not None:
-                    # Their places in z are free to choose: ascending, each rank's are contiguous.
-                    pivots, ascending = factors.pivots.sort()
-                    factors = Factors(
-                        factors.factor_in[ascending], factors.factor_out[:, ascending], pivots
-                    )
+                factors = _ascending(factors)
                 outer = _rows(factors.factor_out, part.spec.out_features, sizes, layer, row_order)
                 product = self._lowrank(layer, factors, outer, bias, ordered_input)
                 stored += StoredBytes(
@@ -318,6 +313,14 @@ def _within(ascending: Tensor, channels: range) -> range:
     bounds = torch.tensor([channels.start, channels.stop])
     start, stop = torch.searchsorted(ascending, bounds).tolist()
     return range(start, stop)
+
+
+def _ascending(factors: Factors) -> Factors:
+    """The same weight with its pivots sorted, so that each rank's are contiguous in z."""
+    if factors.pivots is None or bool((factors.pivots.diff() > 0).all()):
+        return factors
+    pivots, order = factors.pivots.sort()
+    return Factors(factors.factor_in[order], factors.factor_out[:, order], pivots)
 
 
 def _has_fused_kernel(like: Tensor) -> bool:
