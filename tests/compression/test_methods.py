@@ -1,12 +1,14 @@
 """Methods against independent float64 oracles (formulas: SAES-SVD, arXiv 2602.03051)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.linalg import whiten
-from svdserve.compression.methods import METHODS, get_method
+from svdserve.compression.methods import METHODS, get_method, markdown_table
 from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics import Statistics
@@ -266,3 +268,8 @@ def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
 def test_unknown_method_lists_the_known_ones():
     with pytest.raises(UserError, match=r"'best'.*res-svd, saes-svd, svd, svd-llm"):
         get_method("best")
+
+
+def test_the_readme_has_the_table_of_methods():
+    """Written by `svdserve methods --markdown`."""
+    assert markdown_table() in (Path(__file__).parents[2] / "README.md").read_text()

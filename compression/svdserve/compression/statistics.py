@@ -19,6 +19,13 @@ from torch import Tensor
 
 Statistic = Literal["gram", "shift", "teacher_gram", "teacher_magnitude"]
 
+DESCRIPTIONS: dict[Statistic, str] = {
+    "gram": "Gram matrix of the student's inputs",
+    "shift": "shift of the teacher's inputs against the student's",
+    "teacher_gram": "Gram matrix of the teacher's inputs",
+    "teacher_magnitude": "mean magnitude of the teacher's inputs",
+}
+
 
 @dataclass(frozen=True)
 class Statistics:

@@ -280,10 +280,15 @@ def inspect_(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+) -> None:
     """List the compression methods, their papers and their parameters."""
-    from svdserve.compression.methods import METHODS
+    from svdserve.compression.methods import METHODS, markdown_table
 
+    if markdown:
+        typer.echo(markdown_table(), nl=False)
+        return
     table = Table("method", "title", "paper", "statistics", "parameters")
     for name, entry in sorted(METHODS.items()):
         needs = ", ".join(sorted(entry.statistics)) or "none"

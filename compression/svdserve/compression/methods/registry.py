@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
-from svdserve.compression.statistics import Statistic, Statistics
+from svdserve.compression.statistics import DESCRIPTIONS, Statistic, Statistics
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """λ over the mean of the diagonal of the Gram matrix that it damps."""
@@ -92,6 +92,16 @@ def method(
         return function
 
     return register
+
+
+def markdown_table() -> str:
+    """All methods, for the README."""
+    lines = ["| `--method` | paper | calibration statistics | parameters |", "|---|---|---|---|"]
+    for name, entry in sorted(METHODS.items()):
+        needs = "; ".join(DESCRIPTIONS[key] for key in sorted(entry.statistics)) or "none"
+        takes = ", ".join(f"`{key}={value}`" for key, value in entry.parameters.items()) or "none"
+        lines.append(f"| `{name}` | [{entry.title}]({entry.paper}) | {needs} | {takes} |")
+    return "\n".join(lines) + "\n"
 
 
 def get_method(name: str) -> Method:
