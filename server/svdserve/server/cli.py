@@ -1,4 +1,4 @@
-"""The command line: svdserve compress | eval | serve | bench | inspect | methods.
+"""The command line: svdserve compress | eval | compare | serve | bench | inspect | methods.
 
 Options that are not given are left to the models that define their defaults (Recipe, Run,
 BenchOptions, the signature of ``perplexity``); their help pages read the defaults there. Modules
@@ -214,6 +214,75 @@ def _print_scores(results: list["TaskScores"]) -> None:
         cells = (" / ".join("-" if x is None else f"{x:.3f}" for x in pair) for pair in pairs)
         table.add_row(r.model, r.dtype, *cells)
     Console().print(table)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and finished evaluations.")],
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
+    ] = None,
+    recipes: Annotated[
+        list[Path] | None, typer.Option("--recipe", help="YAML recipe; may be repeated.")
+    ] = None,
+    keeps: Annotated[
+        list[float] | None, typer.Option("--keep", help="Keep ratio κ; may be repeated.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option("--text", help="Text for perplexity; may be repeated.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="As in `svdserve eval`; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
+    max_chunks: Annotated[int | None, typer.Option(help="Chunks of a text; all if absent.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Of every recipe: text FILE, hf:DATASET, or self.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens of every recipe.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every result to this JSON file.")
+    ] = None,
+    table_file: Annotated[
+        Path | None, typer.Option("--table", help="Write the Markdown table to this file.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw perplexity over bytes into this .svg/.png.")
+    ] = None,
+) -> None:
+    """Compare methods: compress and evaluate a grid of recipes and keep ratios.
+
+    Run the same command again to go on after an interruption.
+    """
+    from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
+    from svdserve.compression.compare import compare as run_comparison
+    from svdserve.compression.recipe import load_recipe, make_recipe, make_run
+
+    same = {"calibration": calibration, "tokens": tokens}
+    given = {name: value for name, value in same.items() if value is not None}
+    chosen = {path.stem: make_recipe(**(load_recipe(path) | given)) for path in recipes or []}
+    named = methods or ([] if recipes else [make_recipe().method])
+    chosen |= {name: make_recipe(method=name, **given) for name in named}
+    evaluation = Evaluation(
+        texts=tuple(texts or ()),
+        tasks=tuple(tasks or ()),
+        limit=limit,
+        max_chunks=max_chunks,
+        device=device,
+    )
+    for keep in keeps or ():
+        make_recipe(keep=keep)  # before the long part starts
+    run = make_run(device=device)
+    found = run_comparison(model, work, chosen, keeps or [make_recipe().keep], evaluation, run)
+    if json_file is not None:
+        _write_json(json_file, found.model_dump(mode="json"))
+    if table_file is not None:
+        table_file.write_text(markdown(found))
+    if plot_file is not None:
+        plot(found, plot_file)
+    print_comparison(found)
 
 
 @app.command(

@@ -1,0 +1,219 @@
+"""`svdserve compare`: a grid of recipes and keep ratios beside the dense model, from one run.
+
+The working folder holds one checkpoint for each cell and a record of every finished evaluation, so
+that a killed comparison goes on where it stopped. A record counts only for the same texts, options
+and recipe.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+
+from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.compression.errors import UserError
+from svdserve.compression.evaluate import Perplexity, perplexity
+from svdserve.compression.job import compress
+from svdserve.compression.recipe import Recipe, Run
+from svdserve.compression.skeleton import resolve_model
+from svdserve.compression.tasks import TaskScores, task_scores
+
+DENSE = "dense"
+
+
+class Evaluation(BaseModel):
+    """What every model is measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    texts: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    seq_len: int = 2048
+    max_chunks: int | None = None
+    device: str = "cpu"
+
+    def key(self, recipe: Recipe | None) -> str:
+        """Changes with everything that a record of this evaluation depends on."""
+        files = [f for f in (*self.texts, *map(Path, self.tasks)) if f.is_file()]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        settings = self.model_dump(mode="json"), recipe and recipe.model_dump(mode="json"), digests
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+class Cell(BaseModel):
+    """One model of the comparison."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    keep: float
+    recipe: Recipe | None
+    stored_bytes: int
+    """Of all weights in the files."""
+    perplexities: tuple[Perplexity, ...]
+    scores: TaskScores | None
+
+    def excess(self, dense: "Cell", text: int) -> float:
+        """ln ppl − ln ppl of the dense model on one of the texts."""
+        return self.perplexities[text].mean_loss - dense.perplexities[text].mean_loss
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over the tasks of acc_norm where a task has it, else acc."""
+        if self.scores is None:
+            return None
+        values = [s.acc if s.acc_norm is None else s.acc_norm for s in self.scores.scores]
+        return sum(float(value or 0) for value in values) / len(values)
+
+
+class Comparison(BaseModel):
+    """All cells; the first one is the dense model."""
+
+    model: str
+    cells: list[Cell]
+
+
+def compare(
+    model: str,
+    work: Path,
+    recipes: Mapping[str, Recipe],
+    keeps: Sequence[float],
+    evaluation: Evaluation,
+    run: Run | None = None,
+) -> Comparison:
+    """Compress with every recipe at every keep ratio, and evaluate everything alike.
+
+    Args:
+        model: a directory or a Hub name.
+        work: holds checkpoints and records; everything finished in it is taken over.
+        recipes: by the name that the table shows; their own keep ratio is replaced.
+        keeps: κ.
+        evaluation: texts and tasks.
+        run: how this machine compresses.
+
+    Raises:
+        UserError: nothing to measure, or ``work`` holds another recipe under the same name.
+    """
+    if not evaluation.texts and not evaluation.tasks:
+        raise UserError("nothing to compare on; give a text, a task, or both")
+    directory = resolve_model(model)
+    work.mkdir(parents=True, exist_ok=True)
+    cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
+    for keep in keeps:
+        for name, template in recipes.items():
+            recipe = template.model_copy(update={"keep": keep})
+            out = work / f"{name}-keep{keep:g}"
+            _compress(model, out, recipe, run or Run())
+            cells.append(_cell(name, keep, recipe, out, work, evaluation))
+    return Comparison(model=directory.name, cells=cells)
+
+
+def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
+    if not is_checkpoint(out):
+        partial = out.with_name(f"{out.name}.partial").exists()
+        compress(model, out, recipe, run.model_copy(update={"resume": partial}))
+    elif open_checkpoint(out).config.recipe != recipe.model_dump(mode="json"):
+        raise UserError(f"{out} was made by another recipe; remove it or use another folder")
+
+
+def _cell(
+    name: str,
+    keep: float,
+    recipe: Recipe | None,
+    directory: Path,
+    work: Path,
+    evaluation: Evaluation,
+) -> Cell:
+    record = work / f"{name}-keep{keep:g}.json"
+    key = evaluation.key(recipe)
+    if record.exists():
+        kept = json.loads(record.read_text())
+        if kept["key"] == key:
+            return Cell.model_validate(kept["cell"])
+    cell = Cell(
+        name=name,
+        keep=keep,
+        recipe=recipe,
+        stored_bytes=sum(info.nbytes for info in TensorFiles(directory).info.values()),
+        perplexities=tuple(
+            perplexity(
+                directory,
+                text,
+                seq_len=evaluation.seq_len,
+                max_chunks=evaluation.max_chunks,
+                device=evaluation.device,
+            )
+            for text in evaluation.texts
+        ),
+        scores=task_scores(
+            directory, evaluation.tasks, limit=evaluation.limit, device=evaluation.device
+        )
+        if evaluation.tasks
+        else None,
+    )
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps({"key": key, "cell": cell.model_dump(mode="json")}, indent=2))
+    partial.replace(record)
+    return cell
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a table: bytes, perplexity and excess on every text, accuracy."""
+    dense, *_ = comparison.cells
+    texts = [Path(result.text).name for result in dense.perplexities]
+    headings = ["model", "κ", "MiB", *(f"{text}: ppl (excess)" for text in texts)]
+    if dense.scores is not None:
+        headings += [score.task for score in dense.scores.scores] + ["mean accuracy"]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for cell in comparison.cells:
+        row = [cell.name, f"{cell.keep:g}", f"{cell.stored_bytes / 2**20:,.1f}"]
+        row += [
+            f"{result.perplexity:.2f} ({cell.excess(dense, index):.3f})"
+            for index, result in enumerate(cell.perplexities)
+        ]
+        if cell.scores is not None:
+            values = [s.acc if s.acc_norm is None else s.acc_norm for s in cell.scores.scores]
+            row += [f"{value or 0:.3f}" for value in (*values, cell.accuracy)]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(comparison: Comparison, file: Path) -> None:
+    """Perplexity on the first text against stored bytes, one line for each recipe.
+
+    Raises:
+        UserError: matplotlib is not installed, or no text was measured.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install 'svdserve[eval]'") from None
+    dense, *others = comparison.cells
+    if not dense.perplexities:
+        raise UserError("the plot shows perplexity; give a text")
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    axes.axhline(dense.perplexities[0].perplexity, color="grey", linestyle="--", label=DENSE)
+    for name in dict.fromkeys(cell.name for cell in others):
+        mine = sorted((c for c in others if c.name == name), key=lambda cell: cell.stored_bytes)
+        axes.plot(
+            [cell.stored_bytes / 2**20 for cell in mine],
+            [cell.perplexities[0].perplexity for cell in mine],
+            marker="o",
+            label=name,
+        )
+    axes.set(
+        xlabel="stored weights, MiB",
+        ylabel=f"perplexity on {Path(dense.perplexities[0].text).name}",
+        yscale="log",
+        title=comparison.model,
+    )
+    axes.legend()
+    figure.savefig(file)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    Console().print(markdown(comparison), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,98 @@
+"""A grid of recipes on a pico model: one table, resumable, nothing measured twice."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from models import save_model
+from svdserve.compression import compare as module
+from svdserve.compression.checkpoint import TensorFiles
+from svdserve.compression.compare import Comparison, Evaluation, compare, markdown, plot
+from svdserve.compression.errors import UserError
+from svdserve.compression.evaluate import perplexity
+from svdserve.compression.recipe import Run, make_recipe
+
+RUN = Run(progress=False, threads=1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "letters.txt"
+    path.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(900)))
+    return path
+
+
+def recipes(text: Path):
+    calibration = {"calibration": str(text), "tokens": 256, "seq_len": 32}
+    plain = {"layout": "pair", "grouping": "separate"}
+    return {
+        "ours": make_recipe(**calibration),
+        "plain": make_recipe(method="svd", **plain, **calibration),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, Path]:
+    root = tmp_path_factory.mktemp("compare")
+    model = save_model("llama", root / "model")
+    evaluation = Evaluation(texts=(text,), seq_len=64)
+    result = compare(str(model), root / "work", recipes(text), [0.7, 0.5], evaluation, RUN)
+    return result, model, root
+
+
+def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
+    result, model, root = found
+    names = [(cell.name, cell.keep) for cell in result.cells]
+    grid = [(name, keep) for keep in (0.7, 0.5) for name in ("ours", "plain")]
+    assert names == [("dense", 1.0), *grid]
+    dense = perplexity(model, text, seq_len=64, progress=False)
+    for cell in result.cells[1:]:
+        out = root / "work" / f"{cell.name}-keep{cell.keep:g}"
+        own = perplexity(out, text, seq_len=64, progress=False)
+        assert cell.perplexities[0].perplexity == pytest.approx(own.perplexity)
+        excess = math.log(own.perplexity / dense.perplexity)
+        assert cell.excess(result.cells[0], 0) == pytest.approx(excess, abs=1e-9)
+        assert cell.stored_bytes == sum(i.nbytes for i in TensorFiles(out).info.values())
+    table = markdown(result)
+    assert len(table.splitlines()) == 2 + 5
+    assert f"{dense.perplexity:.2f} (0.000)" in table
+
+
+def test_finished_cells_are_not_measured_again(
+    found, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, model, root = found
+    calls: list[Path] = []
+
+    def counted(directory: Path, *args, **kwargs):
+        calls.append(directory)
+        return perplexity(directory, *args, **kwargs)
+
+    monkeypatch.setattr(module, "perplexity", counted)
+    evaluation = Evaluation(texts=(text,), seq_len=64)
+    work = root / "work"
+    again = compare(str(model), work, recipes(text), [0.7, 0.5], evaluation, RUN)
+    assert again == result
+    assert calls == []
+    (work / "ours-keep0.5.json").unlink()
+    assert len(compare(str(model), work, recipes(text), [0.7, 0.5], evaluation, RUN).cells) == 5
+    assert calls == [work / "ours-keep0.5"]
+
+
+def test_another_recipe_under_the_same_name_is_refused(found, text: Path) -> None:
+    _, model, root = found
+    other = {"ours": make_recipe(method="svd", calibration=str(text), tokens=256, seq_len=32)}
+    evaluation = Evaluation(texts=(text,), seq_len=64)
+    with pytest.raises(UserError, match="made by another recipe"):
+        compare(str(model), root / "work", other, [0.7], evaluation, RUN)
+    with pytest.raises(UserError, match="nothing to compare on"):
+        compare(str(model), root / "work", other, [0.7], Evaluation(), RUN)
+
+
+def test_plot_is_a_drawing(found, tmp_path: Path) -> None:
+    result, *_ = found
+    plot(result, tmp_path / "picture.svg")
+    drawing = (tmp_path / "picture.svg").read_text()
+    assert drawing.startswith("<?xml")
+    assert drawing.count("<path") > 10
