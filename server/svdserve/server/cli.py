@@ -1,4 +1,4 @@
-"""The command line: svdserve compress | eval | compare | serve | bench | inspect | methods.
+"""The command line of svdserve; the commands for studying methods are in study.py.
 
 Options that are not given are left to the models that define their defaults (Recipe, Run,
 BenchOptions, the signature of ``perplexity``); their help pages read the defaults there. Modules
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -19,10 +19,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 from svdserve.compression.errors import UserError
-
-if TYPE_CHECKING:
-    from svdserve.compression.evaluate import Perplexity
-    from svdserve.compression.tasks import TaskScores
+from svdserve.server import study
 
 
 def _recipe_defaults() -> dict[str, Any]:
@@ -43,6 +40,12 @@ def _eval_defaults() -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(perplexity).parameters.items()}
 
 
+def _refine_defaults() -> dict[str, Any]:
+    from svdserve.compression.refine import Refinement
+
+    return _field_defaults(Refinement)
+
+
 def _field_defaults(model: type[BaseModel]) -> dict[str, Any]:
     fields = model.model_fields.items()
     return {name: field.get_default(call_default_factory=True) for name, field in fields}
@@ -50,6 +53,7 @@ def _field_defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 _DEFAULTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "compress": _recipe_defaults,
+    "refine": _refine_defaults,
     "eval": _eval_defaults,
     "bench": _bench_defaults,
 }
@@ -142,147 +146,9 @@ def compress(
     )
 
 
-@app.command(name="eval", cls=_Command)
-def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, dense or compressed.")],
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text file for perplexity, taken verbatim.")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="JSONL file or name of lm-evaluation-harness; may repeat."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None,
-    max_chunks: Annotated[
-        int | None, typer.Option(help="Use the first chunks only; all when absent.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Chunks or requests of one forward step.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
-    ] = None,
-) -> None:
-    """Measure perplexity on a text, accuracy on multiple-choice tasks, or both.
-
-    Perplexity by the protocol of the SVD literature: chunks of equal length without special
-    tokens; the mean token loss over all chunks. Logits that are not finite are an error.
-    """
-    from svdserve.compression.evaluate import perplexity
-    from svdserve.compression.tasks import task_scores
-
-    if text is None and not tasks:
-        raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
-    common = {"batch_size": batch_size, "dtype": dtype, "device": device}
-    given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
-    chunks: dict[str, Any] = {"seq_len": seq_len} if seq_len is not None else {}
-    results = (
-        []
-        if text is None
-        else [perplexity(model, text, max_chunks=max_chunks, **chunks, **given) for model in models]
-    )
-    scores = [task_scores(model, tasks, limit=limit, **given) for model in models] if tasks else []
-    if json_file is not None:
-        _write_json(json_file, [result.model_dump(mode="json") for result in (*results, *scores)])
-    if results:
-        _print_perplexity(results)
-    if scores:
-        _print_scores(scores)
-
-
-def _print_perplexity(results: list["Perplexity"]) -> None:
-    table = Table("model", "dtype", title=f"Perplexity on {results[0].text}")
-    for heading in ("perplexity", "mean loss", "chunks", "seq_len", "seconds"):
-        table.add_column(heading, justify="right")
-    for r in results:
-        numbers = f"{r.perplexity:.3f}", f"{r.mean_loss:.4f}", str(r.chunks), str(r.seq_len)
-        table.add_row(r.model, r.dtype, *numbers, f"{r.seconds:.0f}")
-    Console().print(table)
-
-
-def _print_scores(results: list["TaskScores"]) -> None:
-    table = Table("model", "dtype", title="Accuracy (acc / acc_norm)")
-    for score in results[0].scores:
-        table.add_column(f"{score.task} ({score.items})", justify="right")
-    for r in results:
-        pairs = [(score.acc, score.acc_norm) for score in r.scores]
-        cells = (" / ".join("-" if x is None else f"{x:.3f}" for x in pair) for pair in pairs)
-        table.add_row(r.model, r.dtype, *cells)
-    Console().print(table)
-
-
-@app.command()
-def compare(
-    model: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints and finished evaluations.")],
-    methods: Annotated[
-        list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
-    ] = None,
-    recipes: Annotated[
-        list[Path] | None, typer.Option("--recipe", help="YAML recipe; may be repeated.")
-    ] = None,
-    keeps: Annotated[
-        list[float] | None, typer.Option("--keep", help="Keep ratio κ; may be repeated.")
-    ] = None,
-    texts: Annotated[
-        list[Path] | None, typer.Option("--text", help="Text for perplexity; may be repeated.")
-    ] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option("--task", help="As in `svdserve eval`; may be repeated.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
-    max_chunks: Annotated[int | None, typer.Option(help="Chunks of a text; all if absent.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Of every recipe: text FILE, hf:DATASET, or self.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens of every recipe.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write every result to this JSON file.")
-    ] = None,
-    table_file: Annotated[
-        Path | None, typer.Option("--table", help="Write the Markdown table to this file.")
-    ] = None,
-    plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw perplexity over bytes into this .svg/.png.")
-    ] = None,
-) -> None:
-    """Compare methods: compress and evaluate a grid of recipes and keep ratios.
-
-    Run the same command again to go on after an interruption.
-    """
-    from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
-    from svdserve.compression.compare import compare as run_comparison
-    from svdserve.compression.recipe import load_recipe, make_recipe, make_run
-
-    same = {"calibration": calibration, "tokens": tokens}
-    given = {name: value for name, value in same.items() if value is not None}
-    chosen = {path.stem: make_recipe(**(load_recipe(path) | given)) for path in recipes or []}
-    named = methods or ([] if recipes else [make_recipe().method])
-    chosen |= {name: make_recipe(method=name, **given) for name in named}
-    evaluation = Evaluation(
-        texts=tuple(texts or ()),
-        tasks=tuple(tasks or ()),
-        limit=limit,
-        max_chunks=max_chunks,
-        device=device,
-    )
-    for keep in keeps or ():
-        make_recipe(keep=keep)  # before the long part starts
-    run = make_run(device=device)
-    found = run_comparison(model, work, chosen, keeps or [make_recipe().keep], evaluation, run)
-    if json_file is not None:
-        _write_json(json_file, found.model_dump(mode="json"))
-    if table_file is not None:
-        table_file.write_text(markdown(found))
-    if plot_file is not None:
-        plot(found, plot_file)
-    print_comparison(found)
+app.command(cls=_Command)(study.refine)
+app.command(name="eval", cls=_Command)(study.evaluate)
+app.command()(study.compare)
 
 
 @app.command(
@@ -329,7 +195,7 @@ def bench(
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}
     result = run_bench(BenchOptions(**chosen))
     if json_file is not None:
-        _write_json(json_file, result.model_dump(mode="json"))
+        study.write_json(json_file, result.model_dump(mode="json"))
     print_bench(result)
 
 
@@ -388,11 +254,6 @@ def _number_or_name(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""The commands for whoever studies a method: refine, eval, compare. cli.py registers them."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from svdserve.compression.errors import UserError
+
+if TYPE_CHECKING:
+    from svdserve.compression.evaluate import Perplexity
+    from svdserve.compression.tasks import TaskScores
+
+
+def refine(
+    teacher: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
+    student: Annotated[Path, typer.Argument(help="A compressed checkpoint of it.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Text FILE, hf:DATASET, or self (the model's own samples).")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW's.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Times that held-out loss is measured.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Products in float32 or bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of tokens and their order.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; all when absent.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)
+    ] = None,
+) -> None:
+    """Train the factors of a checkpoint towards the dense model's predictions.
+
+    Part of the text is held out; what is written is never worse there than what was given. Both
+    models are in memory.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    from svdserve.compression.recipe import Run, make_run
+    from svdserve.compression.refine import Refinement
+    from svdserve.compression.refine import refine as run_refinement
+
+    settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
+    names = set(Run.model_fields) - {"batch_size"}
+    run = make_run(**{name: given[name] for name in names if name in given})
+    report = run_refinement(teacher, student, out, settings, run)
+    typer.echo(
+        f"{report.directory}: held-out KL {report.before:.4f} to {report.after:.4f} nats per "
+        f"token in {report.steps} steps, {report.seconds:.0f} s"
+    )
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Model directories, dense or compressed.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file for perplexity, taken verbatim.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="JSONL file or name of lm-evaluation-harness; may repeat."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a chunk.")] = None,
+    max_chunks: Annotated[
+        int | None, typer.Option(help="Use the first chunks only; all when absent.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks or requests of one forward step.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
+    ] = None,
+) -> None:
+    """Measure perplexity on a text, accuracy on multiple-choice tasks, or both.
+
+    Perplexity by the protocol of the SVD literature: chunks of equal length without special
+    tokens; the mean token loss over all chunks. Logits that are not finite are an error.
+    """
+    from svdserve.compression.evaluate import perplexity
+    from svdserve.compression.tasks import task_scores
+
+    if text is None and not tasks:
+        raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
+    common = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
+    chunks: dict[str, Any] = {"seq_len": seq_len} if seq_len is not None else {}
+    results = (
+        []
+        if text is None
+        else [perplexity(model, text, max_chunks=max_chunks, **chunks, **given) for model in models]
+    )
+    scores = [task_scores(model, tasks, limit=limit, **given) for model in models] if tasks else []
+    if json_file is not None:
+        write_json(json_file, [result.model_dump(mode="json") for result in (*results, *scores)])
+    if results:
+        _print_perplexity(results)
+    if scores:
+        _print_scores(scores)
+
+
+def _print_perplexity(results: list["Perplexity"]) -> None:
+    table = Table("model", "dtype", title=f"Perplexity on {results[0].text}")
+    for heading in ("perplexity", "mean loss", "chunks", "seq_len", "seconds"):
+        table.add_column(heading, justify="right")
+    for r in results:
+        numbers = f"{r.perplexity:.3f}", f"{r.mean_loss:.4f}", str(r.chunks), str(r.seq_len)
+        table.add_row(r.model, r.dtype, *numbers, f"{r.seconds:.0f}")
+    Console().print(table)
+
+
+def _print_scores(results: list["TaskScores"]) -> None:
+    table = Table("model", "dtype", title="Accuracy (acc / acc_norm)")
+    for score in results[0].scores:
+        table.add_column(f"{score.task} ({score.items})", justify="right")
+    for r in results:
+        pairs = [(score.acc, score.acc_norm) for score in r.scores]
+        cells = (" / ".join("-" if x is None else f"{x:.3f}" for x in pair) for pair in pairs)
+        table.add_row(r.model, r.dtype, *cells)
+    Console().print(table)
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and finished evaluations.")],
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
+    ] = None,
+    recipes: Annotated[
+        list[Path] | None, typer.Option("--recipe", help="YAML recipe; may be repeated.")
+    ] = None,
+    keeps: Annotated[
+        list[float] | None, typer.Option("--keep", help="Keep ratio κ; may be repeated.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None, typer.Option("--text", help="Text for perplexity; may be repeated.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="As in `svdserve eval`; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all when absent.")] = None,
+    max_chunks: Annotated[int | None, typer.Option(help="Chunks of a text; all if absent.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Of every recipe: text FILE, hf:DATASET, or self.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens of every recipe.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every result to this JSON file.")
+    ] = None,
+    table_file: Annotated[
+        Path | None, typer.Option("--table", help="Write the Markdown table to this file.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw perplexity over bytes into this .svg/.png.")
+    ] = None,
+) -> None:
+    """Compare methods: compress and evaluate a grid of recipes and keep ratios.
+
+    Run the same command again to go on after an interruption.
+    """
+    from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
+    from svdserve.compression.compare import compare as run_comparison
+    from svdserve.compression.recipe import load_recipe, make_recipe, make_run
+
+    same = {"calibration": calibration, "tokens": tokens}
+    given = {name: value for name, value in same.items() if value is not None}
+    chosen = {path.stem: make_recipe(**(load_recipe(path) | given)) for path in recipes or []}
+    named = methods or ([] if recipes else [make_recipe().method])
+    chosen |= {name: make_recipe(method=name, **given) for name in named}
+    evaluation = Evaluation(
+        texts=tuple(texts or ()),
+        tasks=tuple(tasks or ()),
+        limit=limit,
+        max_chunks=max_chunks,
+        device=device,
+    )
+    for keep in keeps or ():
+        make_recipe(keep=keep)  # before the long part starts
+    run = make_run(device=device)
+    found = run_comparison(model, work, chosen, keeps or [make_recipe().keep], evaluation, run)
+    if json_file is not None:
+        write_json(json_file, found.model_dump(mode="json"))
+    if table_file is not None:
+        table_file.write_text(markdown(found))
+    if plot_file is not None:
+        plot(found, plot_file)
+    print_comparison(found)
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n")
