@@ -113,6 +113,13 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     return model.eval().to(device)
 
 
+def load_tokenizer(model_dir: Path) -> Any:
+    """The transformers tokenizer of a directory."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+
+
 def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
     if seq_len < 2:
         raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
@@ -126,15 +133,12 @@ def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype:
 
 def _chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:
     """Token ids [chunks, seq_len]."""
-    from transformers import AutoTokenizer
-
     read_json(model_dir / "config.json")
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text}: cannot be read as UTF-8 text ({error})") from None
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    ids = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    ids = load_tokenizer(model_dir)(words, add_special_tokens=False, verbose=False).input_ids
     count = len(ids) // seq_len
     if count == 0:
         raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import load_model
+from svdserve.compression.evaluate import load_model, load_tokenizer
 from svdserve.compression.machine import Machine, this_machine
 
 
@@ -77,12 +77,10 @@ def task_scores(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
-    from transformers import AutoTokenizer
-
     model = load_model(model_dir, dtype, device)
     wrapped = HFLM(
         pretrained=model,
-        tokenizer=AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
+        tokenizer=load_tokenizer(model_dir),
         batch_size=batch_size,
         device=device,
         softmax_dtype="float32",
