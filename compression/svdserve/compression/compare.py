@@ -15,11 +15,12 @@ from rich.console import Console
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import Perplexity, perplexity
+from svdserve.compression.evaluate import Perplexity, file_sha256, perplexity
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Recipe, Run
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
+from svdserve.compression.workdir import save_json
 
 DENSE = "dense"
 
@@ -39,7 +40,7 @@ class Evaluation(BaseModel):
     def key(self, recipe: Recipe | None) -> str:
         """Changes with everything that a record of this evaluation depends on."""
         files = [f for f in (*self.texts, *map(Path, self.tasks)) if f.is_file()]
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        digests = [file_sha256(file) for file in files]
         settings = self.model_dump(mode="json"), recipe and recipe.model_dump(mode="json"), digests
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -66,8 +67,8 @@ class Cell(BaseModel):
         """Mean over the tasks of acc_norm where a task has it, else acc."""
         if self.scores is None:
             return None
-        values = [s.acc if s.acc_norm is None else s.acc_norm for s in self.scores.scores]
-        return sum(float(value or 0) for value in values) / len(values)
+        values = [score.accuracy for score in self.scores.scores]
+        return sum(values) / len(values)
 
 
 class Comparison(BaseModel):
@@ -155,9 +156,7 @@ def _cell(
         if evaluation.tasks
         else None,
     )
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "cell": cell.model_dump(mode="json")}, indent=2))
-    partial.replace(record)
+    save_json({"key": key, "cell": cell.model_dump(mode="json")}, record)
     return cell
 
 
@@ -176,8 +175,8 @@ def markdown(comparison: Comparison) -> str:
             for index, result in enumerate(cell.perplexities)
         ]
         if cell.scores is not None:
-            values = [s.acc if s.acc_norm is None else s.acc_norm for s in cell.scores.scores]
-            row += [f"{value or 0:.3f}" for value in (*values, cell.accuracy)]
+            values = [score.accuracy for score in cell.scores.scores]
+            row += [f"{value:.3f}" for value in (*values, cell.accuracy)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 

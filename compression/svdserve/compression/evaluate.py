@@ -86,7 +86,7 @@ def perplexity(
         tokens=tokens,
         seq_len=seq_len,
         text=str(text),
-        text_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+        text_sha256=file_sha256(text),
         dtype=str(model.dtype).removeprefix("torch."),
         machine=this_machine(device),
         seconds=time.perf_counter() - started,
@@ -111,6 +111,11 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     chosen = DTYPES.get(dtype, "auto")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=chosen, local_files_only=True)
     return model.eval().to(device)
+
+
+def file_sha256(file: Path) -> str:
+    """Tells which data a result belongs to."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -128,7 +128,8 @@ class _Trainer:
         self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.student.config.use_cache = False
         self.factors = self._trainable()
-        self.stored = {name: TensorFiles(self.paths[1]).info[name].dtype for name in self.factors}
+        info = TensorFiles(self.paths[1]).info
+        self.stored = {name: info[name].dtype for name in self.factors}
         report = self._train()
         self._publish()
         return RefineReport(
@@ -288,7 +289,8 @@ class _Trainer:
     def _publish(self) -> None:
         """The student's directory with the best factors in it."""
         final, source = self.work.final(), self.paths[1]
-        shutil.copytree(source, final, dirs_exist_ok=True)
+        others = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(source, final, dirs_exist_ok=True, ignore=others)
         best = load_file(self.work.path / _BEST)
         for file in TensorFiles(source).paths:
             tensors = load_file(file)

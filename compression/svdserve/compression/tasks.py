@@ -5,7 +5,6 @@ space and a choice; acc takes the choice of the largest log-probability, acc_nor
 divided by the characters of the choice.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import load_model, load_tokenizer
+from svdserve.compression.evaluate import file_sha256, load_model, load_tokenizer
 from svdserve.compression.machine import Machine, this_machine
 
 
@@ -31,6 +30,11 @@ class TaskScore(BaseModel):
     acc_norm: float | None
     sha256: str | None = None
     """Of the file, for local tasks."""
+
+    @property
+    def accuracy(self) -> float:
+        """acc_norm where the task has it, else acc; 0 where it has neither."""
+        return (self.acc if self.acc_norm is None else self.acc_norm) or 0.0
 
 
 class TaskScores(BaseModel):
@@ -101,7 +105,7 @@ def task_scores(
                 items=found["n-samples"][name]["effective"],
                 acc=result.get("acc,none"),
                 acc_norm=result.get("acc_norm,none"),
-                sha256=_sha256(files[name]) if name in files else None,
+                sha256=file_sha256(files[name]) if name in files else None,
             )
             for name, result in found["results"].items()
             if name in found["n-samples"]
@@ -151,7 +155,3 @@ def _check(file: Path) -> None:
             )
     if not lines:
         raise UserError(f"{file}: no items")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -64,7 +64,7 @@ class WorkDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         if not job.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(job, signature)
+            save_json(signature, job)
         elif not self._resume:
             raise UserError(
                 f"{self.path}: holds an unfinished job; add --resume to go on or --force to start "
@@ -97,7 +97,7 @@ class WorkDirectory:
         """Mark a block as finished: its tensors come last, and their presence counts."""
         path = self.block(index)
         fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
-        _write(path.with_suffix(".json"), fields)
+        save_json(fields, path.with_suffix(".json"))
         save_tensors(tensors, path)
 
     def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, ModuleSpec]]:
@@ -142,7 +142,8 @@ def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
     return stored, dense
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def save_json(value: dict[str, Any], path: Path) -> None:
+    """Write JSON so that ``path`` is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         json.dump(value, file, indent=1)

@@ -111,7 +111,14 @@ def _compile(library: Path) -> None:
         built = Path(folder) / library.name
         command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-fPIC", "-shared", str(SOURCE)]
         # As needed: -fopenmp adds the compiler's OpenMP library last, where torch brings none.
-        command += ["-o", str(built), "-Wl,--as-needed", *_openmp(), "-lc10", "-ltorch_cpu"]
+        command += [
+            "-o",
+            str(built),
+            "-Wl,--as-needed",
+            *map(str, openmp_libraries()),
+            "-lc10",
+            "-ltorch_cpu",
+        ]
         command += [f"-isystem{path}" for path in include_paths()]
         command += [f"-L{path}" for path in library_paths()]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -120,11 +127,11 @@ def _compile(library: Path) -> None:
         built.replace(library)  # at once: several workers may compile at the same time
 
 
-def _openmp() -> list[str]:
-    """Torch's own OpenMP library: a second one in the process would compete for the cores."""
+def openmp_libraries() -> list[Path]:
+    """Torch's own OpenMP library, if it brings one; a second one would compete for the cores."""
     package = Path(torch.__file__).parent
     folders = (package.parent / "torch.libs", package / "lib")
-    return [str(path) for folder in folders for path in folder.glob("libgomp*.so*")][:1]
+    return [path for folder in folders for path in folder.glob("libgomp*.so*")][:1]
 
 
 def _check(factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None, channels: int) -> None:

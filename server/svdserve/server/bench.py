@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from rich.table import Table
 from svdserve.compression.checkpoint import read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.machine import Machine, this_machine
+from svdserve.kernels.cpu import openmp_libraries
 from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around
 from svdserve.server.metrics import ModelFacts, model_facts
@@ -272,11 +272,5 @@ def _environment(cores: list[int]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(cores)),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
     }
-    spec = find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
-    for folder in (package.parent / "torch.libs", package / "lib"):
-        for library in folder.glob("libgomp*.so*"):
-            return environment | {"LD_PRELOAD": str(library)}
-    return environment
+    libraries = openmp_libraries()
+    return environment | ({"LD_PRELOAD": str(libraries[0])} if libraries else {})

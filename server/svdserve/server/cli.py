@@ -19,7 +19,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 from svdserve.compression.errors import UserError
-from svdserve.server import study
+from svdserve.server import options, study
 
 
 def _recipe_defaults() -> dict[str, Any]:
@@ -87,7 +87,7 @@ app = typer.Typer(
 @app.command(cls=_Command)
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or Hub name.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    out: options.Out,
     recipe: Annotated[
         Path | None, typer.Option(help="YAML recipe; options given here override it.")
     ] = None,
@@ -97,11 +97,9 @@ def compress(
     method: Annotated[str | None, typer.Option(help="See `svdserve methods`.")] = None,
     layout: Annotated[str | None, typer.Option(help="interpolative or pair.")] = None,
     grouping: Annotated[str | None, typer.Option(help="shared or separate.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text FILE, hf:DATASET, or self (the model's own samples).")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    calibration: options.Calibration = None,
+    tokens: options.Tokens = None,
+    seq_len: options.SeqLen = None,
     beta: Annotated[
         str | None, typer.Option(help="SAES-SVD's β: aces, exact, or a number from 0 to 1.")
     ] = None,
@@ -109,18 +107,14 @@ def compress(
         str | None, typer.Option(help="Stored dtype: auto, float32, bfloat16 or float16.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration tokens.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all when absent.")] = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per forward step.")] = None,
     offload: Annotated[
         Path | None, typer.Option(help="Folder for the hidden streams; memory when absent.")
     ] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = None,
-    force: Annotated[
-        bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)
-    ] = None,
+    resume: options.Resume = None,
+    force: options.Force = None,
 ) -> None:
     """Compress a model: factor its linears and write a checkpoint.
 

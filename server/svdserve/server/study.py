@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svdserve.compression.errors import UserError
+from svdserve.server import options
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
 def refine(
     teacher: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
     student: Annotated[Path, typer.Argument(help="A compressed checkpoint of it.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
-    calibration: Annotated[
-        str | None, typer.Option(help="Text FILE, hf:DATASET, or self (the model's own samples).")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    out: options.Out,
+    calibration: options.Calibration = None,
+    tokens: options.Tokens = None,
+    seq_len: options.SeqLen = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW's.")] = None,
@@ -32,14 +31,10 @@ def refine(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Products in float32 or bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of tokens and their order.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; all when absent.")] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = None,
-    force: Annotated[
-        bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)
-    ] = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
+    resume: options.Resume = None,
+    force: options.Force = None,
 ) -> None:
     """Train the factors of a checkpoint towards the dense model's predictions.
 
@@ -81,7 +76,7 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="auto (the model's own), float32, bfloat16 or float16.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device: options.Device = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
     ] = None,
