@@ -77,7 +77,7 @@ def test_full_keep_leaves_the_model_as_it_is(tmp_path: Path, calibration: str):
     assert all(torch.equal(stored[name], tensor) for name, tensor in dense.items())
 
 
-@pytest.mark.parametrize("method", ["svd", "svd-llm", "saes-svd"])
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "saes-svd", "saes-kfac", "fwsvd"])
 def test_high_rank_model_computes_nearly_the_same(method: str, tmp_path: Path, calibration: str):
     """More rank, less difference of the logits, down to that of rounding."""
     model = save_model("llama", tmp_path / "model")
@@ -93,6 +93,64 @@ def test_high_rank_model_computes_nearly_the_same(method: str, tmp_path: Path, c
             differences.append(float((small(tokens).logits - logits).norm() / logits.norm()))
     assert differences == sorted(differences, reverse=True)
     assert differences[-1] < 0.2 * differences[0]
+
+
+@pytest.mark.parametrize("allocator", ["energy", "sensitivity", "divergence"])
+@pytest.mark.parametrize("grouping", ["shared", "separate"])
+def test_allocators_share_one_budget_over_the_model(
+    allocator: str, grouping: str, tmp_path: Path, calibration: str
+):
+    model = save_model("qwen3", tmp_path / "model")
+    recipe = recipe_for(
+        calibration, keep=0.6, allocator=allocator, grouping=grouping, rank_multiple=2
+    )
+    report = compress(str(model), tmp_path / "out", recipe, QUIET)
+    modules = open_checkpoint(tmp_path / "out").config.modules
+    ranks = [spec.rank for spec in modules.values()]
+    assert all(rank % 2 == 0 for rank in ranks)
+    assert len({spec.rank for name, spec in modules.items() if "down_proj" in name}) > 1
+    dense = 3 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+    kept = report.stored_parameters + dense - report.dense_parameters  # dense modules keep all
+    assert 0.6 * dense - 2 * 512 < kept <= 0.6 * dense
+
+
+def test_last_blocks_are_searched_by_the_error_at_the_final_block(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=6)
+    recipe = recipe_for(calibration, keep=0.8, allocator="last-blocks")
+    report = compress(str(model), tmp_path / "out", recipe, QUIET)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    errors = {}
+    for folder in (tmp_path / "out.search").iterdir():
+        tried = open_checkpoint(folder).config.modules
+        assert {int(name.split(".")[2]) for name in tried} == set(range(6 - int(folder.name), 6))
+        log = (folder / LOG_FILE).read_text().splitlines()
+        errors[int(folder.name)] = json.loads(log[-1])["final_error"]
+    assert set(errors) == {2, 3, 4, 5, 6}
+    chosen = min(errors, key=errors.get)
+    assert checkpoint.config.recipe["allocator_parameters"] == {"blocks": chosen}
+    assert {int(name.split(".")[2]) for name in checkpoint.config.modules} == set(
+        range(6 - chosen, 6)
+    )
+    removed = report.dense_parameters - report.stored_parameters
+    whole = 6 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+    assert removed >= 0.2 * whole
+
+
+def test_final_error_is_that_of_the_models(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model")
+    compress(str(model), tmp_path / "out", recipe_for(calibration, tokens=64), QUIET)
+    log = (tmp_path / "out" / LOG_FILE).read_text().splitlines()
+    from svdserve.compression.calibration import calibration_tokens
+
+    tokens = calibration_tokens(model, recipe_for(calibration, tokens=64))
+    states = []
+    for directory in (model, tmp_path / "out"):
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        loaded.model.norm = torch.nn.Identity()
+        with torch.no_grad():
+            states.append(loaded.model(tokens).last_hidden_state)
+    expected = float((states[0] - states[1]).norm() / states[0].norm())
+    assert json.loads(log[-1])["final_error"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_stored_dtype_follows_the_recipe(tmp_path: Path, calibration: str):

@@ -150,16 +150,15 @@ def last_blocks(
 
     Args:
         modules, budget: as for all allocators.
-        blocks: how many; half of the model (or as many as κ needs) when None.
+        blocks: how many; None is replaced by a searched number before this is called.
 
     Raises:
         UserError: so few blocks that even nothing left of them would not reach κ.
     """
+    assert blocks is not None
     total = 1 + max(module.block for module in modules.values())
     dense = sum(module.dense for module in modules.values())
     removed = (1 - budget.keep) * dense
-    if blocks is None:
-        blocks = max(total // 2, int(total * (1 - budget.keep) * 1.25) + 1)
     last = {n: m for n, m in modules.items() if m.block >= total - blocks}
     keep = 1 - removed / sum(module.dense for module in last.values())
     if keep <= 0:

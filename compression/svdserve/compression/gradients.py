@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from svdserve.compression.skeleton import Call, Group, Skeleton
 from svdserve.compression.workdir import save_tensors
 
-_HEAD_SLICE = 256  # positions whose logits are in memory at the same time
+_HEAD_SLICE = 128  # positions whose logits are in memory at the same time
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
+from svdserve.compression.allocation import get_allocator
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
-from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
+from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint, merge_shards, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
+from svdserve.compression.planning import Unit, ranks_of, search_last_blocks, units_of
 from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
-from svdserve.compression.recipe import Recipe, Run, dump_recipe
+from svdserve.compression.recipe import Recipe, Run, dump_recipe, make_recipe
 from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
-from svdserve.compression.skeleton import Group, Skeleton, resolve_model
+from svdserve.compression.skeleton import Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
 from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
@@ -49,18 +50,6 @@ class Report:
     dense_parameters: int
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One factored module to be: its name in the model, its linears, and the rows [m] of the
-    group's stacked weight [m, n] that are theirs."""
-
-    group: Group
-    name: str
-    members: tuple[str, ...]
-    rows: slice
-    columns: int
-
-
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:
     """Factor a Hugging Face model and write the checkpoint to ``out``.
 
@@ -73,7 +62,39 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
     Raises:
         UserError: anything wrong with the input, found before the long part starts.
     """
-    return Job(model, out, recipe, run or Run()).execute()
+    run = run or Run()
+    if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
+        recipe = _with_last_blocks(model, out.with_name(out.name + ".search"), recipe, run)
+    return Job(model, out, recipe, run).execute()
+
+
+def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with its number of blocks searched, on a quarter of the calibration tokens."""
+    if not {"gram", "shift"} <= get_method(recipe.method).statistics:
+        raise UserError(
+            f"allocator last-blocks: method {recipe.method} does not carry the error to the final "
+            "block; set allocator_parameters.blocks, or take saes-svd"
+        )
+    fields = recipe.model_dump()
+
+    def error(blocks: int) -> float:
+        out = work / str(blocks)
+        if not is_checkpoint(out):
+            work.mkdir(parents=True, exist_ok=True)
+            tried = make_recipe(
+                **fields
+                | {
+                    "allocator_parameters": {"blocks": blocks},
+                    "tokens": max(recipe.length, recipe.tokens // 4),
+                }
+            )
+            Job(model, out, tried, run.model_copy(update={"resume": True})).execute()
+        done = json.loads((out / LOG_FILE).read_text().splitlines()[-1])
+        return float(done["final_error"])
+
+    total = Skeleton(resolve_model(model)).blocks
+    blocks = search_last_blocks(total, recipe.keep, error)
+    return make_recipe(**fields | {"allocator_parameters": {"blocks": blocks}})
 
 
 class Job:
@@ -94,8 +115,8 @@ class Job:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        self.units = [self._units(index) for index in range(self.skeleton.blocks)]
-        self.ranks: Ranks = {} if self.allocator.profile else self._allocate({})
+        self.units = units_of(self.skeleton, recipe.grouping)
+        self.ranks = {} if self.allocator.profile else ranks_of(self.units, recipe, {})
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
@@ -137,46 +158,12 @@ class Job:
             stored, dense = parameters_of(specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
-            progress.event("done", **{k: v for k, v in asdict(report).items() if k != "directory"})
+            facts = {k: v for k, v in asdict(report).items() if k != "directory"}
+            progress.event("done", **facts, final_error=walk.error())
         self._publish(specs)
         return report
 
     # Planning
-
-    def _units(self, index: int) -> list[Unit]:
-        """What will be factored in a block, in the order of its groups."""
-        prefix, units = self.skeleton.block_name(index), []
-        for group in self.skeleton.groups[index]:
-            parent = self.skeleton.layers[index].get_submodule(group.parent)
-            shapes = [parent.get_submodule(m).get_parameter("weight").shape for m in group.members]
-            if self.recipe.grouping == "shared":
-                rows, columns = slice(0, sum(s[0] for s in shapes)), shapes[0][1]
-                units.append(Unit(group, f"{prefix}.{group.path}", group.members, rows, columns))
-                continue
-            start = 0
-            for member, (size, columns) in zip(group.members, shapes, strict=True):
-                name, rows = f"{prefix}.{group.parent}.{member}", slice(start, start + size)
-                units.append(Unit(group, name, (member,), rows, columns))
-                start += size
-        return units
-
-    def _allocate(self, profile: dict[str, Tensor]) -> Ranks:
-        """The rank of every unit; ``profile`` as Profile.read returns it."""
-        modules = {}
-        for index, units in enumerate(self.units):
-            for unit in units:
-                curvature = profile.get(f"{unit.name}.curvature")
-                modules[unit.name] = Module(
-                    out_features=unit.rows.stop - unit.rows.start,
-                    in_features=unit.columns,
-                    block=index,
-                    attention="o_proj" in unit.group.members or "q_proj" in unit.group.members,
-                    energies=profile.get(f"{unit.name}.energies"),
-                    curvature=None if curvature is None else float(curvature),
-                    losses=profile.get(f"{unit.name}.losses"),
-                )
-        budget = Budget(self.recipe.keep, self.recipe.layout, self.recipe.rank_multiple)
-        return self.allocator.function(modules, budget, **self.recipe.allocator_parameters)
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
@@ -197,7 +184,7 @@ class Job:
             watch = None if profile is None else profile.watch
             gradients.sweep(self.skeleton, tokens, self.device, self.recipe.seed, watch, done)
         if profile is not None:
-            self.ranks = self._allocate(profile.read())
+            self.ranks = ranks_of(self.units, self.recipe, profile.read())
         return gradients
 
     # Blocks

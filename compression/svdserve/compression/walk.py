@@ -9,6 +9,7 @@ stream, only norms and residual additions are repeated.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -131,6 +132,20 @@ class Walk:
                 zip(self.skeleton.layers, self.skeleton.groups, calls, strict=True)
             )
         ]
+
+    def error(self) -> float | None:
+        """‖H_f − H‖ / ‖H_f‖ of the hidden states where the streams are; None if one does not run.
+
+        H_f are the teacher's, H the student's.
+        """
+        if not (self.uses_student and self.uses_teacher):
+            return None
+        apart = whole = 0.0
+        for rows in self.batches:
+            teacher = self.streams.read("teacher", rows)
+            apart += float((teacher - self.streams.read("student", rows)).square().sum())
+            whole += float(teacher.square().sum())
+        return math.sqrt(apart / whole)
 
     def call(self, block: int, rows: slice) -> Call:
         """The arguments besides the hidden states with which the decoder calls a block."""

@@ -95,11 +95,21 @@ def compress(
         float | None, typer.Option(help="Keep ratio κ: stored over dense parameters.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `svdserve methods`.")] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(help="How modules share κ: uniform, divergence, energy, sensitivity, ..."),
+    ] = None,
+    rank_multiple: Annotated[
+        int | None, typer.Option(help="Make every rank a multiple of it.")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="interpolative or pair.")] = None,
     grouping: Annotated[str | None, typer.Option(help="shared or separate.")] = None,
     calibration: options.Calibration = None,
     tokens: options.Tokens = None,
     seq_len: options.SeqLen = None,
+    gradient_tokens: Annotated[
+        int | None, typer.Option(help="Calibration tokens with gradients, where they are needed.")
+    ] = None,
     beta: Annotated[
         str | None, typer.Option(help="SAES-SVD's β: aces, exact, or a number from 0 to 1.")
     ] = None,

@@ -1,0 +1,86 @@
+"""What will be factored, and to which ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
+from svdserve.compression.recipe import Grouping, Recipe
+from svdserve.compression.skeleton import Group, Skeleton
+
+_CANDIDATES = 6
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One factored module to be: its group, its name in the model, and its linears.
+
+    ``rows`` are theirs in the group's stacked weight [m, n]; ``columns`` is n.
+    """
+
+    group: Group
+    name: str
+    members: tuple[str, ...]
+    rows: slice
+    columns: int
+
+
+def units_of(skeleton: Skeleton, grouping: Grouping) -> list[list[Unit]]:
+    """The units of every block, in the order of its groups."""
+    return [_units_of_block(skeleton, index, grouping) for index in range(skeleton.blocks)]
+
+
+def _units_of_block(skeleton: Skeleton, index: int, grouping: Grouping) -> list[Unit]:
+    prefix = skeleton.block_name(index)
+    units: list[Unit] = []
+    for group in skeleton.groups[index]:
+        parent = skeleton.layers[index].get_submodule(group.parent)
+        shapes = [parent.get_submodule(m).get_parameter("weight").shape for m in group.members]
+        columns = shapes[0][1]
+        if grouping == "shared":
+            rows = slice(0, sum(shape[0] for shape in shapes))
+            units.append(Unit(group, f"{prefix}.{group.path}", group.members, rows, columns))
+            continue
+        start = 0
+        for member, shape in zip(group.members, shapes, strict=True):
+            name, rows = f"{prefix}.{group.parent}.{member}", slice(start, start + shape[0])
+            units.append(Unit(group, name, (member,), rows, columns))
+            start = rows.stop
+    return units
+
+
+def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]) -> Ranks:
+    """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty."""
+    modules: dict[str, Module] = {}
+    for index, block in enumerate(units):
+        for unit in block:
+            curvature = profile.get(f"{unit.name}.curvature")
+            modules[unit.name] = Module(
+                out_features=unit.rows.stop - unit.rows.start,
+                in_features=unit.columns,
+                block=index,
+                attention=unit.group.name in ("qkv_proj", "o_proj"),
+                energies=profile.get(f"{unit.name}.energies"),
+                curvature=None if curvature is None else float(curvature),
+                losses=profile.get(f"{unit.name}.losses"),
+            )
+    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
+    allocator = get_allocator(recipe.allocator)
+    return allocator.function(modules, budget, **recipe.allocator_parameters)
+
+
+def search_last_blocks(blocks: int, keep: float, error: Callable[[int], float]) -> int:
+    """How many of the last blocks to factor: the number of least error at the final block.
+
+    ResSVD (arXiv 2505.20112), algorithm 3, over six numbers from the fewest that keep 15 % of
+    themselves up to all.
+
+    Args:
+        blocks: of the model.
+        keep: κ of the whole model.
+        error: of the final block's output, for a number of last blocks.
+    """
+    fewest = min(blocks, int(blocks * (1 - keep) / 0.85) + 1)
+    steps = (round(i * (blocks - fewest) / (_CANDIDATES - 1)) for i in range(_CANDIDATES))
+    return min(sorted({fewest + step for step in steps}), key=error)
