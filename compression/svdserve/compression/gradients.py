@@ -7,7 +7,7 @@ carries the loss back from the head to the first block and stores it at every bl
 block's own gradients are taken from there when the walk reaches it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,18 +99,20 @@ def stacked_weights(block: nn.Module, groups: tuple[Group, ...]) -> dict[str, Te
 
 
 class BoundaryGradients:
-    """∂loss/∂h [B, L, d] at the output of every block, for the first calibration sequences.
+    """∂loss/∂h [B, L, d] at the output of every block, for some calibration sequences.
 
     Kept as one file for each block in ``folder``, as are the hidden states of the teacher during
     the sweep: what is in memory does not grow with the depth.
 
     Args:
         folder: where the files are, or will be.
-        rows: sequences that have gradients.
+        rows: indices of the sequences that have gradients.
         dtype: of the files; float16 could not hold the range of gradients.
     """
 
-    def __init__(self, folder: Path, rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, folder: Path, rows: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.folder, self.rows, self.dtype = folder, rows, dtype
 
     def _file(self, block: int) -> Path:
@@ -125,7 +127,7 @@ class BoundaryGradients:
         return self._file(0).exists()
 
     def read(self, block: int) -> Tensor:
-        """[rows, L, d], in ``dtype``."""
+        """[B, L, d] of the sequences ``rows``, in ``dtype``."""
         gradient: Tensor = load_file(self._file(block))["gradient"]
         return gradient
 
@@ -138,13 +140,13 @@ class BoundaryGradients:
         watch: Watch | None = None,
         done: Callable[[int, nn.Module], None] = lambda _index, _block: None,
     ) -> None:
-        """Carry the loss of ``tokens`` [N, L] (the first ``rows`` are used) back to block 0.
+        """Carry the loss of the sequences ``rows`` of ``tokens`` [N, L] back to block 0.
 
         Args:
             watch: sees the flow of every block and sequence on the way.
             done: told the index of every block that is finished, and given the block.
         """
-        batches = [tokens[i : i + 1] for i in range(self.rows)]
+        batches = [tokens[row : row + 1] for row in self.rows]
         embedded = list(skeleton.embed(batches, device))
         hidden = [first.to(self.dtype).cpu() for first, _ in embedded]
         calls = embedded[0][1]  # they do not depend on the tokens

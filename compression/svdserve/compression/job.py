@@ -167,7 +167,7 @@ class Job:
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
-        gradients = BoundaryGradients(self.work.path, self.recipe.gradient_sequences)
+        gradients = BoundaryGradients(self.work.path, self.recipe.gradient_rows(len(tokens)))
         groups = [
             {name: [(u.name, u.rows) for u in units if u.group.name == name] for name in GROUPS}
             for units in self.units

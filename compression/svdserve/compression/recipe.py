@@ -62,10 +62,10 @@ class Recipe(BaseModel):
         """Calibration sequences: tokens rounded down to whole ones, at least one."""
         return max(1, self.tokens // self.seq_len)
 
-    @property
-    def gradient_sequences(self) -> int:
-        """Sequences with gradients: the first ones, at least one."""
-        return min(self.sequences, max(1, self.gradient_tokens // self.length))
+    def gradient_rows(self, sequences: int) -> list[int]:
+        """Which of the calibration sequences have gradients: at least one, evenly spread."""
+        count = min(sequences, max(1, self.gradient_tokens // self.length))
+        return [index * sequences // count for index in range(count)]
 
     @property
     def length(self) -> int:

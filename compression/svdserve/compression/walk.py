@@ -211,7 +211,8 @@ class BlockPass:
             )
             for group in self.groups
         }
-        for row, gradient in enumerate(walk.gradients.read(self.index)):
+        gradients = walk.gradients.read(self.index)
+        for row, gradient in zip(walk.gradients.rows, gradients, strict=True):
             rows = slice(row, row + 1)
             hidden = walk.streams.read("teacher", rows)
             call = walk.call(self.index, rows)
