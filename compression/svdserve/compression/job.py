@@ -23,6 +23,7 @@ from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.linalg import relative_error
+from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.progress import Progress
@@ -31,7 +32,7 @@ from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import Statistics
 from svdserve.compression.walk import BlockPass, Walk
-from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
+from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors, summation
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -84,7 +85,7 @@ class Job:
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
         if self.method.statistics:
             check_calibration(self.skeleton.directory, recipe)
-        self.device = _device(run.device)
+        self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -93,12 +94,7 @@ class Job:
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
             "weights": {file.name: file.stat().st_size for file in self.skeleton.files.paths},
-            "order": {
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-                "batch_size": run.batch_size,
-                "torch": torch.__version__,
-            },
+            "order": summation(self.device, run.batch_size),
         }
 
     def execute(self) -> Report:
@@ -238,15 +234,9 @@ class Job:
     # Files
 
     def _tokens(self) -> Tensor:
-        """Calibration tokens, kept in the work directory so that a resumed job has the same."""
         if not self.method.statistics:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        tokens = self.work.tokens()
-        if tokens is None:
-            tokens = calibration_tokens(self.skeleton.directory, self.recipe)
-            self.work.save_tokens(tokens)
-            release()
-        return tokens
+        return self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
         """Unfactored tensors, in the stored dtype where the recipe names one."""
@@ -289,13 +279,3 @@ class Job:
         (final / "README.md").write_text(card)
         shutil.copy(self.work.log, final / LOG_FILE)
         self.work.publish(final)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = (str(error).splitlines() or ["unknown device"])[0]
-        raise UserError(f"device {name!r} cannot be used here: {first}") from None
-    return device

@@ -10,6 +10,22 @@ from rich import progress as bars
 from rich.console import Console
 
 
+def bar(show: bool) -> bars.Progress:
+    """A bar on stderr with count, times, ETA and the task's field ``facts``."""
+    return bars.Progress(
+        bars.SpinnerColumn(),
+        bars.TextColumn("[bold]{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("ETA"),
+        bars.TimeRemainingColumn(elapsed_when_finished=False),
+        bars.TextColumn("{task.fields[facts]}"),
+        console=Console(stderr=True),
+        disable=not show,
+    )
+
+
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
@@ -19,18 +35,7 @@ class Progress:
 
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
         self._path = log
-        self._bar = bars.Progress(
-            bars.SpinnerColumn(),
-            bars.TextColumn("[bold]{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("ETA"),
-            bars.TimeRemainingColumn(elapsed_when_finished=False),
-            bars.TextColumn("{task.fields[facts]}"),
-            console=Console(stderr=True),
-            disable=not show,
-        )
+        self._bar = bar(show)
         self._task = self._bar.add_task("calibration tokens", total=blocks, facts="")
         self._facts: list[str] = []
         self._begun = time.perf_counter()

@@ -13,8 +13,25 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
 from svdserve.compression.methods import get_method
+from svdserve.compression.training import Training
 
 Grouping = Literal["shared", "separate"]
+
+
+class Refinement(Training):
+    """End-to-end training of the factors, on the calibration tokens of the compression.
+
+    ``calibration``, ``tokens`` and ``seq_len`` are for other tokens than those.
+    """
+
+    calibration: str | None = Field(default=None, description="as in Recipe")
+    tokens: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
+
+    def text(self, recipe: "Recipe") -> "Recipe":
+        """``recipe`` with the calibration that this refinement of it uses."""
+        own = self.model_dump(include={"calibration", "tokens", "seq_len"}, exclude_none=True)
+        return recipe.model_copy(update=own)
 
 
 class Recipe(BaseModel):
@@ -30,7 +47,8 @@ class Recipe(BaseModel):
     layout: Layout = "interpolative"
     grouping: Grouping = "shared"
     calibration: str = Field(
-        default="self", description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], or self"
+        default="self",
+        description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], self, or several joined by +",
     )
     tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
     seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")
@@ -38,6 +56,9 @@ class Recipe(BaseModel):
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
     seed: int = 0
+    refinement: Refinement | None = Field(
+        default=None, description="end-to-end training after the closed form"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -67,6 +88,9 @@ class Run(BaseModel):
     offload: Path | None = Field(default=None, description="folder for the hidden streams")
     resume: bool = False
     force: bool = Field(default=False, description="replace a non-empty output directory")
+    checkpointing: bool = Field(
+        default=True, description="compute activations again in the backward pass of a refinement"
+    )
     progress: bool = True
 
 

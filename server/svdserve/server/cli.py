@@ -41,9 +41,9 @@ def _eval_defaults() -> dict[str, Any]:
 
 
 def _refine_defaults() -> dict[str, Any]:
-    from svdserve.compression.refine import Refinement
+    from svdserve.compression.recipe import Refinement, Run
 
-    return _field_defaults(Refinement)
+    return {**_field_defaults(Run), **_field_defaults(Refinement)}
 
 
 def _field_defaults(model: type[BaseModel]) -> dict[str, Any]:

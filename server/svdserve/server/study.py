@@ -26,11 +26,18 @@ def refine(
     epochs: Annotated[int | None, typer.Option(help="Passes over the tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW's.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share of the sequences.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Times that held-out loss is measured.")
     ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations without gain before it stops.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Products in float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of tokens and their order.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the held-out part and the order of sequences.")
+    ] = None,
+    checkpointing: options.Checkpointing = None,
     device: options.Device = None,
     threads: options.Threads = None,
     resume: options.Resume = None,
@@ -38,12 +45,11 @@ def refine(
 ) -> None:
     """Train the factors of a checkpoint towards the dense model's predictions.
 
-    Part of the text is held out; what is written is never worse there than what was given. Both
-    models are in memory.
+    On the calibration tokens that the checkpoint's recipe names, unless others are given. Part of
+    them is held out; what is written is never worse there than what was given.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    from svdserve.compression.recipe import Run, make_run
-    from svdserve.compression.refine import Refinement
+    from svdserve.compression.recipe import Refinement, Run, make_run
     from svdserve.compression.refine import refine as run_refinement
 
     settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
