@@ -15,6 +15,7 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Refinement, Run, load_recipe, make_recipe
 from svdserve.compression.refine import refine
+from svdserve.compression.statistics import Statistics
 
 RUN = Run(progress=False, threads=1)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
@@ -135,3 +136,41 @@ def test_calibration_is_that_of_the_checkpoint(
     tokens = calibration_tokens(dense, recipe)
     (held,) = given.split(2)[1].tolist()
     assert report.before == pytest.approx(divergence(dense, small, tokens[[held]]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "method"), [(Statistics, "__init__"), (Distillation, "backward")]
+)
+def test_compress_refines_as_refine_does(
+    target: type,
+    method: str,
+    models: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in either stage, it ends in the bytes of the two commands one after the other."""
+    text, dense, _ = models
+    fields = {"method": "svd", "calibration": str(text), "tokens": 1024, "seq_len": 32, "keep": 0.5}
+    given = settings(text).model_copy(update=dict.fromkeys(("calibration", "tokens", "seq_len")))
+    compress(str(dense), tmp_path / "closed", make_recipe(**fields), RUN)
+    expected = refine(str(dense), tmp_path / "closed", tmp_path / "expected", given, RUN)
+    recipe, out = make_recipe(**fields, refinement=given), tmp_path / "out"
+    original, calls = getattr(target, method), []
+
+    def killed(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(target, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(dense), out, recipe, RUN)
+    assert not out.exists()
+    report = compress(str(dense), out, recipe, RUN.model_copy(update={"resume": True}))
+    for name in (SINGLE_FILE, "recipe.yaml", "README.md"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert open_checkpoint(out).config.recipe == recipe.model_dump(mode="json")
+    assert report.refinement is not None
+    assert report.refinement.after == expected.after < expected.before
+    assert {path.name for path in tmp_path.iterdir()} == {"closed", "expected", "out"}

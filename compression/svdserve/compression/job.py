@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svdserve.compression import allocation
+from svdserve.compression.block_refine import refine_block
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
@@ -27,7 +28,8 @@ from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.progress import Progress
-from svdserve.compression.recipe import Recipe, Run, dump_recipe
+from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe
+from svdserve.compression.refine import RefineReport, refine
 from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import Statistics
@@ -47,6 +49,7 @@ class Report:
     tokens: int
     stored_parameters: int
     dense_parameters: int
+    refinement: RefineReport | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ class Job:
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
-        if self.method.statistics:
+        if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
+            self._check_training(recipe.sequences)
+        if recipe.refinement is not None:
+            check_calibration(self.skeleton.directory, recipe.refinement.text(recipe))
         self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
@@ -100,33 +106,37 @@ class Job:
     def execute(self) -> Report:
         started = time.perf_counter()
         self.work.open(self.signature)
-        specs: dict[str, ModuleSpec] = {}
         finished = self.work.finished(self.skeleton.blocks)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
             tokens = self._tokens()
-            walk = Walk(
-                self.skeleton,
-                tokens,
-                self.method.statistics,
-                self.dtype,
-                self.device,
-                self.run.batch_size,
-                self.run.offload,
-            )
-            for index in range(self.skeleton.blocks):
-                if index < finished:
-                    specs |= self._replay(walk, index)
-                else:
-                    specs |= self._factor(walk, index, progress)
-                progress.block(index, peak_bytes())
+            specs = self._walk(tokens, finished, progress)
             stored, dense = parameters_of(specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
-            progress.event("done", **{k: v for k, v in asdict(report).items() if k != "directory"})
-        self._publish(specs)
+            facts = asdict(report)
+            del facts["directory"], facts["refinement"]
+            progress.event("done", **facts)
+        final = self._assemble(specs)
+        if self.recipe.refinement is not None:
+            final, refined = self._refine(final, tokens, self.recipe.refinement)
+            seconds = round(time.perf_counter() - started, 3)
+            report = replace(report, seconds=seconds, peak_bytes=peak_bytes(), refinement=refined)
+        self.work.publish(final)
         return report
+
+    def _refine(
+        self, closed_form: Path, tokens: Tensor, settings: Refinement
+    ) -> tuple[Path, RefineReport | None]:
+        """The refined checkpoint, in the work directory; no report if it was there already."""
+        out = self.work.path / "refined"
+        if out.exists():
+            return out, None
+        same = settings.text(self.recipe) == self.recipe
+        run = self.run.model_copy(update={"resume": True, "force": False})
+        teacher = str(self.skeleton.directory)
+        return out, refine(teacher, closed_form, out, settings, run, tokens if same else None)
 
     # Planning
 
@@ -156,6 +166,27 @@ class Job:
 
     # Blocks
 
+    def _walk(self, tokens: Tensor, finished: int, progress: Progress) -> dict[str, ModuleSpec]:
+        """Factor every block that is not finished; the specs of all."""
+        specs: dict[str, ModuleSpec] = {}
+        walk = Walk(
+            self.skeleton,
+            tokens,
+            self.method.statistics,
+            self.dtype,
+            self.device,
+            self.run.batch_size,
+            self.run.offload,
+            both=self.recipe.block_refinement is not None,
+        )
+        for index in range(self.skeleton.blocks):
+            if index < finished:
+                specs |= self._replay(walk, index, advance=finished < self.skeleton.blocks)
+            else:
+                specs |= self._factor(walk, index, progress)
+            progress.block(index, peak_bytes())
+        return specs
+
     def _factor(self, walk: Walk, index: int, progress: Progress) -> dict[str, ModuleSpec]:
         block = walk.block(index)
         specs: dict[str, ModuleSpec] = {}
@@ -179,7 +210,7 @@ class Job:
                     specs[unit.name] = spec
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
             release()
-        block.finish()
+        tensors |= self._finish(block, specs, progress)
         tensors |= self._dense(self._dense_names(index, specs))
         self.work.save_block(index, tensors, specs)
         return specs
@@ -214,10 +245,13 @@ class Job:
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
         return spec, {**facts, "solve_seconds": seconds}
 
-    def _replay(self, walk: Walk, index: int) -> dict[str, ModuleSpec]:
-        """Carry the streams over a finished block with the factors that it stored."""
+    def _replay(self, walk: Walk, index: int, *, advance: bool) -> dict[str, ModuleSpec]:
+        """Carry the streams over a finished block with the factors that it stored.
+
+        Not where ``advance`` is off: no block is left that would need them.
+        """
         stored, specs = self.work.load_block(index)
-        if not walk.wanted:
+        if not walk.runs or not advance:
             return specs
         block = walk.block(index)
         for group in block.groups:
@@ -228,15 +262,43 @@ class Job:
                     names = [f"{unit.name}.{suffix}" for suffix in spec.tensors()]
                     factors = Factors(*(stored[name] for name in names))
                     block.replace(group, unit.name.rpartition(".")[2], spec, factors)
-        block.finish()
+        block.finish(refined=self.recipe.block_refinement is not None and bool(specs))
         return specs
+
+    def _finish(
+        self, block: BlockPass, specs: dict[str, ModuleSpec], progress: Progress
+    ) -> dict[str, Tensor]:
+        """Refine a block where the recipe says so, and finish it; the tensors that changed."""
+        settings = self.recipe.block_refinement
+        if settings is None or not specs:
+            block.finish()
+            return {}
+        begun = time.perf_counter()
+        best, state = refine_block(
+            block,
+            settings,
+            self.dtype,
+            lambda step, _: progress.group(block.index, f"refinement, step {step}"),
+        )
+        block.finish(refined=True)
+        release()
+        progress.refined(block.index, **asdict(state), seconds=time.perf_counter() - begun)
+        prefix = self.skeleton.block_name(block.index)
+        return {f"{prefix}.{name}": tensor for name, tensor in best.items()}
+
+    def _check_training(self, sequences: int) -> None:
+        for settings in (self.recipe.block_refinement, self.recipe.refinement):
+            if settings is not None:
+                settings.check_sequences(sequences)
 
     # Files
 
     def _tokens(self) -> Tensor:
-        if not self.method.statistics:
+        if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        return self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
+        tokens = self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
+        self._check_training(len(tokens))
+        return tokens
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
         """Unfactored tensors, in the stored dtype where the recipe names one."""
@@ -251,7 +313,7 @@ class Job:
         names = self.skeleton.files.info
         return [name for name in names if name.startswith(prefix) and name not in factored]
 
-    def _publish(self, specs: dict[str, ModuleSpec]) -> None:
+    def _assemble(self, specs: dict[str, ModuleSpec]) -> Path:
         """Put the finished blocks, the rest and the metadata together as a checkpoint."""
         blocks = range(self.skeleton.blocks)
         prefixes = tuple(f"{self.skeleton.block_name(index)}." for index in blocks)
@@ -278,4 +340,4 @@ class Job:
         card = model_card(self.base_model, self.recipe, specs, *parameters_of(specs))
         (final / "README.md").write_text(card)
         shutil.copy(self.work.log, final / LOG_FILE)
-        self.work.publish(final)
+        return final

@@ -29,8 +29,9 @@ def bar(show: bool) -> bars.Progress:
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
-    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds), ``block``
-    (index, seconds, peak_bytes) and ``done``.
+    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds),
+    ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
+    peak_bytes) and ``done``.
     """
 
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
@@ -80,6 +81,11 @@ class Progress:
         beta = "" if facts.get("beta") is None else f" β {facts['beta']:.2f}"
         self._facts.append(f"{module.rpartition('.')[2]} {facts['error']:.3f}{beta}")
         self._bar.update(self._task, facts=" · ".join(self._facts))
+
+    def refined(self, index: int, before: float, best: float, **facts: Any) -> None:
+        """Log the held-out squared error of a refined block."""
+        self.event("block_refinement", index=index, before=before, best=best, **facts)
+        self._facts.append(f"error² {before:.2e} → {best:.2e}")
 
     def block(self, index: int, peak_bytes: int) -> None:
         """A block is finished (or replayed from an earlier run, when nothing was solved)."""

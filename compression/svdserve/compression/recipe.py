@@ -18,6 +18,10 @@ from svdserve.compression.training import Training
 Grouping = Literal["shared", "separate"]
 
 
+class BlockRefinement(Training):
+    """Training of the factors of each block towards the teacher's block, before the next one."""
+
+
 class Refinement(Training):
     """End-to-end training of the factors, on the calibration tokens of the compression.
 
@@ -56,8 +60,11 @@ class Recipe(BaseModel):
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
     seed: int = 0
+    block_refinement: BlockRefinement | None = Field(
+        default=None, description="training of each block after its closed form"
+    )
     refinement: Refinement | None = Field(
-        default=None, description="end-to-end training after the closed form"
+        default=None, description="end-to-end training of the finished checkpoint"
     )
 
     @model_validator(mode="after")
@@ -65,6 +72,12 @@ class Recipe(BaseModel):
         full = get_method(self.method).check_parameters(self.parameters)
         object.__setattr__(self, "parameters", full)
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are needed."""
+        trained = self.block_refinement is not None or self.refinement is not None
+        return trained or bool(get_method(self.method).statistics)
 
     @property
     def sequences(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
@@ -23,7 +23,7 @@ from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoi
 from svdserve.compression.distillation import Distillation, Targets
 from svdserve.compression.evaluate import load_model
 from svdserve.compression.machine import usable_device
-from svdserve.compression.modules import FactoredWeight
+from svdserve.compression.modules import trainable_factors
 from svdserve.compression.progress import bar
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.skeleton import resolve_model
@@ -67,21 +67,6 @@ def refine(
         UserError: anything wrong with the input, found before the models are loaded.
     """
     return _Refiner(resolve_model(teacher), student, out, settings, run or Run(), tokens).execute()
-
-
-def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors of a model or a block by their names; everything else is frozen."""
-    model.requires_grad_(False)
-    found = {
-        f"{path}.{suffix}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, FactoredWeight)
-        for suffix, parameter in module.named_parameters(recurse=False)
-        if suffix.startswith("factor")
-    }
-    for parameter in found.values():
-        parameter.requires_grad_(True)
-    return found
 
 
 class _Refiner:

@@ -173,7 +173,7 @@ class Skeleton:
         finally:
             hook.remove()
             setattr(decoder, attribute, self.layers)
-            embedding.to("meta")
+            embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
 
 class _LastBlock(Exception):

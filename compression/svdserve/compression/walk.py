@@ -46,7 +46,7 @@ class Streams:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def read(self, name: str, rows: slice) -> Tensor:
+    def read(self, name: str, rows: slice | Tensor) -> Tensor:
         return self._tensors[name][rows].to(device=self._device, dtype=torch.float32)
 
     def write(self, name: str, rows: slice, value: Tensor) -> None:
@@ -80,6 +80,7 @@ class Walk:
         device: where blocks run.
         batch_size: sequences per forward step.
         offload: folder for the streams, or None for memory.
+        both: run both streams whatever is wanted.
     """
 
     def __init__(
@@ -91,15 +92,18 @@ class Walk:
         device: torch.device,
         batch_size: int = 1,
         offload: Path | None = None,
+        *,
+        both: bool = False,
     ) -> None:
         self.skeleton, self.wanted, self.device = skeleton, wanted, device
-        self.uses_student = bool(wanted & {"gram", "shift"})
-        self.uses_teacher = bool(wanted - {"gram"})
+        self.uses_student = both or bool(wanted & {"gram", "shift"})
+        self.uses_teacher = both or bool(wanted - {"gram"})
+        self.runs = self.uses_student or self.uses_teacher
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
         self._calls: dict[int, list[Call]] = {}
-        if wanted:
+        if self.runs:
             self._embed(tokens)
 
     def _embed(self, tokens: Tensor) -> None:
@@ -120,9 +124,12 @@ class Walk:
             )
         ]
 
-    def call(self, block: int, rows: slice) -> Call:
+    def call(self, block: int, sequences: int) -> Call:
         """The arguments besides the hidden states with which the decoder calls a block."""
-        return self._calls[rows.stop - rows.start][block]
+        if sequences not in self._calls:
+            tokens = torch.zeros(sequences, self.streams.length, dtype=torch.int64)
+            ((_, self._calls[sequences]),) = self.skeleton.embed([tokens], self.device)
+        return self._calls[sequences][block]
 
     def block(self, index: int) -> "BlockPass":
         """Load block ``index`` and prepare to replace its groups in order."""
@@ -158,7 +165,7 @@ class BlockPass:
         features = self.weight(group, group.members[0]).shape[1]
         accumulator = Accumulator(features, wanted, self.walk.device)
         step = self._STEPS[group.name]
-        if self.walk.wanted:
+        if self.walk.runs:
             for rows in self.walk.batches:
                 with torch.no_grad():
                     accumulator.add(*step(self, rows))
@@ -173,17 +180,32 @@ class BlockPass:
         replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
         parent.requires_grad_(False)
 
-    def finish(self) -> None:
-        """Carry the student's stream over the block (the teacher's is there already)."""
+    def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [B, L, d] of both blocks for the sequences ``rows`` [B], after the last group.
+
+        The student's is computed from its stream, with gradients; the teacher's stream is there.
+        """
+        student = self._run(self.student, "student", rows, {})
+        return student, self.walk.streams.read("teacher", rows)
+
+    def finish(self, *, refined: bool = False) -> None:
+        """Carry the student's stream over the block (the teacher's is there already).
+
+        ``refined``: factors have changed since the statistics, so nothing stored is used.
+        """
         streams = self.walk.streams
         if self.walk.uses_student:
-            down = self._linear(self.student, "down_proj")
             for rows in self.walk.batches:
                 with torch.no_grad():
-                    mlp = down(streams.read("student_hidden", rows))
-                    replay = {"o_proj": streams.read("student_attention", rows), "down_proj": mlp}
+                    replay = {} if refined else self._stored_outputs(rows)
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
         streams.drop("teacher_attention", "student_attention", "student_hidden")
+
+    def _stored_outputs(self, rows: slice) -> dict[str, Tensor]:
+        mlp = self._linear(self.student, "down_proj")(
+            self.walk.streams.read("student_hidden", rows)
+        )
+        return {"o_proj": self.walk.streams.read("student_attention", rows), "down_proj": mlp}
 
     # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 
@@ -255,14 +277,17 @@ class BlockPass:
         linear = self._linear(block, group)
         return input_of(linear, lambda: self._run(block, stream, rows, replay))
 
-    def _run(self, block: nn.Module, stream: str, rows: slice, replay: dict[str, Tensor]) -> Tensor:
+    def _run(
+        self, block: nn.Module, stream: str, rows: slice | Tensor, replay: dict[str, Tensor]
+    ) -> Tensor:
         """Run ``block`` on a stream's rows with the containers of ``replay`` left out."""
-        args, kwargs = self.walk.call(self.index, rows)
+        hidden = self.walk.streams.read(stream, rows)
+        args, kwargs = self.walk.call(self.index, len(hidden))
         with ExitStack() as stack:
             for closing, value in replay.items():
                 container = self.walk.containers[self.index][closing]
                 stack.enter_context(container.replayed(block, value))
-            output = block(self.walk.streams.read(stream, rows), *args, **kwargs)
+            output = block(hidden, *args, **kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
         return result
