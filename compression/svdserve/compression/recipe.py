@@ -16,6 +16,7 @@ from svdserve.compression.methods import get_method
 from svdserve.compression.training import Training
 
 Grouping = Literal["shared", "separate"]
+_NAMED = Path(__file__).parent / "recipes"
 
 
 class BlockRefinement(Training):
@@ -132,20 +133,33 @@ def _explain(error: ValidationError) -> str:
     return f"{name}: {first['msg']}{given}" if name else str(first["msg"])
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields that a YAML recipe sets; check them with ``make_recipe``.
+def recipe_names() -> list[str]:
+    """The named recipes; ``default`` sets nothing, the others are files of this package."""
+    return ["default", *sorted(path.stem for path in _NAMED.glob("*.yaml"))]
+
+
+def load_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The fields that a YAML file or a named recipe sets; check them with ``make_recipe``.
 
     Raises:
-        UserError: no such file, no YAML, or no mapping.
+        UserError: no such file or name, no YAML, or no mapping.
     """
+    path = Path(recipe)
+    if not path.is_file() and str(recipe) in recipe_names():
+        if str(recipe) == "default":
+            return {}
+        path = _NAMED / f"{recipe}.yaml"
     try:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}") from None
+        named = ", ".join(recipe_names())
+        raise UserError(
+            f"recipe {recipe}: {error.strerror}; give a YAML file or one of: {named}"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"recipe {recipe}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(fields, dict):
-        raise UserError(f"recipe {path}: must map field names to values")
+        raise UserError(f"recipe {recipe}: must map field names to values")
     return fields
 
 

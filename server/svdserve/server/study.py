@@ -13,6 +13,7 @@ from svdserve.server import options
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
+    from svdserve.compression.refine import RefineReport
     from svdserve.compression.tasks import TaskScores
 
 
@@ -56,9 +57,13 @@ def refine(
     names = set(Run.model_fields) - {"batch_size"}
     run = make_run(**{name: given[name] for name in names if name in given})
     report = run_refinement(teacher, student, out, settings, run)
-    typer.echo(
-        f"{report.directory}: held-out KL {report.before:.4f} to {report.after:.4f} nats per "
-        f"token in {report.steps} steps, {report.seconds:.0f} s"
+    typer.echo(f"{report.directory}: {held_out_divergence(report)}")
+
+
+def held_out_divergence(report: "RefineReport") -> str:
+    return (
+        f"held-out KL {report.before:.4f} to {report.after:.4f} nats per token in {report.steps} "
+        f"steps, {report.seconds:.0f} s"
     )
 
 
@@ -142,7 +147,8 @@ def compare(
         list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
     ] = None,
     recipes: Annotated[
-        list[Path] | None, typer.Option("--recipe", help="YAML recipe; may be repeated.")
+        list[str] | None,
+        typer.Option("--recipe", help="As in `svdserve compress`; may be repeated."),
     ] = None,
     keeps: Annotated[
         list[float] | None, typer.Option("--keep", help="Keep ratio κ; may be repeated.")
@@ -180,7 +186,7 @@ def compare(
 
     same = {"calibration": calibration, "tokens": tokens}
     given = {name: value for name, value in same.items() if value is not None}
-    chosen = {path.stem: make_recipe(**(load_recipe(path) | given)) for path in recipes or []}
+    chosen = {Path(r).stem: make_recipe(**(load_recipe(r) | given)) for r in recipes or []}
     named = methods or ([] if recipes else [make_recipe().method])
     chosen |= {name: make_recipe(method=name, **given) for name in named}
     evaluation = Evaluation(
