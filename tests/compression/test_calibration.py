@@ -50,6 +50,28 @@ def test_text_below_one_sequence_is_refused(model: Path, tmp_path: Path):
         calibration_tokens(model, recipe)
 
 
+def test_joined_sources_share_the_sequences(model: Path, text: str):
+    fields = {"seq_len": 40, "seed": 5}
+    joined = make_recipe(calibration=f"{text}+self", tokens=200, **fields)
+    check_calibration(model, joined)
+    tokens = calibration_tokens(model, joined)
+    parts = [
+        calibration_tokens(model, make_recipe(calibration=text, tokens=120, **fields)),
+        calibration_tokens(model, make_recipe(calibration="self", tokens=80, **fields)),
+    ]
+    assert torch.equal(tokens, torch.cat(parts))
+    with pytest.raises(UserError, match="3 sources and 1 sequences"):
+        check_calibration(model, make_recipe(calibration="self+self+self", tokens=79, **fields))
+
+
+def test_a_file_with_a_plus_in_its_name_is_one_source(model: Path, text: str):
+    path = Path(text).with_name("a+b.txt")
+    path.write_text(Path(text).read_text())
+    fields = {"tokens": 200, "seq_len": 50}
+    recipes = [make_recipe(calibration=str(name), **fields) for name in (path, text)]
+    assert torch.equal(*(calibration_tokens(model, recipe) for recipe in recipes))
+
+
 def test_self_calibration_is_the_models_own_text(model: Path):
     recipe = make_recipe(calibration="self", tokens=160, seq_len=40)
     tokens = calibration_tokens(model, recipe)
@@ -73,6 +95,10 @@ def test_self_calibration_is_the_models_own_text(model: Path):
             "no such file; give a text file, hf:DATASET or self",
         ),
         ({"calibration": "hf:", "seq_len": 32}, "write hf:DATASET"),
+        (
+            {"calibration": "self+no/such", "seq_len": 32},
+            "calibration no/such: no such file; .* or several joined by +",
+        ),
         ({"calibration": "self", "seq_len": 4096}, "seq_len is 4096; .* allows at most 256"),
     ],
 )

@@ -5,11 +5,24 @@ from pathlib import Path
 import pytest
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.recipe import dump_recipe, load_recipe, make_recipe, make_run
+from svdserve.compression.recipe import (
+    dump_recipe,
+    load_recipe,
+    make_recipe,
+    make_run,
+    recipe_names,
+)
 
 
 def test_yaml_round_trip(tmp_path: Path):
-    recipe = make_recipe(keep=0.6, parameters={"beta": 0.5}, calibration="text.txt", seed=3)
+    recipe = make_recipe(
+        keep=0.6,
+        parameters={"beta": 0.5},
+        calibration="text.txt",
+        seed=3,
+        block_refinement={"epochs": 7},
+        refinement={"learning_rate": 1e-5, "tokens": 4096},
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert make_recipe(**load_recipe(path)) == recipe
@@ -33,6 +46,8 @@ def test_parameters_are_completed_with_the_methods_defaults():
         ({"parameters": {"gamma": 1}}, r"no parameter 'gamma'; it takes: beta"),
         ({"kept": 0.5}, r"kept: Extra inputs are not permitted"),
         ({"tokens": -1}, r"tokens: .*greater than 0"),
+        ({"refinement": {"epochs": 0}}, r"refinement.epochs: .*greater than 0 \(given: 0\)"),
+        ({"block_refinement": {"tokens": 9}}, r"block_refinement.tokens: Extra inputs"),
     ],
 )
 def test_wrong_fields_name_what_is_allowed(fields: dict, message: str):
@@ -46,8 +61,22 @@ def test_wrong_run_is_a_user_error():
         make_run(batch_size=0)
 
 
+def test_named_recipes_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == ["default", "best"]
+    assert make_recipe(**load_recipe("default")) == make_recipe()
+    best = make_recipe(**load_recipe("best"))
+    assert best.refinement is not None
+    (tmp_path / "best").mkdir()
+    assert make_recipe(**load_recipe("best")) == best
+    (tmp_path / "best").rmdir()
+    (tmp_path / "best").write_text("keep: 0.3")  # a file of that name is what its owner means
+    assert load_recipe("best") == {"keep": 0.3}
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [("- a\n", "must map"), ("a: [", "not YAML"), (None, "No such file")]
+    ("content", "message"),
+    [("- a\n", "must map"), ("a: [", "not YAML"), (None, "No such file .* one of: default, best")],
 )
 def test_unreadable_recipes(tmp_path: Path, content: str | None, message: str):
     path = tmp_path / "recipe.yaml"

@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import save_model
-from svdserve.compression import refine as module
 from svdserve.compression.calibration import calibration_tokens
 from svdserve.compression.checkpoint import SINGLE_FILE, check_finite, open_checkpoint
+from svdserve.compression.distillation import Distillation
 from svdserve.compression.errors import UserError
 from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.refine import Refinement, refine
+from svdserve.compression.recipe import Refinement, Run, load_recipe, make_recipe
+from svdserve.compression.refine import refine
+from svdserve.compression.statistics import Statistics
 
 RUN = Run(progress=False, threads=1)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
@@ -29,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     dense = save_model("qwen2", root / "dense", dtype=torch.bfloat16, initializer_range=0.3)
     recipe = make_recipe(method="svd", keep=0.5, calibration=str(text), tokens=64, seq_len=32)
     compress(str(dense), root / "small", recipe, RUN)
+    assert "refinement: null" in (root / "small" / "recipe.yaml").read_text()
     return text, dense, root / "small"
 
 
@@ -62,7 +64,10 @@ def test_held_out_divergence_falls(models: tuple[Path, Path, Path], tmp_path: Pa
     assert report.after < 0.7 * report.before
     checkpoint = open_checkpoint(tmp_path / "out")
     check_finite(checkpoint)
-    assert checkpoint.config.recipe["refinement"]["epochs"] == 2
+    recipe = make_recipe(**checkpoint.config.recipe)
+    assert recipe.refinement == given
+    assert make_recipe(**load_recipe(tmp_path / "out" / "recipe.yaml")) == recipe
+    assert "refinement:" in (tmp_path / "out" / "README.md").read_text()
     before, after = (load_file(path / SINGLE_FILE) for path in (small, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".factor_" in name}
@@ -76,14 +81,14 @@ def test_killed_and_resumed_gives_the_same_bytes(
     refine(str(dense), small, tmp_path / "whole", given, RUN)
     calls = []
 
-    def killed(self, batch):
-        calls.append(batch)
+    def killed(self, rows, step):
+        calls.append(step)
         if len(calls) == 45:
             raise KeyboardInterrupt
-        return loss(self, batch)
+        backward(self, rows, step)
 
-    loss = module._Trainer._loss
-    monkeypatch.setattr(module._Trainer, "_loss", killed)
+    backward = Distillation.backward
+    monkeypatch.setattr(Distillation, "backward", killed)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         refine(str(dense), small, out, given, RUN)
@@ -94,17 +99,21 @@ def test_killed_and_resumed_gives_the_same_bytes(
     with pytest.raises(UserError, match="epochs was 2"):
         refine(str(dense), small, out, settings(text, epochs=3), resumed)
     refine(str(dense), small, out, given, resumed)
-    assert len(calls) < 45 + 60  # the finished part was not trained again
+    assert calls[45:] == list(range(calls[45], 58))  # 58 steps
+    assert calls[45] >= 28  # the finished part was not trained again
     whole, parts = (path / SINGLE_FILE for path in (tmp_path / "whole", out))
     assert whole.read_bytes() == parts.read_bytes()
 
 
 def test_never_returns_something_worse(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    text, dense, small = models
+    """What is given is near the dense model, and every step leads far away from it."""
+    text, dense, _ = models
+    recipe = make_recipe(method="svd", keep=0.99, calibration=str(text), tokens=64, seq_len=32)
+    compress(str(dense), tmp_path / "near", recipe, RUN)
     wild = settings(text, learning_rate=30.0)
-    report = refine(str(dense), small, tmp_path / "out", wild, RUN)
-    assert report.after == report.before
-    before, after = (load_file(path / SINGLE_FILE) for path in (small, tmp_path / "out"))
+    report = refine(str(dense), tmp_path / "near", tmp_path / "out", wild, RUN)
+    assert report.after == report.before < 0.1
+    before, after = (load_file(tmp_path / path / SINGLE_FILE) for path in ("near", "out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -112,3 +121,56 @@ def test_one_sequence_is_refused(models: tuple[Path, Path, Path], tmp_path: Path
     text, dense, small = models
     with pytest.raises(UserError, match="cannot be both"):
         refine(str(dense), small, tmp_path / "out", settings(text, tokens=32), RUN)
+
+
+def test_calibration_is_that_of_the_checkpoint(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """64 tokens of its recipe: one sequence to train on, one held out."""
+    _, dense, small = models
+    given = Refinement(epochs=3, precision="float32", batch_size=1, patience=3)
+    report = refine(str(dense), small, tmp_path / "out", given, RUN)
+    assert report.steps == 3
+    recipe = make_recipe(**open_checkpoint(tmp_path / "out").config.recipe)
+    assert given.text(recipe) == recipe
+    tokens = calibration_tokens(dense, recipe)
+    (held,) = given.split(2)[1].tolist()
+    assert report.before == pytest.approx(divergence(dense, small, tokens[[held]]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "method"), [(Statistics, "__init__"), (Distillation, "backward")]
+)
+def test_compress_refines_as_refine_does(
+    target: type,
+    method: str,
+    models: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in either stage, it ends in the bytes of the two commands one after the other."""
+    text, dense, _ = models
+    fields = {"method": "svd", "calibration": str(text), "tokens": 1024, "seq_len": 32, "keep": 0.5}
+    given = settings(text).model_copy(update=dict.fromkeys(("calibration", "tokens", "seq_len")))
+    compress(str(dense), tmp_path / "closed", make_recipe(**fields), RUN)
+    expected = refine(str(dense), tmp_path / "closed", tmp_path / "expected", given, RUN)
+    recipe, out = make_recipe(**fields, refinement=given), tmp_path / "out"
+    original, calls = getattr(target, method), []
+
+    def killed(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(target, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(dense), out, recipe, RUN)
+    assert not out.exists()
+    report = compress(str(dense), out, recipe, RUN.model_copy(update={"resume": True}))
+    for name in (SINGLE_FILE, "recipe.yaml", "README.md"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert open_checkpoint(out).config.recipe == recipe.model_dump(mode="json")
+    assert report.refinement is not None
+    assert report.refinement.after == expected.after < expected.before
+    assert {path.name for path in tmp_path.iterdir()} == {"closed", "expected", "out"}

@@ -51,14 +51,19 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text(" ".join(words))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("method: saes-svd\nkeep: 0.9\nlayout: pair\ntokens: 256\nseq_len: 64\n")
+    recipe.write_text(
+        "method: saes-svd\nkeep: 0.9\nlayout: pair\ntokens: 256\nseq_len: 64\n"
+        "refinement:\n  epochs: 2\n"
+    )
     small = tmp_path / "small"
     options = ("--recipe", recipe, "--keep", "0.6", "--beta", "0.5", "--calibration", text)
     done = svdserve("compress", dense, "--out", small, *options)
     assert done.returncode == 0, done.stderr
+    assert "held-out KL" in done.stdout
     block = json.loads((small / "config.json").read_text())["quantization_config"]
     assert block["keep"] == 0.6  # the command line wins over the file
     assert block["recipe"]["layout"] == "pair"
+    assert block["recipe"]["refinement"]["epochs"] == 2
     assert block["recipe"]["parameters"]["beta"] == 0.5
 
     record = tmp_path / "results" / "eval.json"
@@ -80,7 +85,11 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
         (("compress", "MODEL", "--out", "OUT", "--keep", "1.5"), "keep: Input should be less"),
         (("compress", "MODEL", "--out", "OUT", "--method", "x"), "unknown method 'x'; allowed:"),
         (("compress", "NOWHERE", "--out", "OUT"), "NOWHERE"),
-        (("compress", "MODEL", "--out", "OUT", "--recipe", "NOWHERE"), "recipe"),
+        (
+            ("compress", "MODEL", "--out", "OUT", "--recipe", "bst"),
+            "recipe bst: No such file or directory; give a YAML file or one of: default, best",
+        ),
+        (("refine", "MODEL", "MODEL", "--out", "OUT"), "not a svdserve model"),
         (("eval", "MODEL", "--text", "NOWHERE"), "cannot be read as UTF-8 text"),
         (("eval", "MODEL"), "nothing to evaluate"),
         (("inspect", "MODEL"), "not a svdserve model"),

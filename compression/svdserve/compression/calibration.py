@@ -1,4 +1,7 @@
-"""Calibration tokens [N, L]: from a text file, a Hugging Face dataset, or the model itself."""
+"""Calibration tokens [N, L]: from text files, Hugging Face datasets, or the model itself.
+
+Several sources are joined by "+", as in FILE+self, and share the sequences evenly.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,29 +23,54 @@ def check_calibration(model: Path, recipe: Recipe) -> None:
     """Find out before a long job whether ``calibration_tokens`` can work.
 
     Raises:
-        UserError: no such file, a malformed dataset name, or seq_len beyond the model's context.
+        UserError: no such file, a malformed dataset name, more sources than sequences, or seq_len
+            beyond the model's context.
     """
     context = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
     if context is not None and recipe.length > context:
         raise UserError(f"seq_len is {recipe.length}; {model.name} allows at most {context}")
-    source = recipe.calibration
-    if source == "self":
-        return
-    if source.startswith("hf:"):
-        _dataset_parts(source)
-    elif not Path(source).is_file():
-        raise UserError(f"calibration {source}: no such file; give a text file, hf:DATASET or self")
+    sources = _sources(recipe.calibration)
+    if len(sources) > recipe.sequences:
+        raise UserError(
+            f"calibration {recipe.calibration}: {len(sources)} sources and {recipe.sequences} "
+            "sequences; give more tokens or a smaller seq_len"
+        )
+    for source in sources:
+        if source.startswith("hf:"):
+            _dataset_parts(source)
+        elif source != "self" and not Path(source).is_file():
+            raise UserError(
+                f"calibration {source}: no such file; give a text file, hf:DATASET or self, or "
+                "several joined by +"
+            )
 
 
 def calibration_tokens(model: Path, recipe: Recipe) -> Tensor:
     """The calibration token ids of a recipe, [N, L] int64; deterministic in the seed.
 
     Text is tokenised as a whole and cut into sequences of L, of which N are drawn by the seed; a
-    tokenizer that puts a BOS token before text gets it before every sequence.
+    tokenizer that puts a BOS token before text gets it before every sequence. Sources follow one
+    another.
 
     Raises:
-        UserError: the text is shorter than one sequence.
+        UserError: a text is shorter than one sequence.
     """
+    sources = _sources(recipe.calibration)
+    share, more = divmod(recipe.sequences, len(sources))
+    counts = [share + (index < more) for index in range(len(sources))]
+    parts = [
+        recipe.model_copy(update={"calibration": source, "tokens": count * recipe.length})
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    return torch.cat([_draw(model, part) for part in parts])
+
+
+def _sources(calibration: str) -> list[str]:
+    return [calibration] if Path(calibration).is_file() else calibration.split("+")
+
+
+def _draw(model: Path, recipe: Recipe) -> Tensor:
+    """The tokens of one source."""
     if recipe.calibration == "self":
         return _sample(model, recipe)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -34,7 +34,7 @@ def model_card(
 
 The weights of {len(modules)} linear modules are stored as low-rank factors
 ([{method.title}]({method.paper})): {stored:,} parameters instead of {dense:,}
-({stored / max(dense, 1):.3f}). Embeddings, norms and the head are as they were.
+({stored / max(dense, 1):.3f}). Embeddings, norms and the head are as they were.{_training(recipe)}
 
 ## Use
 
@@ -52,3 +52,15 @@ With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def _training(recipe: Recipe) -> str:
+    """What was done to the factors after the closed form."""
+    done = []
+    if recipe.block_refinement is not None:
+        done.append("block by block towards the outputs of the dense model's blocks")
+    if recipe.refinement is not None:
+        done.append("end to end towards the dense model's predictions")
+    if not done:
+        return ""
+    return f"\nThe factors were trained on the calibration tokens, {', then '.join(done)}."

@@ -113,6 +113,25 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     return model.eval().to(device)
 
 
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [B, L, V] of final hidden states [B, L, d].
+
+    The model's own forward runs with its decoder left out, so that soft-capping or scaling of the
+    logits is applied as it is there.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    output = BaseModelOutputWithPast(last_hidden_state=hidden)
+    decoder = model.base_model
+    decoder.forward = lambda *_args, **_kwargs: output
+    try:
+        logits = model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        del decoder.forward
+    assert isinstance(logits, Tensor)
+    return logits
+
+
 def file_sha256(file: Path) -> str:
     """Tells which data a result belongs to."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ files are byte for byte those of an uninterrupted run.
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.allocation import get_allocator
+from svdserve.compression.block_refine import refine_block
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint, merge_shards, read_json
@@ -23,17 +24,19 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.linalg import relative_error
+from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.planning import Unit, ranks_of, search_last_blocks, units_of
 from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
-from svdserve.compression.recipe import Recipe, Run, dump_recipe, make_recipe
+from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
+from svdserve.compression.refine import RefineReport, refine
 from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
 from svdserve.compression.skeleton import Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
-from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
+from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors, summation
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -48,6 +51,7 @@ class Report:
     tokens: int
     stored_parameters: int
     dense_parameters: int
+    refinement: RefineReport | None = None
 
 
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:
@@ -89,8 +93,8 @@ def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recip
                 }
             )
             Job(model, out, tried, run.model_copy(update={"resume": True})).execute()
-        done = json.loads((out / LOG_FILE).read_text().splitlines()[-1])
-        return float(done["final_error"])
+        events = map(json.loads, (out / LOG_FILE).read_text().splitlines())
+        return float([event["error"] for event in events if event["event"] == "block"][-1])
 
     total = Skeleton(resolve_model(model)).blocks
     blocks = search_last_blocks(total, recipe.keep, error)
@@ -108,10 +112,12 @@ class Job:
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
         self.allocator = get_allocator(recipe.allocator)
         self.uses_gradients = bool(self.method.statistics & OF_GRADIENTS) or self.allocator.profile
-        self.uses_tokens = bool(self.method.statistics) or self.uses_gradients
-        if self.uses_tokens:
+        if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
-        self.device = _device(run.device)
+            self._check_training(recipe.sequences)
+        if recipe.refinement is not None:
+            check_calibration(self.skeleton.directory, recipe.refinement.text(recipe))
+        self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -121,47 +127,44 @@ class Job:
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
             "weights": {file.name: file.stat().st_size for file in self.skeleton.files.paths},
-            "order": {
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-                "batch_size": run.batch_size,
-                "torch": torch.__version__,
-            },
+            "order": summation(self.device, run.batch_size),
         }
 
     def execute(self) -> Report:
         started = time.perf_counter()
         self.work.open(self.signature)
-        specs: dict[str, ModuleSpec] = {}
         finished = self.work.finished(self.skeleton.blocks)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
             tokens = self._tokens()
             gradients = self._sweep(tokens, progress) if self.uses_gradients else None
-            walk = Walk(
-                self.skeleton,
-                tokens,
-                self.method.statistics,
-                self.dtype,
-                self.device,
-                self.run.batch_size,
-                self.run.offload,
-                gradients,
-            )
-            for index in range(self.skeleton.blocks):
-                if index < finished:
-                    specs |= self._replay(walk, index)
-                else:
-                    specs |= self._factor(walk, index, progress)
-                progress.block(index, peak_bytes())
+            specs = self._walk(tokens, gradients, finished, progress)
             stored, dense = parameters_of(specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
-            facts = {k: v for k, v in asdict(report).items() if k != "directory"}
-            progress.event("done", **facts, final_error=walk.error())
-        self._publish(specs)
+            facts = asdict(report)
+            del facts["directory"], facts["refinement"]
+            progress.event("done", **facts)
+        final = self._assemble(specs)
+        if self.recipe.refinement is not None:
+            final, refined = self._refine(final, tokens, self.recipe.refinement)
+            seconds = round(time.perf_counter() - started, 3)
+            report = replace(report, seconds=seconds, peak_bytes=peak_bytes(), refinement=refined)
+        self.work.publish(final)
         return report
+
+    def _refine(
+        self, closed_form: Path, tokens: Tensor, settings: Refinement
+    ) -> tuple[Path, RefineReport | None]:
+        """The refined checkpoint, in the work directory; no report if it was there already."""
+        out = self.work.path / "refined"
+        if out.exists():
+            return out, None
+        same = settings.text(self.recipe) == self.recipe
+        run = self.run.model_copy(update={"resume": True, "force": False})
+        teacher = str(self.skeleton.directory)
+        return out, refine(teacher, closed_form, out, settings, run, tokens if same else None)
 
     # Planning
 
@@ -189,6 +192,34 @@ class Job:
 
     # Blocks
 
+    def _walk(
+        self,
+        tokens: Tensor,
+        gradients: BoundaryGradients | None,
+        finished: int,
+        progress: Progress,
+    ) -> dict[str, ModuleSpec]:
+        """Factor every block that is not finished; the specs of all."""
+        specs: dict[str, ModuleSpec] = {}
+        walk = Walk(
+            self.skeleton,
+            tokens,
+            self.method.statistics,
+            self.dtype,
+            self.device,
+            self.run.batch_size,
+            self.run.offload,
+            gradients,
+            both=self.recipe.block_refinement is not None,
+        )
+        for index in range(self.skeleton.blocks):
+            if index < finished:
+                specs |= self._replay(walk, index, advance=finished < self.skeleton.blocks)
+            else:
+                specs |= self._factor(walk, index, progress)
+            progress.block(index, peak_bytes(), walk.error())
+        return specs
+
     def _factor(self, walk: Walk, index: int, progress: Progress) -> dict[str, ModuleSpec]:
         block = walk.block(index)
         specs: dict[str, ModuleSpec] = {}
@@ -212,7 +243,7 @@ class Job:
                     specs[unit.name] = spec
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
             release()
-        block.finish()
+        tensors |= self._finish(block, specs, progress)
         tensors |= self._dense(self._dense_names(index, specs))
         self.work.save_block(index, tensors, specs)
         return specs
@@ -248,10 +279,13 @@ class Job:
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
         return spec, {**facts, "solve_seconds": seconds}
 
-    def _replay(self, walk: Walk, index: int) -> dict[str, ModuleSpec]:
-        """Carry the streams over a finished block with the factors that it stored."""
+    def _replay(self, walk: Walk, index: int, *, advance: bool) -> dict[str, ModuleSpec]:
+        """Carry the streams over a finished block with the factors that it stored.
+
+        Not where ``advance`` is off: no block is left that would need them.
+        """
         stored, specs = self.work.load_block(index)
-        if not walk.wanted:
+        if not walk.runs or not advance:
             return specs
         block = walk.block(index)
         for group in block.groups:
@@ -262,20 +296,42 @@ class Job:
                     names = [f"{unit.name}.{suffix}" for suffix in spec.tensors()]
                     factors = Factors(*(stored[name] for name in names))
                     block.replace(group, unit.name.rpartition(".")[2], spec, factors)
-        block.finish()
+        block.finish(refined=self.recipe.block_refinement is not None and bool(specs))
         return specs
+
+    def _finish(
+        self, block: BlockPass, specs: dict[str, ModuleSpec], progress: Progress
+    ) -> dict[str, Tensor]:
+        """Refine a block where the recipe says so, and finish it; the tensors that changed."""
+        settings = self.recipe.block_refinement
+        if settings is None or not specs:
+            block.finish()
+            return {}
+        begun = time.perf_counter()
+        best, state = refine_block(
+            block,
+            settings,
+            self.dtype,
+            lambda step, _: progress.group(block.index, f"refinement, step {step}"),
+        )
+        block.finish(refined=True)
+        release()
+        progress.refined(block.index, **asdict(state), seconds=time.perf_counter() - begun)
+        prefix = self.skeleton.block_name(block.index)
+        return {f"{prefix}.{name}": tensor for name, tensor in best.items()}
+
+    def _check_training(self, sequences: int) -> None:
+        for settings in (self.recipe.block_refinement, self.recipe.refinement):
+            if settings is not None:
+                settings.check_sequences(sequences)
 
     # Files
 
     def _tokens(self) -> Tensor:
-        """Calibration tokens, kept in the work directory so that a resumed job has the same."""
-        if not self.uses_tokens:
+        if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        tokens = self.work.tokens()
-        if tokens is None:
-            tokens = calibration_tokens(self.skeleton.directory, self.recipe)
-            self.work.save_tokens(tokens)
-            release()
+        tokens = self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
+        self._check_training(len(tokens))
         return tokens
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
@@ -291,7 +347,7 @@ class Job:
         names = self.skeleton.files.info
         return [name for name in names if name.startswith(prefix) and name not in factored]
 
-    def _publish(self, specs: dict[str, ModuleSpec]) -> None:
+    def _assemble(self, specs: dict[str, ModuleSpec]) -> Path:
         """Put the finished blocks, the rest and the metadata together as a checkpoint."""
         blocks = range(self.skeleton.blocks)
         prefixes = tuple(f"{self.skeleton.block_name(index)}." for index in blocks)
@@ -318,14 +374,4 @@ class Job:
         card = model_card(self.base_model, self.recipe, specs, *parameters_of(specs))
         (final / "README.md").write_text(card)
         shutil.copy(self.work.log, final / LOG_FILE)
-        self.work.publish(final)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = (str(error).splitlines() or ["unknown device"])[0]
-        raise UserError(f"device {name!r} cannot be used here: {first}") from None
-    return device
+        return final

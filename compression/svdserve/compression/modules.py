@@ -218,6 +218,21 @@ def replace_group(
         setattr(parent, member, SharedMember(shared, index, bias))
 
 
+def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors of a model or a block by their names; everything else is frozen."""
+    model.requires_grad_(False)
+    found = {
+        f"{path}.{suffix}": parameter
+        for path, module in model.named_modules()
+        if isinstance(module, FactoredWeight)
+        for suffix, parameter in module.named_parameters(recurse=False)
+        if suffix.startswith("factor")
+    }
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
 def _version(x: Tensor) -> int | None:
     """Changes when ``x`` is written in place; inference tensors do not count."""
     return None if x.is_inference() else x._version

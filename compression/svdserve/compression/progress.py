@@ -10,27 +10,33 @@ from rich import progress as bars
 from rich.console import Console
 
 
+def bar(show: bool) -> bars.Progress:
+    """A bar on stderr with count, times, ETA and the task's field ``facts``."""
+    return bars.Progress(
+        bars.SpinnerColumn(),
+        bars.TextColumn("[bold]{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("ETA"),
+        bars.TimeRemainingColumn(elapsed_when_finished=False),
+        bars.TextColumn("{task.fields[facts]}"),
+        console=Console(stderr=True),
+        disable=not show,
+    )
+
+
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
-    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds), ``block``
-    (index, seconds, peak_bytes) and ``done``.
+    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds),
+    ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
+    peak_bytes) and ``done``.
     """
 
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
         self._path = log
-        self._bar = bars.Progress(
-            bars.SpinnerColumn(),
-            bars.TextColumn("[bold]{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("ETA"),
-            bars.TimeRemainingColumn(elapsed_when_finished=False),
-            bars.TextColumn("{task.fields[facts]}"),
-            console=Console(stderr=True),
-            disable=not show,
-        )
+        self._bar = bar(show)
         self._task = self._bar.add_task("calibration tokens", total=blocks, facts="")
         self._facts: list[str] = []
         self._begun = time.perf_counter()
@@ -80,11 +86,20 @@ class Progress:
         self._facts.append(f"{module.rpartition('.')[2]} {facts['error']:.3f}{beta}")
         self._bar.update(self._task, facts=" · ".join(self._facts))
 
-    def block(self, index: int, peak_bytes: int) -> None:
-        """A block is finished (or replayed from an earlier run, when nothing was solved)."""
+    def refined(self, index: int, before: float, best: float, **facts: Any) -> None:
+        """Log the held-out squared error of a refined block."""
+        self.event("block_refinement", index=index, before=before, best=best, **facts)
+        self._facts.append(f"error² {before:.2e} → {best:.2e}")
+
+    def block(self, index: int, peak_bytes: int, error: float | None) -> None:
+        """A block is finished (or replayed from an earlier run, when nothing was solved).
+
+        ``error`` is that of the student's hidden states behind the block.
+        """
         seconds = time.perf_counter() - self._begun
         if self._facts:
-            self.event("block", index=index, seconds=round(seconds, 3), peak_bytes=peak_bytes)
+            facts = {"seconds": round(seconds, 3), "peak_bytes": peak_bytes, "error": error}
+            self.event("block", index=index, **facts)
             self._bar.console.print(
                 f"block {index:3d}  {seconds:6.1f} s  {peak_bytes / 2**20:7.0f} MiB  "
                 + " · ".join(self._facts),

@@ -14,8 +14,30 @@ from svdserve.compression.allocation import get_allocator
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
 from svdserve.compression.methods import get_method
+from svdserve.compression.training import Training
 
 Grouping = Literal["shared", "separate"]
+_NAMED = Path(__file__).parent / "recipes"
+
+
+class BlockRefinement(Training):
+    """Training of the factors of each block towards the teacher's block, before the next one."""
+
+
+class Refinement(Training):
+    """End-to-end training of the factors, on the calibration tokens of the compression.
+
+    ``calibration``, ``tokens`` and ``seq_len`` are for other tokens than those.
+    """
+
+    calibration: str | None = Field(default=None, description="as in Recipe")
+    tokens: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
+
+    def text(self, recipe: "Recipe") -> "Recipe":
+        """``recipe`` with the calibration that this refinement of it uses."""
+        own = self.model_dump(include={"calibration", "tokens", "seq_len"}, exclude_none=True)
+        return recipe.model_copy(update=own)
 
 
 class Recipe(BaseModel):
@@ -36,7 +58,8 @@ class Recipe(BaseModel):
     layout: Layout = "interpolative"
     grouping: Grouping = "shared"
     calibration: str = Field(
-        default="self", description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], or self"
+        default="self",
+        description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], self, or several joined by +",
     )
     tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
     seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")
@@ -48,6 +71,12 @@ class Recipe(BaseModel):
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
     seed: int = 0
+    block_refinement: BlockRefinement | None = Field(
+        default=None, description="training of each block after its closed form"
+    )
+    refinement: Refinement | None = Field(
+        default=None, description="end-to-end training of the finished checkpoint"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -56,6 +85,13 @@ class Recipe(BaseModel):
         full = get_allocator(self.allocator).schema.check(self.allocator_parameters)
         object.__setattr__(self, "allocator_parameters", full)
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are needed."""
+        trained = self.block_refinement is not None or self.refinement is not None
+        profiled = get_allocator(self.allocator).profile
+        return trained or profiled or bool(get_method(self.method).statistics)
 
     @property
     def sequences(self) -> int:
@@ -84,6 +120,9 @@ class Run(BaseModel):
     offload: Path | None = Field(default=None, description="folder for the hidden streams")
     resume: bool = False
     force: bool = Field(default=False, description="replace a non-empty output directory")
+    checkpointing: bool = Field(
+        default=True, description="compute activations again in the backward pass of a refinement"
+    )
     progress: bool = True
 
 
@@ -112,20 +151,33 @@ def _explain(error: ValidationError) -> str:
     return f"{name}: {first['msg']}{given}" if name else str(first["msg"])
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields that a YAML recipe sets; check them with ``make_recipe``.
+def recipe_names() -> list[str]:
+    """The named recipes; ``default`` sets nothing, the others are files of this package."""
+    return ["default", *sorted(path.stem for path in _NAMED.glob("*.yaml"))]
+
+
+def load_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The fields that a YAML file or a named recipe sets; check them with ``make_recipe``.
 
     Raises:
-        UserError: no such file, no YAML, or no mapping.
+        UserError: no such file or name, no YAML, or no mapping.
     """
+    path = Path(recipe)
+    if not path.is_file() and str(recipe) in recipe_names():
+        if str(recipe) == "default":
+            return {}
+        path = _NAMED / f"{recipe}.yaml"
     try:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}") from None
+        named = ", ".join(recipe_names())
+        raise UserError(
+            f"recipe {recipe}: {error.strerror}; give a YAML file or one of: {named}"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"recipe {recipe}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(fields, dict):
-        raise UserError(f"recipe {path}: must map field names to values")
+        raise UserError(f"recipe {recipe}: must map field names to values")
     return fields
 
 

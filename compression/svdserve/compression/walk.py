@@ -54,7 +54,7 @@ class Streams:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def read(self, name: str, rows: slice) -> Tensor:
+    def read(self, name: str, rows: slice | Tensor) -> Tensor:
         return self._tensors[name][rows].to(device=self._device, dtype=torch.float32)
 
     def write(self, name: str, rows: slice, value: Tensor) -> None:
@@ -89,6 +89,7 @@ class Walk:
         batch_size: sequences per forward step.
         offload: folder for the streams, or None for memory.
         gradients: at the block boundaries, where ``wanted`` has a statistic of gradients.
+        both: run both streams whatever is wanted.
     """
 
     def __init__(
@@ -101,23 +102,24 @@ class Walk:
         batch_size: int = 1,
         offload: Path | None = None,
         gradients: BoundaryGradients | None = None,
+        *,
+        both: bool = False,
     ) -> None:
         self.skeleton, self.device, self.gradients = skeleton, device, gradients
         self.wanted, self.wanted_of_gradients = wanted - OF_GRADIENTS, wanted & OF_GRADIENTS
-        self.uses_student = bool(wanted & {"gram", "shift"})
-        self.uses_teacher = bool(wanted - {"gram"})  # gradients are the teacher's too
+        self.uses_student = both or bool(wanted & {"gram", "shift"})
+        self.uses_teacher = both or bool(wanted - {"gram"})  # gradients are the teacher's too
+        self.runs = self.uses_student or self.uses_teacher
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
         self._calls: dict[int, list[Call]] = {}
-        if wanted:
+        if self.runs:
             self._embed(tokens)
 
     def _embed(self, tokens: Tensor) -> None:
-        # Gradients go sequence by sequence, and need a call of that shape.
-        batches = [slice(0, 1), *self.batches] if self.wanted_of_gradients else self.batches
-        embedded = self.skeleton.embed([tokens[rows] for rows in batches], self.device)
-        for rows, (hidden, calls) in zip(batches, embedded, strict=True):
+        embedded = self.skeleton.embed([tokens[rows] for rows in self.batches], self.device)
+        for rows, (hidden, calls) in zip(self.batches, embedded, strict=True):
             # Masks and positions depend on the shape of the batch alone.
             self._calls.setdefault(rows.stop - rows.start, calls)
             if self.uses_teacher:
@@ -147,9 +149,12 @@ class Walk:
             whole += float(teacher.square().sum())
         return math.sqrt(apart / whole)
 
-    def call(self, block: int, rows: slice) -> Call:
+    def call(self, block: int, sequences: int) -> Call:
         """The arguments besides the hidden states with which the decoder calls a block."""
-        return self._calls[rows.stop - rows.start][block]
+        if sequences not in self._calls:
+            tokens = torch.zeros(sequences, self.streams.length, dtype=torch.int64)
+            ((_, self._calls[sequences]),) = self.skeleton.embed([tokens], self.device)
+        return self._calls[sequences][block]
 
     def block(self, index: int) -> "BlockPass":
         """Load block ``index`` and prepare to replace its groups in order."""
@@ -188,7 +193,7 @@ class BlockPass:
         features = self.weight(group, group.members[0]).shape[1]
         accumulator = Accumulator(features, wanted, self.walk.device)
         step = self._STEPS[group.name]
-        if self.walk.uses_student or self.walk.uses_teacher:
+        if self.walk.runs:
             for rows in self.walk.batches:
                 with torch.no_grad():
                     accumulator.add(*step(self, rows))
@@ -215,7 +220,7 @@ class BlockPass:
         for row, gradient in zip(walk.gradients.rows, gradients, strict=True):
             rows = slice(row, row + 1)
             hidden = walk.streams.read("teacher", rows)
-            call = walk.call(self.index, rows)
+            call = walk.call(self.index, 1)
             upper = gradient[None].to(hidden)
             for name, flow in back_through(self.teacher, self.groups, hidden, call, upper)[
                 0
@@ -230,17 +235,32 @@ class BlockPass:
         replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
         parent.requires_grad_(False)
 
-    def finish(self) -> None:
-        """Carry the student's stream over the block (the teacher's is there already)."""
+    def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [B, L, d] of both blocks for the sequences ``rows`` [B], after the last group.
+
+        The student's is computed from its stream, with gradients; the teacher's stream is there.
+        """
+        student = self._run(self.student, "student", rows, {})
+        return student, self.walk.streams.read("teacher", rows)
+
+    def finish(self, *, refined: bool = False) -> None:
+        """Carry the student's stream over the block (the teacher's is there already).
+
+        ``refined``: factors have changed since the statistics, so nothing stored is used.
+        """
         streams = self.walk.streams
         if self.walk.uses_student:
-            down = self._linear(self.student, "down_proj")
             for rows in self.walk.batches:
                 with torch.no_grad():
-                    mlp = down(streams.read("student_hidden", rows))
-                    replay = {"o_proj": streams.read("student_attention", rows), "down_proj": mlp}
+                    replay = {} if refined else self._stored_outputs(rows)
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
         streams.drop("teacher_attention", "student_attention", "student_hidden")
+
+    def _stored_outputs(self, rows: slice) -> dict[str, Tensor]:
+        mlp = self._linear(self.student, "down_proj")(
+            self.walk.streams.read("student_hidden", rows)
+        )
+        return {"o_proj": self.walk.streams.read("student_attention", rows), "down_proj": mlp}
 
     # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 
@@ -312,14 +332,17 @@ class BlockPass:
         linear = self._linear(block, group)
         return input_of(linear, lambda: self._run(block, stream, rows, replay))
 
-    def _run(self, block: nn.Module, stream: str, rows: slice, replay: dict[str, Tensor]) -> Tensor:
+    def _run(
+        self, block: nn.Module, stream: str, rows: slice | Tensor, replay: dict[str, Tensor]
+    ) -> Tensor:
         """Run ``block`` on a stream's rows with the containers of ``replay`` left out."""
-        args, kwargs = self.walk.call(self.index, rows)
+        hidden = self.walk.streams.read(stream, rows)
+        args, kwargs = self.walk.call(self.index, len(hidden))
         with ExitStack() as stack:
             for closing, value in replay.items():
                 container = self.walk.containers[self.index][closing]
                 stack.enter_context(container.replayed(block, value))
-            output = block(self.walk.streams.read(stream, rows), *args, **kwargs)
+            output = block(hidden, *args, **kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
         return result

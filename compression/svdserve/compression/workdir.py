@@ -6,15 +6,18 @@ Every file appears by a rename after an fsync, so that whatever stands here afte
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdserve.compression.checkpoint import LOG_FILE, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import parameters
+from svdserve.compression.memory import release
 from svdserve.compression.schema import ModuleSpec
 
 _JOB = "job.json"
@@ -83,13 +86,14 @@ class WorkDirectory:
                         f"{value!r}; restore it, or start over with --force"
                     )
 
-    def tokens(self) -> Tensor | None:
-        """The calibration tokens of this job, once they are saved."""
+    def tokens(self, draw: Callable[[], Tensor]) -> Tensor:
+        """The calibration tokens of this job: drawn once, the same after a resume."""
         path = self.path / _TOKENS
-        return load_file(path)["tokens"] if path.exists() else None
-
-    def save_tokens(self, tokens: Tensor) -> None:
-        save_tensors({"tokens": tokens}, self.path / _TOKENS)
+        if not path.exists():
+            save_tensors({"tokens": draw()}, path)
+            release()
+        tokens: Tensor = load_file(path)["tokens"]
+        return tokens
 
     def save_block(
         self, index: int, tensors: dict[str, Tensor], specs: dict[str, ModuleSpec]
@@ -131,6 +135,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What decides the order of floating-point sums: part of a job's signature."""
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "torch": torch.__version__,
+    }
 
 
 def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:

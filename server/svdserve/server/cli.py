@@ -41,9 +41,9 @@ def _eval_defaults() -> dict[str, Any]:
 
 
 def _refine_defaults() -> dict[str, Any]:
-    from svdserve.compression.refine import Refinement
+    from svdserve.compression.recipe import Refinement, Run
 
-    return _field_defaults(Refinement)
+    return {**_field_defaults(Run), **_field_defaults(Refinement)}
 
 
 def _field_defaults(model: type[BaseModel]) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or Hub name.")],
     out: options.Out,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe; options given here override it.")
+        str | None,
+        typer.Option(help="default, best, or a YAML file; options given here override it."),
     ] = None,
     keep: Annotated[
         float | None, typer.Option(help="Keep ratio κ: stored over dense parameters.")
@@ -123,11 +124,13 @@ def compress(
     offload: Annotated[
         Path | None, typer.Option(help="Folder for the hidden streams; memory when absent.")
     ] = None,
+    checkpointing: options.Checkpointing = None,
     resume: options.Resume = None,
     force: options.Force = None,
 ) -> None:
     """Compress a model: factor its linears and write a checkpoint.
 
+    The recipe `best` trains the factors after the closed form: better, and several times slower.
     The checkpoint is a Hugging Face directory that transformers, vLLM and `svdserve serve` load.
     An interrupted run leaves DIR.partial and goes on with `--resume`.
     """
@@ -148,6 +151,8 @@ def compress(
         f"parameters of the factored linears kept, {report.seconds:.0f} s, "
         f"peak memory {report.peak_bytes / 2**20:,.0f} MiB"
     )
+    if report.refinement is not None:
+        typer.echo(study.held_out_divergence(report.refinement))
 
 
 app.command(cls=_Command)(study.refine)

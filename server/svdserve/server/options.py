@@ -6,13 +6,20 @@ from typing import Annotated
 import typer
 
 Calibration = Annotated[
-    str | None, typer.Option(help="Text FILE, hf:DATASET, or self (the model's own samples).")
+    str | None,
+    typer.Option(help="Text FILE, hf:DATASET, self (the model's own samples), or joined by +."),
 ]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all when absent.")]
 Out = Annotated[Path, typer.Option(help="Checkpoint directory to write.")]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing", help="Refine in less memory, or without recomputing."
+    ),
+]
 Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an interrupted run.")]
 Force = Annotated[
     bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)

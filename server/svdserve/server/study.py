@@ -13,6 +13,7 @@ from svdserve.server import options
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
+    from svdserve.compression.refine import RefineReport
     from svdserve.compression.tasks import TaskScores
 
 
@@ -26,11 +27,18 @@ def refine(
     epochs: Annotated[int | None, typer.Option(help="Passes over the tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW's.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share of the sequences.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Times that held-out loss is measured.")
     ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations without gain before it stops.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Products in float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of tokens and their order.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the held-out part and the order of sequences.")
+    ] = None,
+    checkpointing: options.Checkpointing = None,
     device: options.Device = None,
     threads: options.Threads = None,
     resume: options.Resume = None,
@@ -38,21 +46,24 @@ def refine(
 ) -> None:
     """Train the factors of a checkpoint towards the dense model's predictions.
 
-    Part of the text is held out; what is written is never worse there than what was given. Both
-    models are in memory.
+    On the calibration tokens that the checkpoint's recipe names, unless others are given. Part of
+    them is held out; what is written is never worse there than what was given.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    from svdserve.compression.recipe import Run, make_run
-    from svdserve.compression.refine import Refinement
+    from svdserve.compression.recipe import Refinement, Run, make_run
     from svdserve.compression.refine import refine as run_refinement
 
     settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
     names = set(Run.model_fields) - {"batch_size"}
     run = make_run(**{name: given[name] for name in names if name in given})
     report = run_refinement(teacher, student, out, settings, run)
-    typer.echo(
-        f"{report.directory}: held-out KL {report.before:.4f} to {report.after:.4f} nats per "
-        f"token in {report.steps} steps, {report.seconds:.0f} s"
+    typer.echo(f"{report.directory}: {held_out_divergence(report)}")
+
+
+def held_out_divergence(report: "RefineReport") -> str:
+    return (
+        f"held-out KL {report.before:.4f} to {report.after:.4f} nats per token in {report.steps} "
+        f"steps, {report.seconds:.0f} s"
     )
 
 
@@ -136,7 +147,8 @@ def compare(
         list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
     ] = None,
     recipes: Annotated[
-        list[Path] | None, typer.Option("--recipe", help="YAML recipe; may be repeated.")
+        list[str] | None,
+        typer.Option("--recipe", help="As in `svdserve compress`; may be repeated."),
     ] = None,
     keeps: Annotated[
         list[float] | None, typer.Option("--keep", help="Keep ratio κ; may be repeated.")
@@ -174,7 +186,7 @@ def compare(
 
     same = {"calibration": calibration, "tokens": tokens}
     given = {name: value for name, value in same.items() if value is not None}
-    chosen = {path.stem: make_recipe(**(load_recipe(path) | given)) for path in recipes or []}
+    chosen = {Path(r).stem: make_recipe(**(load_recipe(r) | given)) for r in recipes or []}
     named = methods or ([] if recipes else [make_recipe().method])
     chosen |= {name: make_recipe(method=name, **given) for name in named}
     evaluation = Evaluation(
