@@ -64,7 +64,8 @@ def test_budget_is_kept_and_used_up_to_one_rank(name: str, layout: str, keep: fl
     shapes = {f"m{i}": (64 + 16 * (i % 3), 48 + 16 * (i % 2)) for i in range(12)}
     modules = {n: module(i, *shape) for i, (n, shape) in enumerate(shapes.items())}
     budget = Budget(keep, layout, multiple)
-    ranks = get_allocator(name).function(modules, budget)
+    parameters = {"blocks": 5} if name == "last-blocks" else {}
+    ranks = get_allocator(name).function(modules, budget, **parameters)
     assert ranks.keys() == modules.keys()
     assert all(rank is None or rank % multiple == 0 for rank in ranks.values())
     allowed = keep * sum(m.dense for m in modules.values())

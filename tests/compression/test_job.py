@@ -255,12 +255,18 @@ def test_one_token_of_calibration_is_enough_to_finish(tmp_path: Path, calibratio
     check_finite(open_checkpoint(tmp_path / "out"))
 
 
-def test_overflowing_activations_name_the_group(tmp_path: Path, calibration: str):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("saes-svd", "1.mlp.down_proj: .*not finite"), ("saes-kfac", "1: .*not finite")],
+)
+def test_overflowing_activations_name_the_place(
+    method: str, message: str, tmp_path: Path, calibration: str
+):
     from safetensors.torch import save_file
 
     model = save_model("llama", tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj.*not finite"):
-        compress(str(model), tmp_path / "out", recipe_for(calibration), QUIET)
+    with pytest.raises(UserError, match=f"model.layers.{message}"):
+        compress(str(model), tmp_path / "out", recipe_for(calibration, method=method), QUIET)

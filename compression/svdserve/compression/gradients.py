@@ -145,6 +145,9 @@ class BoundaryGradients:
         Args:
             watch: sees the flow of every block and sequence on the way.
             done: told the index of every block that is finished, and given the block.
+
+        Raises:
+            FloatingPointError: hidden states or gradients that are not finite.
         """
         batches = [tokens[row : row + 1] for row in self.rows]
         embedded = list(skeleton.embed(batches, device))
@@ -160,6 +163,10 @@ class BoundaryGradients:
                     result = block(value.to(device).float(), *args, **kwargs)
                     result = result[0] if isinstance(result, tuple) else result
                     hidden[row] = result.to(self.dtype).cpu()
+                    if not bool(result.sum().isfinite()):
+                        raise FloatingPointError(
+                            f"{skeleton.block_name(index)}: the hidden states are not finite"
+                        )
         gradients = [g.to(self.dtype) for g in _at_the_head(skeleton, hidden, device, seed)]
         for index in reversed(range(skeleton.blocks)):
             save_tensors({"gradient": torch.cat(gradients)}, self._file(index))

@@ -185,7 +185,10 @@ class Job:
 
         if not gradients.complete:
             watch = None if profile is None else profile.watch
-            gradients.sweep(self.skeleton, tokens, self.device, self.recipe.seed, watch, done)
+            try:
+                gradients.sweep(self.skeleton, tokens, self.device, self.recipe.seed, watch, done)
+            except FloatingPointError as error:
+                raise UserError(f"{error}; use another dtype") from None
         if profile is not None:
             self.ranks = ranks_of(self.units, self.recipe, profile.read())
         return gradients
