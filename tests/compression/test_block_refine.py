@@ -14,7 +14,8 @@ from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, check_finite,
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import load_model
 from svdserve.compression.job import compress
-from svdserve.compression.recipe import BlockRefinement, Recipe, Run, make_recipe
+from svdserve.compression.recipe import BlockRefinement, Recipe, Refinement, Run, make_recipe
+from svdserve.compression.refine import refine
 
 RUN = Run(progress=False, threads=1, batch_size=3)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
@@ -118,9 +119,14 @@ def test_wild_training_leaves_the_closed_form(given: tuple[Path, dict], tmp_path
 
 def test_full_keep_has_nothing_to_refine(given: tuple[Path, dict], tmp_path: Path):
     model, fields = given
-    recipe = make_recipe(**(fields | {"keep": 1.0, "block_refinement": SETTINGS}))
-    compress(str(model), tmp_path / "out", recipe, RUN)
+    stages = {"block_refinement": SETTINGS, "refinement": {"epochs": 1}}
+    report = compress(
+        str(model), tmp_path / "out", make_recipe(**(fields | stages | {"keep": 1.0})), RUN
+    )
     assert not refined_blocks(tmp_path / "out")
+    assert report.refinement is None
+    with pytest.raises(UserError, match="no factors to refine"):
+        refine(str(model), tmp_path / "out", tmp_path / "again", Refinement(), RUN)
 
 
 @pytest.mark.parametrize("stage", ["block_refinement", "refinement"])

@@ -174,3 +174,20 @@ def test_compress_refines_as_refine_does(
     assert report.refinement is not None
     assert report.refinement.after == expected.after < expected.before
     assert {path.name for path in tmp_path.iterdir()} == {"closed", "expected", "out"}
+
+
+def test_refinement_may_have_its_own_calibration(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """The closed form sees one sequence, the refinement 64 other ones."""
+    text, dense, _ = models
+    fields = {"calibration": "self", "tokens": 32, "seq_len": 32, "keep": 0.5}
+    recipe = make_recipe(**fields, method="svd-llm", refinement=settings(text))
+    report = compress(str(dense), tmp_path / "out", recipe, RUN)
+    assert report.tokens == 32
+    assert report.refinement is not None
+    assert report.refinement.steps == 58
+    assert report.refinement.after < report.refinement.before
+    missing = fields | {"calibration": "no/such/file", "refinement": settings(text)}
+    with pytest.raises(UserError, match="no/such/file: no such file"):
+        compress(str(dense), tmp_path / "none", make_recipe(**missing), RUN)

@@ -114,9 +114,9 @@ class Job:
         self.uses_gradients = bool(self.method.statistics & OF_GRADIENTS) or self.allocator.profile
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
-            self._check_training(recipe.sequences)
-        if recipe.refinement is not None:
-            check_calibration(self.skeleton.directory, recipe.refinement.text(recipe))
+        for settings, text in recipe.trainings:
+            check_calibration(self.skeleton.directory, text)
+            settings.check_sequences(text.sequences)
         self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
@@ -147,7 +147,7 @@ class Job:
             del facts["directory"], facts["refinement"]
             progress.event("done", **facts)
         final = self._assemble(specs)
-        if self.recipe.refinement is not None:
+        if self.recipe.refinement is not None and specs:
             final, refined = self._refine(final, tokens, self.recipe.refinement)
             seconds = round(time.perf_counter() - started, 3)
             report = replace(report, seconds=seconds, peak_bytes=peak_bytes(), refinement=refined)
@@ -323,18 +323,15 @@ class Job:
         prefix = self.skeleton.block_name(block.index)
         return {f"{prefix}.{name}": tensor for name, tensor in best.items()}
 
-    def _check_training(self, sequences: int) -> None:
-        for settings in (self.recipe.block_refinement, self.recipe.refinement):
-            if settings is not None:
-                settings.check_sequences(sequences)
-
     # Files
 
     def _tokens(self) -> Tensor:
         if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
         tokens = self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
-        self._check_training(len(tokens))
+        for settings, text in self.recipe.trainings:
+            if text == self.recipe:
+                settings.check_sequences(len(tokens))  # a short text has fewer than asked
         return tokens
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:

@@ -87,9 +87,16 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def trainings(self) -> list[tuple[Training, "Recipe"]]:
+        """Every training, with the recipe whose calibration it uses."""
+        block = [] if self.block_refinement is None else [(self.block_refinement, self)]
+        whole = [] if self.refinement is None else [(self.refinement, self.refinement.text(self))]
+        return [*block, *whole]
+
+    @property
     def calibrated(self) -> bool:
-        """Whether calibration tokens are needed."""
-        trained = self.block_refinement is not None or self.refinement is not None
+        """Whether the method or a training reads this recipe's calibration tokens."""
+        trained = any(text == self for _, text in self.trainings)
         profiled = get_allocator(self.allocator).profile
         return trained or profiled or bool(get_method(self.method).statistics)
 

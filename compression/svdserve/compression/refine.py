@@ -21,6 +21,7 @@ from svdserve.compression.calibration import calibration_tokens, check_calibrati
 from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoint, read_json
 from svdserve.compression.distillation import Distillation, Targets
+from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import load_model
 from svdserve.compression.machine import usable_device
 from svdserve.compression.modules import trainable_factors
@@ -80,6 +81,8 @@ class _Refiner:
         tokens: Tensor | None,
     ) -> None:
         self.config = open_checkpoint(student).config
+        if not self.config.modules:
+            raise UserError(f"{student}: has no factors to refine; every linear is dense")
         self.teacher, self.student = teacher, student
         self.settings, self.run, self.tokens = settings, run, tokens
         own = {key: value for key, value in self.config.recipe.items() if key in _TEXT}

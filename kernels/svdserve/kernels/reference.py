@@ -31,6 +31,12 @@ def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tenso
     """The rank-r vector [..., r] between the two products: V x, or x[pivots] + Z x[rest]."""
     if pivots is None:
         return linear(x, factor_in)
+    pivots = pivots.long()
     rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
-    rest[pivots.long()] = False
-    return x[..., pivots.long()] + linear(x[..., rest], factor_in)
+    rest[pivots] = False
+    if torch.is_grad_enabled() and factor_in.requires_grad:
+        # Training: the gradient of a gather costs more than the products that it saves.
+        identity = torch.eye(len(pivots), dtype=factor_in.dtype, device=x.device)
+        whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
+        return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
+    return x[..., pivots] + linear(x[..., rest], factor_in)
