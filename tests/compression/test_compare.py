@@ -25,7 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipes(text: Path):
     calibration = {"calibration": str(text), "tokens": 256, "seq_len": 32}
-    plain = {"layout": "pair", "grouping": "separate"}
+    plain = {"layout": "pair", "grouping": "separate", "allocator": "uniform"}
     return {
         "ours": make_recipe(**calibration),
         "plain": make_recipe(method="svd", **plain, **calibration),

@@ -1,5 +1,6 @@
 """Methods against independent float64 oracles (formulas: SAES-SVD, arXiv 2602.03051)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,25 @@ def two_sided_error(change: Tensor, outer: Tensor, inner: Tensor) -> float:
 def shrunk(gram: Tensor, share: float) -> Tensor:
     mean = gram.diagonal().mean()
     return (1 - share) * gram + share * mean * torch.eye(len(gram), dtype=gram.dtype)
+
+
+@pytest.mark.parametrize("name", ["saes-svd", "saes-kfac"])
+def test_held_out_beta_is_the_one_of_least_error_there(name: str):
+    """Against the outputs themselves, on inputs that the fit has not seen."""
+    weight, x, x_f = problem()
+    half = T // 2
+    held_out = statistics_of(x[:, half:], x_f[:, half:])
+    stats = replace(statistics_of(x[:, :half], x_f[:, :half]), held_out=held_out)
+    method = get_method(name)
+    assert method.needs({"beta": "held-out"}) == method.statistics | {"held_out"}
+    caps = {"beta_range": (0.0, 1.0)}
+    solution = method.solve(weight, stats, R, {"beta": "held-out", **caps})
+    errors = {}
+    for beta in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        dense = method.solve(weight, stats, R, {"beta": beta}).factors.dense()
+        errors[beta] = float((dense @ x[:, half:] - weight @ x_f[:, half:]).norm())
+    assert solution.facts["beta"] == pytest.approx(min(errors, key=errors.get))
+    assert solution.facts["beta"] > 0
 
 
 def test_kfac_svd_is_the_truncation_between_symmetric_roots():
@@ -378,7 +398,7 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"beta": "often"}, "beta is 'often': .*'aces' or 'exact'"),
+        ({"beta": "often"}, "beta is 'often': .*'aces', 'exact' or 'held-out'"),
         ({"beta": 1.5}, "beta is 1.5: .*less than or equal to 1"),
         ({"beta_range": (0.8, 0.2)}, "lower cap must not be above"),
         ({"ridge": -1}, "ridge is -1: .*greater than or equal to 0"),

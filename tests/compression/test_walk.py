@@ -73,6 +73,25 @@ def test_dense_walk_is_the_models_own_forward(architecture: str, tmp_path: Path)
         torch.testing.assert_close(student, expected[index], rtol=1e-5, atol=1e-5)
 
 
+def test_held_out_sequences_are_apart_and_complete(tmp_path: Path):
+    directory = save_model("llama", tmp_path / "model")
+    tokens = random_tokens(9, LENGTH)
+    found = []
+    for wanted in ({"gram", "shift"}, {"gram", "shift", "held_out"}):
+        walk = Walk(Skeleton(directory), tokens, frozenset(wanted), torch.float32, CPU)
+        block = walk.block(0)
+        found.append(block.statistics(block.groups[0]))
+    whole, parted = found
+    assert whole.held_out is None
+    assert parted.held_out is not None
+    assert (parted.tokens, parted.held_out.tokens) == (8 * LENGTH, LENGTH)
+    total = (8 * parted.gram + parted.held_out.gram) / 9
+    torch.testing.assert_close(total, whole.gram, rtol=1e-5, atol=1e-6)
+    alone = Walk(Skeleton(directory), tokens[7:8], frozenset({"gram"}), torch.float32, CPU)
+    block = alone.block(0)
+    torch.testing.assert_close(parted.held_out.gram, block.statistics(block.groups[0]).gram)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("offload", [False, True])
 def test_replaced_groups_act_on_all_later_statistics(

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -117,8 +118,16 @@ def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
     if not is_checkpoint(out):
         partial = out.with_name(f"{out.name}.partial").exists()
         compress(model, out, recipe, run.model_copy(update={"resume": partial}))
-    elif open_checkpoint(out).config.recipe != recipe.model_dump(mode="json"):
+    elif not _made_by(recipe, open_checkpoint(out).config.recipe):
         raise UserError(f"{out} was made by another recipe; remove it or use another folder")
+
+
+def _made_by(recipe: Recipe, stored: dict[str, Any]) -> bool:
+    """Whether ``stored`` is the recipe, but for what a search has filled in."""
+    wanted = recipe.model_dump(mode="json")
+    if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
+        stored = stored | {"allocator_parameters": wanted["allocator_parameters"]}
+    return stored == wanted
 
 
 def _cell(

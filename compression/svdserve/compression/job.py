@@ -140,7 +140,7 @@ class Job:
             tokens = self._tokens()
             gradients = self._sweep(tokens, progress) if self.uses_gradients else None
             specs = self._walk(tokens, gradients, finished, progress)
-            stored, dense = parameters_of(specs)
+            stored, dense = self._parameters(specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
             facts = asdict(report)
@@ -193,6 +193,13 @@ class Job:
             self.ranks = ranks_of(self.units, self.recipe, profile.read())
         return gradients
 
+    def _parameters(self, specs: dict[str, ModuleSpec]) -> tuple[int, int]:
+        """Stored and dense parameters of all units, those that stay dense among them."""
+        stored, dense = parameters_of(specs)
+        units = [unit for block in self.units for unit in block if unit.name not in specs]
+        kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in units)
+        return stored + kept, dense + kept
+
     # Blocks
 
     def _walk(
@@ -207,7 +214,7 @@ class Job:
         walk = Walk(
             self.skeleton,
             tokens,
-            self.method.statistics,
+            self.method.needs(self.recipe.parameters),
             self.dtype,
             self.device,
             self.run.batch_size,

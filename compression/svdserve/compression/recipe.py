@@ -50,7 +50,7 @@ class Recipe(BaseModel):
         default_factory=dict, description="hyper-parameters of the method, by name"
     )
     keep: float = Field(default=0.8, gt=0, le=1, description="keep ratio κ of the factored linears")
-    allocator: str = Field(default="uniform", description="how modules share the parameters")
+    allocator: str = Field(default="divergence", description="how modules share the parameters")
     allocator_parameters: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters of the allocator, by name"
     )

@@ -17,19 +17,26 @@ float32 per batch and summed over batches in float64.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Statistic = Literal[
-    "gram", "shift", "teacher_gram", "teacher_magnitude", "gradient_gram", "row_fisher"
+    "gram",
+    "shift",
+    "held_out",
+    "teacher_gram",
+    "teacher_magnitude",
+    "gradient_gram",
+    "row_fisher",
 ]
 OF_GRADIENTS: frozenset[Statistic] = frozenset({"gradient_gram", "row_fisher"})
 
 DESCRIPTIONS: dict[Statistic, str] = {
     "gram": "Gram matrix of the student's inputs",
     "shift": "shift of the teacher's inputs against the student's",
+    "held_out": "the first two of sequences that are held out",
     "teacher_gram": "Gram matrix of the teacher's inputs",
     "teacher_magnitude": "mean magnitude of the teacher's inputs",
     "gradient_gram": "Gram matrix of the loss gradients at the teacher's outputs",
@@ -43,12 +50,14 @@ _CLIP = (0.1, 10.0)
 class Statistics:
     """Finished statistics of one group, float64, divided by the number of tokens.
 
-    A field is None where the method did not ask for it.
+    A field is None where the method did not ask for it. ``held_out`` has the Gram matrix and the
+    shift of calibration sequences that are in none of the others.
     """
 
     tokens: int
     gram: Tensor | None = None
     shift: Tensor | None = None
+    held_out: "Statistics | None" = None
     teacher_gram: Tensor | None = None
     teacher_magnitude: Tensor | None = None
     gradient_gram: Tensor | None = None
@@ -97,7 +106,7 @@ class Accumulator:
                 total += (_given(x_f) - _given(x)).T @ _given(x)
 
     def finish(self) -> Statistics:
-        done: dict[str, Tensor] = {}
+        done: dict[str, Any] = {}
         for name, total in self._sums.items():
             if name in ("gram", "teacher_gram"):
                 _mirror(total)

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,6 +114,8 @@ class Walk:
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
+        # Every eighth batch, and so a part of every source of calibration text.
+        self.held_out = self.batches[7::8] or self.batches[1:][-1:]
         self._calls: dict[int, list[Call]] = {}
         if self.runs:
             self._embed(tokens)
@@ -191,15 +194,20 @@ class BlockPass:
         if collect and self.walk.wanted_of_gradients and not self._of_gradients:
             self._of_gradients = self._gradient_sums()
         features = self.weight(group, group.members[0]).shape[1]
-        accumulator = Accumulator(features, wanted, self.walk.device)
+        accumulator = Accumulator(features, wanted - {"held_out"}, self.walk.device)
+        apart = Accumulator(features, wanted & {"gram", "shift"}, self.walk.device)
+        held_out = self.walk.held_out if "held_out" in wanted else ()
         step = self._STEPS[group.name]
         if self.walk.runs:
             for rows in self.walk.batches:
+                sums = apart if rows in held_out else accumulator
                 with torch.no_grad():
-                    accumulator.add(*step(self, rows))
+                    sums.add(*step(self, rows))
         if group.name == "gate_up_proj":
             self.walk.streams.drop("student_heads")
         statistics = accumulator.finish()
+        if held_out:
+            statistics = replace(statistics, held_out=apart.finish())
         if collect and self.walk.wanted_of_gradients:
             return self._of_gradients.pop(group.name).into(statistics)
         return statistics

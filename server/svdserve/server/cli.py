@@ -148,7 +148,7 @@ def compress(
     report = run_job(model, out, checked, run)
     typer.echo(
         f"{report.directory}: {report.stored_parameters:,} of {report.dense_parameters:,} "
-        f"parameters of the factored linears kept, {report.seconds:.0f} s, "
+        f"parameters of the blocks' linears kept, {report.seconds:.0f} s, "
         f"peak memory {report.peak_bytes / 2**20:,.0f} MiB"
     )
     if report.refinement is not None:

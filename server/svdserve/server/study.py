@@ -144,7 +144,11 @@ def compare(
     model: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
     work: Annotated[Path, typer.Option(help="Folder for checkpoints and finished evaluations.")],
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help="By its defaults; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="As in its paper, a pair of factors of one κ for every linear; may be repeated.",
+        ),
     ] = None,
     recipes: Annotated[
         list[str] | None,
@@ -185,10 +189,11 @@ def compare(
     from svdserve.compression.recipe import load_recipe, make_recipe, make_run
 
     same = {"calibration": calibration, "tokens": tokens}
-    given = {name: value for name, value in same.items() if value is not None}
-    chosen = {Path(r).stem: make_recipe(**(load_recipe(r) | given)) for r in recipes or []}
-    named = methods or ([] if recipes else [make_recipe().method])
-    chosen |= {name: make_recipe(method=name, **given) for name in named}
+    given: dict[str, Any] = {name: value for name, value in same.items() if value is not None}
+    files = recipes or ([] if methods else ["default"])
+    chosen = {Path(file).stem: make_recipe(**(load_recipe(file) | given)) for file in files}
+    paper = {"layout": "pair", "grouping": "separate", "allocator": "uniform"} | given
+    chosen |= {name: make_recipe(method=name, **paper) for name in methods or ()}
     evaluation = Evaluation(
         texts=tuple(texts or ()),
         tasks=tuple(tasks or ()),

@@ -38,6 +38,7 @@ class Method:
     title: str
     paper: str
     statistics: frozenset[Statistic]
+    more: Callable[[dict[str, Any]], set[Statistic]]
     function: Callable[..., Solution]
     schema: Parameters
 
@@ -45,6 +46,10 @@ class Method:
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters and their defaults."""
         return self.schema.check({})
+
+    def needs(self, parameters: dict[str, Any]) -> frozenset[Statistic]:
+        """The statistics that it reads with these hyper-parameters."""
+        return self.statistics | self.more(parameters)
 
     def solve(
         self, weight: Tensor, statistics: Statistics, rank: int, parameters: dict[str, Any]
@@ -56,13 +61,21 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, title: str, paper: str, statistics: set[Statistic]
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    statistics: set[Statistic],
+    more: Callable[[dict[str, Any]], set[Statistic]] = lambda _parameters: set(),
 ) -> Callable[[Callable[..., Solution]], Callable[..., Solution]]:
-    """Register a function as the method ``name``."""
+    """Register a function as the method ``name``.
+
+    ``more`` tells which statistics some hyper-parameters need besides ``statistics``.
+    """
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         schema = Parameters(f"method {name}", function)
-        METHODS[name] = Method(name, title, paper, frozenset(statistics), function, schema)
+        METHODS[name] = Method(name, title, paper, frozenset(statistics), more, function, schema)
         return function
 
     return register

@@ -7,8 +7,9 @@ G(β) = W (H + βΔ) F⁻ᵀ, F Fᵀ = H (equations 6 to 12), β = α / (1 + α)
 whatever λ is: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -17,7 +18,7 @@ from torch import Tensor
 from svdserve.compression.factors import Factors
 from svdserve.compression.linalg import left_subspace, whiten
 from svdserve.compression.methods.registry import Ridge, Solution, method
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics import Statistic, Statistics
 
 _GRID = 6
 
@@ -30,7 +31,12 @@ def _ordered(caps: tuple[float, float]) -> tuple[float, float]:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
-Beta = Share | Literal["aces", "exact"]
+Beta = Share | Literal["aces", "exact", "held-out"]
+
+
+def beta_needs(parameters: dict[str, Any]) -> set[Statistic]:
+    """The statistics that the choice of β reads besides H and Δ."""
+    return {"held_out"} if parameters["beta"] == "held-out" else set()
 
 
 @method(
@@ -38,6 +44,7 @@ Beta = Share | Literal["aces", "exact"]
     title="SAES-SVD",
     paper="https://arxiv.org/abs/2602.03051",
     statistics={"gram", "shift"},
+    more=beta_needs,
 )
 def saes_svd(
     weight: Tensor,
@@ -48,56 +55,74 @@ def saes_svd(
     beta_range: Range = (0.25, 0.75),
     ridge: Ridge = 1e-3,
 ) -> Solution:
-    """CEALC with a β that is fixed, or chosen by ACES.
+    """CEALC with a β that is fixed, chosen by ACES, or by the error on held-out sequences.
 
     Args:
         weight: [m, n], float64.
         statistics: H and Δ of the module's inputs.
         rank: 1..min(m, n).
         beta: a number in [0, 1]; ``aces`` for the paper's closed form (fixed-subspace first-order
-            approximation); ``exact`` for a search over the true retained-energy ratio.
-        beta_range: caps of ACES and of the search (paper, table 4).
+            approximation); ``exact`` for a search over the true retained-energy ratio; ``held-out``
+            for a search over the error against the teacher's outputs on held-out sequences.
+        beta_range: caps of ACES and of the searches (paper, table 4).
         ridge: λ over the mean of diag H.
     """
-    target = shifted_target(weight, statistics, rank, beta, beta_range, ridge)
-    left, _ = left_subspace(target.whitened, rank)
-    return Solution(Factors(factor_in=left.mT @ target.effective, factor_out=left), target.facts)
+
+    def truncate(whitened: Tensor, effective: Tensor) -> Factors:
+        left, _ = left_subspace(whitened, rank)
+        return Factors(factor_in=left.mT @ effective, factor_out=left)
+
+    return solve_shifted(weight, statistics, rank, beta, beta_range, ridge, truncate)
 
 
-@dataclass(frozen=True)
-class Target:
-    """What CEALC approximates, float64 [m, n].
+def solve_shifted(
+    weight: Tensor,
+    statistics: Statistics,
+    rank: int,
+    beta: Beta,
+    caps: Range,
+    ridge: float,
+    truncate: Callable[[Tensor, Tensor], Factors],
+) -> Solution:
+    """CEALC with any truncation.
 
-    whitened is G(β) = W F + β W Δ F⁻ᵀ, and effective is W_eff = W + β W Δ H_λ⁻¹ = G(β) F⁻¹.
+    Args:
+        weight, statistics, rank, beta, caps, ridge: as for ``saes_svd``.
+        truncate: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹ = G(β) F⁻¹, both [m, n], to
+            factors of ``rank``.
     """
-
-    whitened: Tensor
-    effective: Tensor
-    facts: dict[str, float]
-
-
-def shifted_target(
-    weight: Tensor, statistics: Statistics, rank: int, beta: Beta, caps: Range, ridge: float
-) -> Target:
-    """The target of ``saes_svd``, which documents the arguments."""
     assert statistics.gram is not None
     assert statistics.shift is not None
     whitening = whiten(statistics.gram, ridge)
     base = weight @ whitening.root
     pull = whitening.dual(weight @ statistics.shift.double())
+    moved = whitening.unwhiten(pull)
+
+    def factors(at: float) -> Factors:
+        return truncate(base + at * pull, weight + at * moved)
+
     # Without accumulated error (the first block's q, k, v) every β gives the same factors.
     if not bool(statistics.shift.any()):
         chosen = 0.0
+    elif beta == "held-out":
+        held_out = statistics.held_out or statistics
+        grid: list[float] = torch.linspace(*caps, _GRID, dtype=torch.float64).tolist()
+        chosen = min(grid, key=lambda at: output_error(factors(at).dense(), weight, held_out))
     elif isinstance(beta, str):
         search = aces if beta == "aces" else exact_search
         chosen = search(energies(base, pull), rank, *caps)
     else:
         chosen = float(beta)
-    return Target(
-        whitened=base + chosen * pull,
-        effective=weight + chosen * whitening.unwhiten(pull),
-        facts={"beta": chosen, "damping": whitening.damping},
-    )
+    return Solution(factors(chosen), {"beta": chosen, "damping": whitening.damping})
+
+
+def output_error(approximation: Tensor, weight: Tensor, statistics: Statistics) -> float:
+    """‖Ŵ X − W X_f‖² / T up to a constant, from H and Δ: X_f Xᵀ = H + Δ."""
+    assert statistics.gram is not None
+    assert statistics.shift is not None
+    own = approximation @ statistics.gram.double()
+    both = weight @ (statistics.gram + statistics.shift).double()
+    return float((own * approximation).sum() - 2 * (both * approximation).sum())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from svdserve.compression.factors import Factors
 from svdserve.compression.linalg import left_subspace, shrunk_root
 from svdserve.compression.methods.registry import Ridge, Solution, method
-from svdserve.compression.methods.saes_svd import Beta, Range, shifted_target
+from svdserve.compression.methods.saes_svd import Beta, Range, beta_needs, solve_shifted
 from svdserve.compression.statistics import Statistics
 
 Shrinkage = Annotated[float, Field(ge=0, le=1)]
@@ -57,6 +57,7 @@ def kfac_svd(
     title="SAES-SVD in a two-sided metric",
     paper="https://arxiv.org/abs/2602.03051",
     statistics={"gram", "shift", "gradient_gram"},
+    more=beta_needs,
 )
 def saes_kfac(
     weight: Tensor,
@@ -78,9 +79,12 @@ def saes_kfac(
         shrinkage: of the gradient Gram matrix towards its mean diagonal (LEMS takes 0.3).
     """
     assert statistics.gradient_gram is not None
-    target = shifted_target(weight, statistics, rank, beta, beta_range, ridge)
     root = shrunk_root(statistics.gradient_gram, shrinkage)
-    return Solution(two_sided(target.whitened, target.effective, root, rank), target.facts)
+
+    def truncate(whitened: Tensor, effective: Tensor) -> Factors:
+        return two_sided(whitened, effective, root, rank)
+
+    return solve_shifted(weight, statistics, rank, beta, beta_range, ridge, truncate)
 
 
 def two_sided(whitened: Tensor, weight: Tensor, root: Tensor, rank: int) -> Factors:
