@@ -169,7 +169,7 @@ class BoundaryGradients:
                         )
         gradients = [g.to(self.dtype) for g in _at_the_head(skeleton, hidden, device, seed)]
         for index in reversed(range(skeleton.blocks)):
-            save_tensors({"gradient": torch.cat(gradients)}, self._file(index))
+            stored = torch.cat(gradients)
             block = skeleton.block(index, device)
             inputs = load_file(self._inputs(index))["hidden"].unsqueeze(1)
             for row, (value, gradient) in enumerate(zip(inputs, gradients, strict=True)):
@@ -184,6 +184,8 @@ class BoundaryGradients:
                 if watch is not None:
                     watch(index, flows)
             done(index, block)
+            # Last, since its presence says that the block is finished.
+            save_tensors({"gradient": stored}, self._file(index))
             self._inputs(index).unlink()
 
 
