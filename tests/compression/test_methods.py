@@ -11,7 +11,7 @@ from svdserve.compression.linalg import whiten
 from svdserve.compression.methods import METHODS, get_method, markdown_table
 from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics import GradientAccumulator, Statistics
 
 M, N, T, R = 24, 32, 600, 7
 
@@ -26,10 +26,26 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(M, N, generator=g, dtype=torch.float64), x, x_f
 
 
-def statistics_of(x: Tensor, x_f: Tensor) -> Statistics:
-    t = x.shape[1]
+def gradients(m: int = M) -> Tensor:
+    """Gradients [m, T] at the outputs, of falling energy."""
+    g = torch.Generator().manual_seed(9)
+    scale = torch.logspace(0, -2, m, dtype=torch.float64)[:, None]
+    mix = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64)).Q
+    return mix @ (scale * torch.randn(m, T, generator=g, dtype=torch.float64))
+
+
+def statistics_of(x: Tensor, x_f: Tensor, m: int = M) -> Statistics:
+    t, g = x.shape[1], gradients(m)[:, : x.shape[1]]
     magnitude = x_f.abs().mean(dim=1)
-    return Statistics(t, x @ x.T / t, (x_f - x) @ x.T / t, x_f @ x_f.T / t, magnitude)
+    return Statistics(
+        t,
+        gram=x @ x.T / t,
+        shift=(x_f - x) @ x.T / t,
+        teacher_gram=x_f @ x_f.T / t,
+        teacher_magnitude=magnitude,
+        gradient_gram=g @ g.T / t,
+        row_fisher=(g @ x_f.T).square().sum(dim=1) / t,
+    )
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:
@@ -90,7 +106,7 @@ def test_full_rank_gives_the_weight_back(name: str, shape: tuple[int, int]):
     x_f = torch.randn(n, T, generator=g, dtype=torch.float64)
     weight = torch.randn(m, n, generator=g, dtype=torch.float64)
     method = get_method(name)
-    statistics = statistics_of(x_f, x_f)
+    statistics = statistics_of(x_f, x_f, m)
     factors = method.solve(weight, statistics, min(m, n), method.parameters).factors
     torch.testing.assert_close(factors.dense(), weight, rtol=0, atol=1e-8)
 
@@ -99,6 +115,110 @@ def test_plain_svd_is_eckart_young():
     weight, x, x_f = problem()
     got = get_method("svd").solve(weight, statistics_of(x, x_f), R, {}).factors.dense()
     torch.testing.assert_close(got, truncated(weight, R))
+
+
+def two_sided_error(change: Tensor, outer: Tensor, inner: Tensor) -> float:
+    """tr(δᵀ G δ H), the loss that a change of W causes to second order (twice)."""
+    return float(((outer @ change) * (change @ inner)).sum())
+
+
+def shrunk(gram: Tensor, share: float) -> Tensor:
+    mean = gram.diagonal().mean()
+    return (1 - share) * gram + share * mean * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def test_kfac_svd_is_the_truncation_between_symmetric_roots():
+    """Ŵ = G^-½ [G^½ W H^½]_r H^-½; no other approximation of the rank causes less loss."""
+    weight, x, x_f = problem()
+    stats = statistics_of(x, x_f)
+    ours = get_method("kfac-svd").solve(weight, stats, R, {}).factors.dense()
+    outer, inner = shrunk(stats.gradient_gram, 0.3), shrunk(stats.teacher_gram, 0.1)
+    roots = []
+    for gram in (outer, inner):
+        values, vectors = torch.linalg.eigh(gram)
+        roots.append((vectors * values.sqrt()) @ vectors.T)
+    middle = truncated(roots[0] @ weight @ roots[1], R)
+    oracle = torch.linalg.inv(roots[0]) @ middle @ torch.linalg.inv(roots[1])
+    torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-8)
+    least = two_sided_error(weight - ours, outer, inner)
+    for other in ("svd-llm", "svd", "asvd"):
+        change = weight - get_method(other).solve(weight, stats, R, {}).factors.dense()
+        assert two_sided_error(change, outer, inner) > least
+
+
+def test_saes_kfac_without_curvature_is_saes_svd():
+    """Shrunk wholly to the identity, the metric of the outputs drops out."""
+    weight, x, x_f = problem()
+    stats = statistics_of(x, x_f)
+    ours = get_method("saes-kfac").solve(weight, stats, R, {"shrinkage": 1.0})
+    reference = saes_svd(weight, stats, R)
+    assert ours.facts == reference.facts
+    torch.testing.assert_close(ours.factors.dense(), reference.factors.dense(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_saes_kfac_minimises_the_shifted_objective_in_its_metric(beta: float):
+    """‖Cᵀ(ŴX − Z)‖ with Z = W((1 − β)X + βX_f), whatever root C of G is taken."""
+    weight, x, x_f = problem()
+    stats = statistics_of(x, x_f)
+    parameters = {"beta": beta, "ridge": 1e-12, "shrinkage": 0.2}
+    factors = get_method("saes-kfac").solve(weight, stats, R, parameters).factors
+    values, vectors = torch.linalg.eigh(shrunk(stats.gradient_gram, 0.2))
+    root = (vectors * values.sqrt()).T
+    target = weight @ ((1 - beta) * x + beta * x_f)
+
+    def loss(approximation: Tensor) -> float:
+        return float((root @ (approximation @ x - target)).square().sum())
+
+    start = loss(factors.dense())
+    outer, inner = factors.factor_out, factors.factor_in
+    for _ in range(30):
+        right = torch.linalg.lstsq(x.T, target.T).solution.T
+        inner = torch.linalg.lstsq(root @ outer, root @ right).solution
+        outer = torch.linalg.lstsq((inner @ x).T, target.T).solution.T
+    assert loss(outer @ inner) >= start * (1 - 1e-9)
+    plain = saes_svd(weight, stats, R, beta=beta, ridge=1e-12).factors
+    assert loss(plain.dense()) > start * 1.01
+
+
+def test_fwsvd_is_the_truncation_of_the_weighted_rows():
+    """Ŵ = Î⁻¹ [Î W]_r (arXiv 2207.00112, equation 7); rows without information count least."""
+    weight, x, x_f = problem()
+    stats = statistics_of(x, x_f)
+    stats.row_fisher[3] = 0
+    got = get_method("fwsvd").solve(weight, stats, R, {}).factors.dense()
+    fisher = stats.row_fisher.clone()
+    fisher[3] = torch.cat([fisher[:3], fisher[4:]]).min()
+    scale = fisher.sqrt()[:, None]
+    torch.testing.assert_close(got, truncated(scale * weight, R) / scale)
+
+
+def test_gradient_sums_clip_tokens_and_keep_sequences_apart():
+    """Against the formulas, token by token and sequence by sequence."""
+    g = torch.Generator().manual_seed(2)
+    inputs, grads = torch.randn(3, 10, N, generator=g), torch.randn(3, 10, M, generator=g)
+    grads[1, 4] *= 1e3
+    grads[2, 0] *= 1e-6
+    wanted = frozenset({"gradient_gram", "row_fisher"})
+    sums = GradientAccumulator(M, wanted, torch.device("cpu"))
+    sums.add(inputs[:2], grads[:2])
+    sums.add(inputs[2:], grads[2:])
+    got = sums.into(Statistics(30))
+    gram, fisher = torch.zeros(M, M).double(), torch.zeros(M).double()
+    for sequence in range(3):
+        mean = grads[sequence].double().norm(dim=1).mean()
+        slope = torch.zeros(M, N).double()
+        for token in range(10):
+            x, y = inputs[sequence, token].double(), grads[sequence, token].double()
+            slope += torch.outer(y, x)
+            y = y / y.norm() * float(y.norm().clamp(0.1 * mean, 10 * mean))
+            gram += torch.outer(y, y) / 30
+        fisher += slope.square().sum(dim=1) / 30
+    torch.testing.assert_close(got.gradient_gram.double(), gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.row_fisher.double(), fisher, rtol=1e-4, atol=1e-4)
+    part = got.of_rows(slice(5, 9))
+    assert torch.equal(part.gradient_gram, got.gradient_gram[5:9, 5:9])
+    assert torch.equal(part.row_fisher, got.row_fisher[5:9])
 
 
 def test_asvd_is_the_truncation_of_the_scaled_weight():
@@ -242,7 +362,12 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
     solution = method.solve(stored, statistics, R, method.parameters)
     got = solution.factors.dense()
     assert got.isfinite().all()
-    if kind in ("duplicate", "one token") and name in ("saes-svd", "svd-llm", "aa-svd"):
+    if kind in ("duplicate", "one token") and name in (
+        "saes-svd",
+        "saes-kfac",
+        "svd-llm",
+        "aa-svd",
+    ):
         # No more distinct tokens than ranks: the outputs aimed at are met but for the ridge.
         beta = solution.facts.get("beta", 1.0)
         inputs = x if "gram" in method.statistics else x_f
@@ -262,11 +387,11 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
 )
 def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
     with pytest.raises(UserError, match=message):
-        get_method("saes-svd").check_parameters(parameters)
+        get_method("saes-svd").schema.check(parameters)
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'best'.*res-svd, saes-svd, svd, svd-llm"):
+    with pytest.raises(UserError, match=r"'best'.*res-svd, saes-kfac, saes-svd, svd, svd-llm"):
         get_method("best")
 
 

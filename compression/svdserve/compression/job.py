@@ -8,29 +8,30 @@ files are byte for byte those of an uninterrupted run.
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from svdserve.compression import allocation
+from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
+from svdserve.compression.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
+from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Run, dump_recipe
-from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
 from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors, summation
 
@@ -51,12 +52,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Unit:
-    """One factored module to be: its name in the model, its linears and its planned rank."""
+    """One factored module to be: its name in the model, its linears, and the rows [m] of the
+    group's stacked weight [m, n] that are theirs."""
 
     group: Group
     name: str
     members: tuple[str, ...]
-    rank: int | None
+    rows: slice
+    columns: int
 
 
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:
@@ -83,13 +86,17 @@ class Job:
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
-        if self.method.statistics:
+        self.allocator = get_allocator(recipe.allocator)
+        self.uses_gradients = bool(self.method.statistics & OF_GRADIENTS) or self.allocator.profile
+        self.uses_tokens = bool(self.method.statistics) or self.uses_gradients
+        if self.uses_tokens:
             check_calibration(self.skeleton.directory, recipe)
         self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        self.plan = self._plan()
+        self.units = [self._units(index) for index in range(self.skeleton.blocks)]
+        self.ranks: Ranks = {} if self.allocator.profile else self._allocate({})
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
@@ -106,6 +113,7 @@ class Job:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
             tokens = self._tokens()
+            gradients = self._sweep(tokens, progress) if self.uses_gradients else None
             walk = Walk(
                 self.skeleton,
                 tokens,
@@ -114,6 +122,7 @@ class Job:
                 self.device,
                 self.run.batch_size,
                 self.run.offload,
+                gradients,
             )
             for index in range(self.skeleton.blocks):
                 if index < finished:
@@ -130,29 +139,62 @@ class Job:
 
     # Planning
 
-    def _plan(self) -> list[list[Unit]]:
-        """The units of every block, with the ranks that the allocator gives."""
-        shapes: dict[str, tuple[int, int]] = {}
-        units: list[list[tuple[Group, str, tuple[str, ...]]]] = []
-        for index, groups in enumerate(self.skeleton.groups):
-            block = self.skeleton.layers[index]
-            units.append([])
-            for group in groups:
-                parent = block.get_submodule(group.parent)
-                for name, members in self._split(index, group):
-                    weights = [parent.get_submodule(m).get_parameter("weight") for m in members]
-                    shapes[name] = (sum(w.shape[0] for w in weights), weights[0].shape[1])
-                    units[-1].append((group, name, members))
-        ranks = allocation.uniform(shapes, self.recipe.layout, self.recipe.keep)
-        return [[Unit(g, name, m, ranks[name]) for g, name, m in block] for block in units]
+    def _units(self, index: int) -> list[Unit]:
+        """What will be factored in a block, in the order of its groups."""
+        prefix, units = self.skeleton.block_name(index), []
+        for group in self.skeleton.groups[index]:
+            parent = self.skeleton.layers[index].get_submodule(group.parent)
+            shapes = [parent.get_submodule(m).get_parameter("weight").shape for m in group.members]
+            if self.recipe.grouping == "shared":
+                rows, columns = slice(0, sum(s[0] for s in shapes)), shapes[0][1]
+                units.append(Unit(group, f"{prefix}.{group.path}", group.members, rows, columns))
+                continue
+            start = 0
+            for member, (size, columns) in zip(group.members, shapes, strict=True):
+                name, rows = f"{prefix}.{group.parent}.{member}", slice(start, start + size)
+                units.append(Unit(group, name, (member,), rows, columns))
+                start += size
+        return units
 
-    def _split(self, index: int, group: Group) -> Iterator[tuple[str, tuple[str, ...]]]:
-        prefix = self.skeleton.block_name(index)
-        if self.recipe.grouping == "shared":
-            yield f"{prefix}.{group.path}", group.members
-        else:
-            for member in group.members:
-                yield f"{prefix}.{group.parent}.{member}", (member,)
+    def _allocate(self, profile: dict[str, Tensor]) -> Ranks:
+        """The rank of every unit; ``profile`` as Profile.read returns it."""
+        modules = {}
+        for index, units in enumerate(self.units):
+            for unit in units:
+                curvature = profile.get(f"{unit.name}.curvature")
+                modules[unit.name] = Module(
+                    out_features=unit.rows.stop - unit.rows.start,
+                    in_features=unit.columns,
+                    block=index,
+                    attention="o_proj" in unit.group.members or "q_proj" in unit.group.members,
+                    energies=profile.get(f"{unit.name}.energies"),
+                    curvature=None if curvature is None else float(curvature),
+                    losses=profile.get(f"{unit.name}.losses"),
+                )
+        budget = Budget(self.recipe.keep, self.recipe.layout, self.recipe.rank_multiple)
+        return self.allocator.function(modules, budget, **self.recipe.allocator_parameters)
+
+    def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
+        """Gradients at the block boundaries and, where the allocator asks, the ranks."""
+        gradients = BoundaryGradients(self.work.path, self.recipe.gradient_sequences)
+        groups = [
+            {name: [(u.name, u.rows) for u in units if u.group.name == name] for name in GROUPS}
+            for units in self.units
+        ]
+        profile = Profile(self.work.path, groups) if self.allocator.profile else None
+
+        def done(index: int, block: nn.Module) -> None:
+            progress.gradients(index)
+            if profile is not None:
+                profile.finish(index, stacked_weights(block, self.skeleton.groups[index]))
+            release()
+
+        if not gradients.complete:
+            watch = None if profile is None else profile.watch
+            gradients.sweep(self.skeleton, tokens, self.device, self.recipe.seed, watch, done)
+        if profile is not None:
+            self.ranks = self._allocate(profile.read())
+        return gradients
 
     # Blocks
 
@@ -171,10 +213,10 @@ class Job:
                 ) from None
             release()
             collected = time.perf_counter()
-            for unit in self.plan[index]:
+            for unit in self.units[index]:
                 if unit.group != group:
                     continue
-                spec, facts = self._solve(block, unit, statistics, tensors)
+                spec, facts = self._solve(block, unit, statistics.of_rows(unit.rows), tensors)
                 if spec is not None:
                     specs[unit.name] = spec
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
@@ -188,12 +230,13 @@ class Job:
         self, block: BlockPass, unit: Unit, statistics: Statistics, tensors: dict[str, Tensor]
     ) -> tuple[ModuleSpec | None, dict[str, Any]]:
         """Factor one unit, put it into the student and among the tensors of the block."""
-        if unit.rank is None:
+        rank = self.ranks[unit.name]
+        if rank is None:
             return None, {"rank": None, "error": 0.0, "beta": None}
         begun = time.perf_counter()
         weights = [block.weight(unit.group, member) for member in unit.members]
         weight = torch.cat(weights).double()
-        solution = self.method.solve(weight, statistics, unit.rank, self.recipe.parameters)
+        solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
         factors = solution.factors
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
@@ -222,7 +265,7 @@ class Job:
         block = walk.block(index)
         for group in block.groups:
             block.statistics(group, collect=False)
-            for unit in self.plan[index]:
+            for unit in self.units[index]:
                 if unit.group == group and unit.name in specs:
                     spec = specs[unit.name]
                     names = [f"{unit.name}.{suffix}" for suffix in spec.tensors()]
@@ -234,7 +277,7 @@ class Job:
     # Files
 
     def _tokens(self) -> Tensor:
-        if not self.method.statistics:
+        if not self.uses_tokens:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
         return self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
 

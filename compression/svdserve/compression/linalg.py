@@ -65,6 +65,27 @@ def _triangular(root: Tensor, damping: float) -> Whitening:
     )
 
 
+def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
+    """A lower root C [m, m] of (1 − s) G + s · mean(diag G) · I, float64; I where G is zero.
+
+    Shrinking towards a multiple of the identity (Ledoit and Wolf, 2004) keeps directions alive
+    that few gradients have shown.
+    """
+    gram = gram.double()
+    scale = float(gram.diagonal().mean())
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    if scale <= 0:
+        return eye
+    return whiten((1 - shrinkage) * gram + shrinkage * scale * eye, 0.0).root
+
+
+def squared_singular_values(matrix: Tensor) -> Tensor:
+    """σ² of a matrix [m, n], descending [min(m, n)], from its smaller Gram matrix."""
+    m, n = matrix.shape
+    values: Tensor = torch.linalg.eigvalsh(matrix.mT @ matrix if m > n else matrix @ matrix.mT)
+    return values.clamp_min(0).flip(0)
+
+
 def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The top ``rank`` left singular vectors U_r [m, r] and all singular values, descending.
 

@@ -70,6 +70,10 @@ class Progress:
         with self._path.open("a") as log:
             log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
 
+    def gradients(self, index: int) -> None:
+        """The gradients of a block are taken; they go from the last block to the first."""
+        self._bar.update(self._task, description=f"gradients, block {index}")
+
     def group(self, index: int, path: str) -> None:
         """Say which group is being worked on."""
         self._bar.update(self._task, description=f"block {index} {path}")

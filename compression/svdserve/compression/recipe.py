@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from svdserve.compression.allocation import get_allocator
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
 from svdserve.compression.methods import get_method
@@ -39,11 +40,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = "saes-svd"
+    method: str = "saes-kfac"
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="hyper-parameters of the method, by name"
     )
     keep: float = Field(default=0.8, gt=0, le=1, description="keep ratio κ of the factored linears")
+    allocator: str = Field(default="uniform", description="how modules share the parameters")
+    allocator_parameters: dict[str, Any] = Field(
+        default_factory=dict, description="hyper-parameters of the allocator, by name"
+    )
+    rank_multiple: PositiveInt = Field(default=1, description="every rank is a multiple of it")
     layout: Layout = "interpolative"
     grouping: Grouping = "shared"
     calibration: str = Field(
@@ -52,6 +58,10 @@ class Recipe(BaseModel):
     )
     tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
     seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")
+    gradient_tokens: PositiveInt = Field(
+        default=8_192,
+        description="calibration tokens with gradients, if the method or the allocator needs them",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
@@ -62,14 +72,21 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        full = get_method(self.method).check_parameters(self.parameters)
+        full = get_method(self.method).schema.check(self.parameters)
         object.__setattr__(self, "parameters", full)
+        full = get_allocator(self.allocator).schema.check(self.allocator_parameters)
+        object.__setattr__(self, "allocator_parameters", full)
         return self
 
     @property
     def sequences(self) -> int:
         """Calibration sequences: tokens rounded down to whole ones, at least one."""
         return max(1, self.tokens // self.seq_len)
+
+    @property
+    def gradient_sequences(self) -> int:
+        """Sequences with gradients: the first ones, at least one."""
+        return min(self.sequences, max(1, self.gradient_tokens // self.length))
 
     @property
     def length(self) -> int:

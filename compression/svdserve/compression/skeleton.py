@@ -5,7 +5,7 @@ embedding, q/k norms, masks, soft-capping) run unchanged while only the block in
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +173,61 @@ class Skeleton:
         finally:
             hook.remove()
             setattr(decoder, attribute, self.layers)
-            embedding.to("meta")
+            _empty(embedding)
+
+    @contextmanager
+    def head(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While inside: the model's own way from the last block's output to the logits.
+
+        The function takes hidden states [B, L, d] and returns float32 logits [B, L, vocabulary];
+        final norm, output head and whatever the model does to logits are its own.
+        """
+        decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        attribute = self.layers_name.rpartition(".")[2]
+        inputs = self.model.get_input_embeddings()
+        embedding = next(name for name, other in self.model.named_modules() if other is inputs)
+        outside = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if not f"{path}.".startswith(f"{self.layers_name}.")
+            and module is not inputs
+            and any(True for _ in module.parameters(recurse=False))
+        ]
+        for path, module in outside:
+            # A tied head has no tensor of its own.
+            source = path if f"{path}.weight" in self.files else embedding
+            self._fill(module, source, device, torch.float32)
+        last = _Given()
+        setattr(decoder, attribute, nn.ModuleList([last]))
+
+        def predict(hidden: Tensor) -> Tensor:
+            last.hidden = hidden
+            logits = self.model(inputs_embeds=hidden.detach(), use_cache=False).logits
+            assert isinstance(logits, Tensor)
+            return logits
+
+        try:
+            yield predict
+        finally:
+            setattr(decoder, attribute, self.layers)
+            for _, module in outside:
+                _empty(module)
+
+
+def _empty(module: nn.Module) -> None:
+    """Give the memory of a module's parameters back; its buffers stay as they are."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class _Given(nn.Module):
+    """Stands for all blocks: returns the hidden states that it was given, with their graph."""
+
+    hidden: Tensor
+
+    def forward(self, _hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return self.hidden
 
 
 class _LastBlock(Exception):

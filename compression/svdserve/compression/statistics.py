@@ -7,24 +7,36 @@ With x the student's and x_f the teacher's inputs of the same tokens (columns of
 * teacher gram  X_f X_fᵀ / T      [n, n], symmetric
 * teacher magnitude  mean |x_f|   [n]
 
+and with g the gradients of the loss by the group's stacked outputs in the teacher, [m] for a token:
+
+* gradient gram  mean g gᵀ        [m, m], symmetric
+* row Fisher  Σ_j mean (∂L/∂W_ij)²  [m], of the loss of a sequence, over its tokens
+
 SAES-SVD, arXiv 2602.03051, Algorithm 1, without its constant factor 2. Products are taken in
 float32 per batch and summed over batches in float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Statistic = Literal["gram", "shift", "teacher_gram", "teacher_magnitude"]
+Statistic = Literal[
+    "gram", "shift", "teacher_gram", "teacher_magnitude", "gradient_gram", "row_fisher"
+]
+OF_GRADIENTS: frozenset[Statistic] = frozenset({"gradient_gram", "row_fisher"})
 
 DESCRIPTIONS: dict[Statistic, str] = {
     "gram": "Gram matrix of the student's inputs",
     "shift": "shift of the teacher's inputs against the student's",
     "teacher_gram": "Gram matrix of the teacher's inputs",
     "teacher_magnitude": "mean magnitude of the teacher's inputs",
+    "gradient_gram": "Gram matrix of the loss gradients at the teacher's outputs",
+    "row_fisher": "Fisher information of the teacher's weights, summed over each row",
 }
+# Shares of the mean norm of a sequence that a token's gradient is clipped to.
+_CLIP = (0.1, 10.0)
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,17 @@ class Statistics:
     shift: Tensor | None = None
     teacher_gram: Tensor | None = None
     teacher_magnitude: Tensor | None = None
+    gradient_gram: Tensor | None = None
+    row_fisher: Tensor | None = None
+
+    def of_rows(self, rows: slice) -> "Statistics":
+        """What belongs to some rows of the stacked weight, such as one linear of the group."""
+        gram, fisher = self.gradient_gram, self.row_fisher
+        return replace(
+            self,
+            gradient_gram=None if gram is None else gram[rows, rows],
+            row_fisher=None if fisher is None else fisher[rows],
+        )
 
 
 class Accumulator:
@@ -77,12 +100,58 @@ class Accumulator:
         done: dict[str, Tensor] = {}
         for name, total in self._sums.items():
             if name in ("gram", "teacher_gram"):
-                total.tril_()
-                total += total.tril(-1).T
+                _mirror(total)
             if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum
                 raise FloatingPointError(f"{name}: the calibration inputs are not finite")
             done[name] = total.div_(max(self._tokens, 1))
         return Statistics(self._tokens, **done)
+
+
+class GradientAccumulator:
+    """Sums the gradient statistics of one group of stacked outputs m.
+
+    The norm of a token's gradient is clipped to [0.1, 10] times the mean of its sequence, so that
+    a few tokens do not decide the metric (LEMS / KFAC-SVD, ICML 2026).
+    """
+
+    def __init__(self, features: int, wanted: frozenset[Statistic], device: torch.device) -> None:
+        self._gram = self._fisher = None
+        if "gradient_gram" in wanted:
+            self._gram = torch.zeros(features, features, device=device)
+        if "row_fisher" in wanted:
+            self._fisher = torch.zeros(features, device=device)
+        self._tokens = 0
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Add x [B, L, n] and g [B, L, m] of whole sequences.
+
+        Raises:
+            FloatingPointError: a gradient is NaN or infinite.
+        """
+        if not bool(gradients.sum().isfinite()):
+            raise FloatingPointError("the gradients of the loss are not finite")
+        for x, g in zip(inputs.float(), gradients.float(), strict=True):
+            if self._fisher is not None:
+                self._fisher += (g.T @ x).square().sum(dim=1)
+            if self._gram is not None:
+                norms = g.norm(dim=1, keepdim=True)
+                low, high = (share * norms.mean() for share in _CLIP)
+                scale = norms.clamp(low, high) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+                _add_gram(self._gram, g * scale)
+            self._tokens += x.shape[0]
+
+    def into(self, statistics: Statistics) -> Statistics:
+        """``statistics`` with the means over the tokens that were added."""
+        gram = None if self._gram is None else _mirror(self._gram).div_(self._tokens)
+        fisher = None if self._fisher is None else self._fisher.div_(self._tokens)
+        return replace(statistics, gradient_gram=gram, row_fisher=fisher)
+
+
+def _mirror(lower: Tensor) -> Tensor:
+    """The symmetric matrix with this lower triangle, in place."""
+    lower.tril_()
+    lower += lower.tril(-1).T
+    return lower
 
 
 def _rows(inputs: Tensor | None) -> Tensor | None:

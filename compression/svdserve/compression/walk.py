@@ -18,11 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.factors import Factors
+from svdserve.compression.gradients import BoundaryGradients, back_through
 from svdserve.compression.modules import replace_group
 from svdserve.compression.replay import input_of, learn_containers
 from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.skeleton import Call, Group, Skeleton
-from svdserve.compression.statistics import Accumulator, Statistic, Statistics
+from svdserve.compression.statistics import (
+    OF_GRADIENTS,
+    Accumulator,
+    GradientAccumulator,
+    Statistic,
+    Statistics,
+)
 
 Inputs = tuple[Tensor | None, Tensor | None]
 """A group's inputs in the student and in the teacher; None for a stream that does not run."""
@@ -80,6 +87,7 @@ class Walk:
         device: where blocks run.
         batch_size: sequences per forward step.
         offload: folder for the streams, or None for memory.
+        gradients: at the block boundaries, where ``wanted`` has a statistic of gradients.
     """
 
     def __init__(
@@ -91,10 +99,12 @@ class Walk:
         device: torch.device,
         batch_size: int = 1,
         offload: Path | None = None,
+        gradients: BoundaryGradients | None = None,
     ) -> None:
-        self.skeleton, self.wanted, self.device = skeleton, wanted, device
+        self.skeleton, self.device, self.gradients = skeleton, device, gradients
+        self.wanted, self.wanted_of_gradients = wanted - OF_GRADIENTS, wanted & OF_GRADIENTS
         self.uses_student = bool(wanted & {"gram", "shift"})
-        self.uses_teacher = bool(wanted - {"gram"})
+        self.uses_teacher = bool(wanted - {"gram"})  # gradients are the teacher's too
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
@@ -103,8 +113,10 @@ class Walk:
             self._embed(tokens)
 
     def _embed(self, tokens: Tensor) -> None:
-        embedded = self.skeleton.embed([tokens[rows] for rows in self.batches], self.device)
-        for rows, (hidden, calls) in zip(self.batches, embedded, strict=True):
+        # Gradients go sequence by sequence, and need a call of that shape.
+        batches = [slice(0, 1), *self.batches] if self.wanted_of_gradients else self.batches
+        embedded = self.skeleton.embed([tokens[rows] for rows in batches], self.device)
+        for rows, (hidden, calls) in zip(batches, embedded, strict=True):
             # Masks and positions depend on the shape of the batch alone.
             self._calls.setdefault(rows.stop - rows.start, calls)
             if self.uses_teacher:
@@ -141,6 +153,7 @@ class BlockPass:
         self.groups = walk.skeleton.groups[index]
         self.teacher = walk.skeleton.block(index, walk.device)
         self.student = _share_copy(self.teacher)
+        self._of_gradients: dict[str, GradientAccumulator] = {}
 
     def weight(self, group: Group, member: str) -> Tensor:
         """The teacher's weight [m, n] of one linear, float32."""
@@ -155,16 +168,44 @@ class BlockPass:
         With ``collect`` off (a resumed block whose factors are known) the streams only advance.
         """
         wanted = self.walk.wanted if collect else frozenset()
+        if collect and self.walk.wanted_of_gradients and not self._of_gradients:
+            self._of_gradients = self._gradient_sums()
         features = self.weight(group, group.members[0]).shape[1]
         accumulator = Accumulator(features, wanted, self.walk.device)
         step = self._STEPS[group.name]
-        if self.walk.wanted:
+        if self.walk.uses_student or self.walk.uses_teacher:
             for rows in self.walk.batches:
                 with torch.no_grad():
                     accumulator.add(*step(self, rows))
         if group.name == "gate_up_proj":
             self.walk.streams.drop("student_heads")
-        return accumulator.finish()
+        statistics = accumulator.finish()
+        if collect and self.walk.wanted_of_gradients:
+            return self._of_gradients.pop(group.name).into(statistics)
+        return statistics
+
+    def _gradient_sums(self) -> dict[str, GradientAccumulator]:
+        """Run the teacher's block back from its boundary gradients, before its stream moves on."""
+        walk = self.walk
+        assert walk.gradients is not None, "whoever wants gradients must have swept them"
+        sums = {
+            group.name: GradientAccumulator(
+                sum(self.weight(group, member).shape[0] for member in group.members),
+                walk.wanted_of_gradients,
+                walk.device,
+            )
+            for group in self.groups
+        }
+        for row, gradient in enumerate(walk.gradients.read(self.index)):
+            rows = slice(row, row + 1)
+            hidden = walk.streams.read("teacher", rows)
+            call = walk.call(self.index, rows)
+            upper = gradient[None].to(hidden)
+            for name, flow in back_through(self.teacher, self.groups, hidden, call, upper)[
+                0
+            ].items():
+                sums[name].add(flow.inputs, flow.gradients)
+        return sums
 
     def replace(self, group: Group, name: str, spec: ModuleSpec, factors: Factors) -> None:
         """Put factors into the student; they act from the next group on."""

@@ -6,16 +6,16 @@ chooses no device. Keyword-only parameters with a default are its hyper-paramete
 them by name, and their annotations (pydantic's) are checked when the recipe is.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import Field
 from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
+from svdserve.compression.parameters import Parameters
 from svdserve.compression.statistics import DESCRIPTIONS, Statistic, Statistics
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,37 +39,17 @@ class Method:
     paper: str
     statistics: frozenset[Statistic]
     function: Callable[..., Solution]
-    schema: type[BaseModel]
+    schema: Parameters
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters and their defaults."""
-        return self.check_parameters({})
+        return self.schema.check({})
 
     def solve(
         self, weight: Tensor, statistics: Statistics, rank: int, parameters: dict[str, Any]
     ) -> Solution:
         return self.function(weight.double(), statistics, rank, **parameters)
-
-    def check_parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The full set of hyper-parameters.
-
-        Raises:
-            UserError: a name that the method does not take, or a value that is out of range.
-        """
-        unknown = sorted(set(given) - set(self.schema.model_fields))
-        if unknown:
-            raise UserError(
-                f"method {self.name} has no parameter {unknown[0]!r}; it takes: "
-                + (", ".join(sorted(self.schema.model_fields)) or "none")
-            )
-        try:
-            return self.schema.model_validate(given).model_dump()
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = first["loc"][0]
-            allowed = " or ".join(e["msg"] for e in error.errors() if e["loc"][0] == name)
-            raise UserError(f"{name} is {given.get(str(name))!r}: {allowed}") from None
 
 
 METHODS: dict[str, Method] = {}
@@ -81,13 +61,7 @@ def method(
     """Register a function as the method ``name``."""
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
-        hints = get_type_hints(function, include_extras=True)
-        fields: dict[str, Any] = {
-            p.name: (hints[p.name], p.default)
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        }
-        schema = create_model(name, **fields)
+        schema = Parameters(f"method {name}", function)
         METHODS[name] = Method(name, title, paper, frozenset(statistics), function, schema)
         return function
 

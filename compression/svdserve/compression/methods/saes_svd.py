@@ -30,6 +30,7 @@ def _ordered(caps: tuple[float, float]) -> tuple[float, float]:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+Beta = Share | Literal["aces", "exact"]
 
 
 @method(
@@ -43,7 +44,7 @@ def saes_svd(
     statistics: Statistics,
     rank: int,
     *,
-    beta: Share | Literal["aces", "exact"] = "aces",
+    beta: Beta = "aces",
     beta_range: Range = (0.25, 0.75),
     ridge: Ridge = 1e-3,
 ) -> Solution:
@@ -58,6 +59,27 @@ def saes_svd(
         beta_range: caps of ACES and of the search (paper, table 4).
         ridge: λ over the mean of diag H.
     """
+    target = shifted_target(weight, statistics, rank, beta, beta_range, ridge)
+    left, _ = left_subspace(target.whitened, rank)
+    return Solution(Factors(factor_in=left.mT @ target.effective, factor_out=left), target.facts)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What CEALC approximates, float64 [m, n].
+
+    whitened is G(β) = W F + β W Δ F⁻ᵀ, and effective is W_eff = W + β W Δ H_λ⁻¹ = G(β) F⁻¹.
+    """
+
+    whitened: Tensor
+    effective: Tensor
+    facts: dict[str, float]
+
+
+def shifted_target(
+    weight: Tensor, statistics: Statistics, rank: int, beta: Beta, caps: Range, ridge: float
+) -> Target:
+    """The target of ``saes_svd``, which documents the arguments."""
     assert statistics.gram is not None
     assert statistics.shift is not None
     whitening = whiten(statistics.gram, ridge)
@@ -68,14 +90,13 @@ def saes_svd(
         chosen = 0.0
     elif isinstance(beta, str):
         search = aces if beta == "aces" else exact_search
-        chosen = search(energies(base, pull), rank, *beta_range)
+        chosen = search(energies(base, pull), rank, *caps)
     else:
         chosen = float(beta)
-    left, _ = left_subspace(base + chosen * pull, rank)
-    effective = weight + chosen * whitening.unwhiten(pull)
-    return Solution(
-        Factors(factor_in=left.mT @ effective, factor_out=left),
-        {"beta": chosen, "damping": whitening.damping},
+    return Target(
+        whitened=base + chosen * pull,
+        effective=weight + chosen * whitening.unwhiten(pull),
+        facts={"beta": chosen, "damping": whitening.damping},
     )
 
 

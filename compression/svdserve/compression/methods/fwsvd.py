@@ -1,0 +1,32 @@
+"""FWSVD (arXiv 2207.00112, ICLR 2022): rows weighted by their Fisher information."""
+
+from torch import Tensor
+
+from svdserve.compression.factors import Factors
+from svdserve.compression.linalg import left_subspace
+from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.statistics import Statistics
+
+
+@method(
+    "fwsvd",
+    title="FWSVD",
+    paper="https://arxiv.org/abs/2207.00112",
+    statistics={"row_fisher"},
+)
+def fwsvd(weight: Tensor, statistics: Statistics, rank: int) -> Solution:
+    """Î⁻¹ [Î W]_r with Î_ii the root of the Fisher information of row i (equation 7).
+
+    Rows that the loss does not see at all get the least weight that any other row has.
+
+    Args:
+        weight: [m, n], float64.
+        statistics: the row Fisher of the module.
+        rank: 1..min(m, n).
+    """
+    assert statistics.row_fisher is not None
+    fisher = statistics.row_fisher.double()
+    seen = fisher[fisher > 0]
+    scale = fisher.clamp_min(seen.min() if len(seen) else 1.0).sqrt()[:, None]
+    left, _ = left_subspace(scale * weight, rank)
+    return Solution(Factors(factor_in=left.mT @ (scale * weight), factor_out=left / scale))
