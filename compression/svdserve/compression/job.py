@@ -26,10 +26,12 @@ from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Run, dump_recipe
 from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
@@ -78,17 +80,35 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
 
 
 class Job:
-    """One compression with its work directory. ``execute`` runs or resumes it."""
+    """One compression with its work directory. ``execute`` runs or resumes it.
 
-    def __init__(self, model: str, out: Path, recipe: Recipe, run: Run) -> None:
+    Args:
+        ranks: given, with the ``tokens``, where the closed form of a learned method is wanted.
+    """
+
+    learned: Learned | None = None
+
+    def __init__(
+        self,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        run: Run,
+        ranks: Ranks | None = None,
+        tokens: Tensor | None = None,
+    ) -> None:
         self.recipe, self.run = recipe, run
         self.work = WorkDirectory(out, resume=run.resume, force=run.force)
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
         self.allocator = get_allocator(recipe.allocator)
-        self.uses_gradients = bool(self.method.statistics & OF_GRADIENTS) or self.allocator.profile
-        self.uses_tokens = bool(self.method.statistics) or self.uses_gradients
+        self.tokens, self.learner, self.statistics = tokens, None, self.method.statistics
+        if ranks is None and (learner := self.method.make_learner(recipe.parameters)):
+            learner.training(recipe.seed).check_sequences(recipe.sequences)
+            self.learner, self.statistics = learner, frozenset()
+        self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or self.allocator.profile
+        self.uses_tokens = bool(self.statistics) or self.uses_gradients or self.learner is not None
         if self.uses_tokens:
             check_calibration(self.skeleton.directory, recipe)
         self.device = usable_device(run.device)
@@ -96,7 +116,8 @@ class Job:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.units = [self._units(index) for index in range(self.skeleton.blocks)]
-        self.ranks: Ranks = {} if self.allocator.profile else self._allocate({})
+        planned_later = self.allocator.profile or self.learner is not None
+        self.ranks = ranks or ({} if planned_later else self._allocate({}))
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
@@ -109,15 +130,19 @@ class Job:
         self.work.open(self.signature)
         specs: dict[str, ModuleSpec] = {}
         finished = self.work.finished(self.skeleton.blocks)
+        if self.learner is not None:
+            self._learn(self.learner)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
+            if self.learned is not None:
+                progress.event("scores", **asdict(self.learned.state))
             tokens = self._tokens()
             gradients = self._sweep(tokens, progress) if self.uses_gradients else None
             walk = Walk(
                 self.skeleton,
                 tokens,
-                self.method.statistics,
+                self.statistics,
                 self.dtype,
                 self.device,
                 self.run.batch_size,
@@ -170,6 +195,7 @@ class Job:
                     energies=profile.get(f"{unit.name}.energies"),
                     curvature=None if curvature is None else float(curvature),
                     losses=profile.get(f"{unit.name}.losses"),
+                    scores=profile.get(f"{unit.name}.scores"),
                 )
         budget = Budget(self.recipe.keep, self.recipe.layout, self.recipe.rank_multiple)
         return self.allocator.function(modules, budget, **self.recipe.allocator_parameters)
@@ -195,6 +221,21 @@ class Job:
         if profile is not None:
             self.ranks = self._allocate(profile.read())
         return gradients
+
+    def _learn(self, learner: Learner) -> None:
+        """All components of every unit, as a checkpoint of full rank; then which of them stay."""
+        path, tokens = self.work.path / "components", self._tokens()
+        run = self.run.model_copy(update={"resume": True, "force": False})
+        if not path.exists():
+            whole = self.recipe.model_copy(update={"layout": "pair", "dtype": "float32"})
+            units = [unit for block in self.units for unit in block]
+            full: Ranks = {u.name: min(u.rows.stop - u.rows.start, u.columns) for u in units}
+            Job(str(self.skeleton.directory), path, whole, run, full, tokens).execute()
+        teacher, folder = self.skeleton.directory, self.work.path / "scores"
+        self.learned = learn(
+            teacher, path, tokens, self.recipe, learner, self._allocate, run, folder
+        )
+        self.ranks = self.learned.selection.ranks
 
     # Blocks
 
@@ -236,7 +277,10 @@ class Job:
         begun = time.perf_counter()
         weights = [block.weight(unit.group, member) for member in unit.members]
         weight = torch.cat(weights).double()
-        solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
+        if self.learned is not None:
+            solution = self.learned.solve(unit.name)
+        else:
+            solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
         factors = solution.factors
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
@@ -279,7 +323,10 @@ class Job:
     def _tokens(self) -> Tensor:
         if not self.uses_tokens:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        return self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
+        given, source = self.tokens, self.skeleton.directory
+        return self.work.tokens(
+            lambda: calibration_tokens(source, self.recipe) if given is None else given
+        )
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
         """Unfactored tensors, in the stored dtype where the recipe names one."""
