@@ -1,8 +1,9 @@
 """Which rank each factored module gets, under one keep ratio κ.
 
-An allocator is one decorated function, as a method is. All of them but ``uniform`` minimise the
-sum over modules of a tail Σ_{i>r} of a spectrum under one budget of parameters, and differ in the
-spectrum only. A module whose factors would store as much as its weight stays dense.
+An allocator is one decorated function, as a method is. ``energy``, ``sensitivity`` and
+``divergence`` minimise the sum over modules of a tail Σ_{i>r} of a spectrum under one budget of
+parameters, and differ in the spectrum only. A module whose factors would store as much as its
+weight stays dense.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,8 +36,10 @@ class Module:
         curvature: mean diagonal of the gradient Gram matrix of its outputs.
         losses: ½σ² of Cᵀ W F, descending, C Cᵀ the gradient Gram matrix: the divergence from the
             teacher, in nats per token, that dropping each component is predicted to cause.
+        scores: learned importance of each component [min(m, n)], of any order.
 
-    The last three are None unless the allocator asks for a profile.
+    The next to last three are None unless the allocator asks for a profile, and the last unless
+    the method learns.
     """
 
     out_features: int
@@ -46,6 +49,7 @@ class Module:
     energies: Tensor | None = None
     curvature: float | None = None
     losses: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def dense(self) -> int:
@@ -198,6 +202,34 @@ def divergence(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 
     """Least divergence from the teacher as the two-sided (Kronecker-factored) metric predicts."""
     spectra = {n: loss for n, m in modules.items() if (loss := m.losses) is not None}
     return _least_tail(modules, spectra, budget, floor)
+
+
+@allocator("scores", profile=False)
+def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
+    """The learned order: components of the whole model by falling score until κ is spent.
+
+    A step that no longer fits is passed over, so that less than one rank of any module is left.
+    """
+    ranks = {name: budget.ranks(module) for name, module in modules.items()}
+    room = budget.keep * sum(module.dense for module in modules.values()) + 1e-6
+    room -= sum(budget.cost(module, ranks[name][0]) for name, module in modules.items())
+    steps: list[tuple[float, str, int]] = []
+    for name, module in modules.items():
+        assert module.scores is not None, "the method must have learned them"
+        falling = module.scores.double().sort(descending=True).values
+        ends = [len(falling) if rank is None else rank for rank in ranks[name]]
+        totals = falling.cumsum(0)[torch.tensor(ends) - 1]
+        # Rounding must not put a step of equal scores before the one that it follows.
+        means = (totals.diff() / torch.tensor(ends).diff()).cummin(0).values
+        steps += [(-mean, name, i) for i, mean in enumerate(means.tolist())]
+    taken = dict.fromkeys(modules, 0)
+    for _, name, step in sorted(steps):
+        extra = budget.cost(modules[name], ranks[name][step + 1])
+        extra -= budget.cost(modules[name], ranks[name][step])
+        if step == taken[name] and extra <= room:
+            taken[name] += 1
+            room -= extra
+    return {name: ranks[name][step] for name, step in taken.items()}
 
 
 class _Choice:

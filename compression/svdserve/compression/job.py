@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.allocation import get_allocator
+from svdserve.compression.allocation import Ranks, get_allocator
 from svdserve.compression.block_refine import refine_block
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.card import model_card
@@ -27,12 +27,14 @@ from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.planning import Unit, ranks_of, search_last_blocks, units_of
 from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.refine import RefineReport, refine
 from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
@@ -102,16 +104,35 @@ def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recip
 
 
 class Job:
-    """One compression with its work directory. ``execute`` runs or resumes it."""
+    """One compression with its work directory. ``execute`` runs or resumes it.
 
-    def __init__(self, model: str, out: Path, recipe: Recipe, run: Run) -> None:
+    Args:
+        ranks: given, with the ``tokens``, where the closed form of a learned method is wanted.
+    """
+
+    learned: Learned | None = None
+
+    def __init__(
+        self,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        run: Run,
+        ranks: Ranks | None = None,
+        tokens: Tensor | None = None,
+    ) -> None:
         self.recipe, self.run = recipe, run
         self.work = WorkDirectory(out, resume=run.resume, force=run.force)
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
         self.allocator = get_allocator(recipe.allocator)
-        self.uses_gradients = bool(self.method.statistics & OF_GRADIENTS) or self.allocator.profile
+        self.tokens, self.learner = tokens, None
+        self.statistics = self.method.needs(recipe.parameters)
+        if ranks is None and (learner := self.method.make_learner(recipe.parameters)):
+            learner.training(recipe.seed).check_sequences(recipe.sequences)
+            self.learner, self.statistics = learner, frozenset()
+        self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or self.allocator.profile
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
         for settings, text in recipe.trainings:
@@ -122,7 +143,8 @@ class Job:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.units = units_of(self.skeleton, recipe.grouping)
-        self.ranks = {} if self.allocator.profile else ranks_of(self.units, recipe, {})
+        planned_later = self.allocator.profile or self.learner is not None
+        self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             # Sizes are enough to notice that the model was exchanged.
@@ -134,9 +156,13 @@ class Job:
         started = time.perf_counter()
         self.work.open(self.signature)
         finished = self.work.finished(self.skeleton.blocks)
+        if self.learner is not None:
+            self._learn(self.learner)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
+            if self.learned is not None:
+                progress.event("scores", **asdict(self.learned.state))
             tokens = self._tokens()
             gradients = self._sweep(tokens, progress) if self.uses_gradients else None
             specs = self._walk(tokens, gradients, finished, progress)
@@ -200,6 +226,23 @@ class Job:
         kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in units)
         return stored + kept, dense + kept
 
+    def _learn(self, learner: Learner) -> None:
+        """All components of every unit, as a checkpoint of full rank; then which of them stay."""
+        path, tokens = self.work.path / "components", self._tokens()
+        run = self.run.model_copy(update={"resume": True, "force": False})
+        if not path.exists():
+            whole = self.recipe.model_copy(update={"layout": "pair", "dtype": "float32"})
+            units = [unit for block in self.units for unit in block]
+            full: Ranks = {u.name: min(u.rows.stop - u.rows.start, u.columns) for u in units}
+            Job(str(self.skeleton.directory), path, whole, run, full, tokens).execute()
+        teacher, folder = self.skeleton.directory, self.work.path / "scores"
+
+        def allocate(scores: dict[str, Tensor]) -> Ranks:
+            return ranks_of(self.units, self.recipe, scores)
+
+        self.learned = learn(teacher, path, tokens, self.recipe, learner, allocate, run, folder)
+        self.ranks = self.learned.selection.ranks
+
     # Blocks
 
     def _walk(
@@ -214,7 +257,7 @@ class Job:
         walk = Walk(
             self.skeleton,
             tokens,
-            self.method.needs(self.recipe.parameters),
+            self.statistics,
             self.dtype,
             self.device,
             self.run.batch_size,
@@ -268,7 +311,10 @@ class Job:
         begun = time.perf_counter()
         weights = [block.weight(unit.group, member) for member in unit.members]
         weight = torch.cat(weights).double()
-        solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
+        if self.learned is not None:
+            solution = self.learned.solve(unit.name)
+        else:
+            solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
         factors = solution.factors
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
@@ -335,11 +381,15 @@ class Job:
     def _tokens(self) -> Tensor:
         if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        tokens = self.work.tokens(lambda: calibration_tokens(self.skeleton.directory, self.recipe))
+        tokens = self.work.tokens(self._draw)
         for settings, text in self.recipe.trainings:
             if text == self.recipe:
                 settings.check_sequences(len(tokens))  # a short text has fewer than asked
         return tokens
+
+    def _draw(self) -> Tensor:
+        given = self.tokens
+        return calibration_tokens(self.skeleton.directory, self.recipe) if given is None else given
 
     def _dense(self, names: list[str]) -> dict[str, Tensor]:
         """Unfactored tensors, in the stored dtype where the recipe names one."""

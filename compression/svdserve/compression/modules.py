@@ -25,6 +25,8 @@ class FactoredWeight(nn.Module):
     """
 
     pivots: Tensor | None
+    scale: Tensor | None = None
+    """[r], multiplies the rank-r vectors; set while scores of the components are learned."""
 
     def __init__(
         self,
@@ -59,6 +61,11 @@ class FactoredWeight(nn.Module):
         """The tensors, without a copy and outside the autograd graph."""
         return Factors(self.factor_in.detach(), self.factor_out.detach(), self.pivots)
 
+    def project(self, x: Tensor) -> Tensor:
+        """The rank-r vectors [..., r] of x [..., n]."""
+        value = project(x, self.factor_in, self.pivots)
+        return value if self.scale is None else value * self.scale
+
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, {self.layout}"
 
@@ -80,6 +87,8 @@ class LowRankLinear(FactoredWeight):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None:
+            return linear(self.project(x), self.factor_out, self.bias)
         return lowrank_linear(x, self.factor_in, self.factor_out, self.pivots, self.bias)
 
 
@@ -131,10 +140,10 @@ class SharedFactors(FactoredWeight):
 
     def _project(self, x: Tensor, member: int) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the common subexpression itself
-            return project(x, self.factor_in, self.pivots)
+            return self.project(x)
         memo = self._memo
         if memo is None or not memo.serves(x, member):
-            value = project(x, self.factor_in, self.pivots)
+            value = self.project(x)
             members = set(range(len(self.sizes)))
             source = weakref.ref(x, self._forget)
             memo = _Projection(source, _version(x), torch.is_grad_enabled(), value, members)

@@ -1,4 +1,4 @@
-"""Hyper-parameters of a registered function: its keyword-only arguments, checked by pydantic."""
+"""Hyper-parameters of registered functions: keyword-only arguments, checked by pydantic."""
 
 import inspect
 from collections.abc import Callable
@@ -10,20 +10,18 @@ from svdserve.compression.errors import UserError
 
 
 class Parameters:
-    """The keyword-only arguments of ``function``, with their annotations and defaults.
+    """The keyword-only arguments of ``functions``, with their annotations and defaults.
 
     Args:
         owner: what the messages call it, such as ``method svd-llm``.
-        function: all its keyword-only arguments have a default.
+        functions: all their keyword-only arguments have a default.
     """
 
-    def __init__(self, owner: str, function: Callable[..., Any]) -> None:
-        hints = get_type_hints(function, include_extras=True)
-        fields: dict[str, Any] = {
-            p.name: (hints[p.name], p.default)
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        }
+    def __init__(self, owner: str, *functions: Callable[..., Any]) -> None:
+        fields: dict[str, Any] = {}
+        for function in functions:
+            hints = get_type_hints(function, include_extras=True)
+            fields |= {p.name: (hints[p.name], p.default) for p in _keywords(function)}
         self._owner = owner
         self._schema: type[BaseModel] = create_model(owner, **fields)
 
@@ -47,3 +45,13 @@ class Parameters:
             name = first["loc"][0]
             allowed = " or ".join(e["msg"] for e in error.errors() if e["loc"][0] == name)
             raise UserError(f"{name} is {given.get(str(name))!r}: {allowed}") from None
+
+    @staticmethod
+    def of(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+        """Those of ``values`` that ``function`` takes."""
+        return {p.name: values[p.name] for p in _keywords(function) if p.name in values}
+
+
+def _keywords(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    every = inspect.signature(function).parameters.values()
+    return [p for p in every if p.kind is p.KEYWORD_ONLY]

@@ -51,7 +51,10 @@ def _units_of_block(skeleton: Skeleton, index: int, grouping: Grouping) -> list[
 
 
 def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]) -> Ranks:
-    """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty."""
+    """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty.
+
+    It may also have ``<module>.scores``, where a method has learned them.
+    """
     modules: dict[str, Module] = {}
     for index, block in enumerate(units):
         for unit in block:
@@ -64,6 +67,7 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
                 energies=profile.get(f"{unit.name}.energies"),
                 curvature=None if curvature is None else float(curvature),
                 losses=profile.get(f"{unit.name}.losses"),
+                scores=profile.get(f"{unit.name}.scores"),
             )
     budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
     allocator = get_allocator(recipe.allocator)

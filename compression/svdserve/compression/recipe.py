@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from svdserve.compression.allocation import get_allocator
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
-from svdserve.compression.methods import get_method
+from svdserve.compression.methods import METHODS, get_method
 from svdserve.compression.training import Training
 
 Grouping = Literal["shared", "separate"]
@@ -82,9 +82,27 @@ class Recipe(BaseModel):
     def _complete(self) -> Self:
         full = get_method(self.method).schema.check(self.parameters)
         object.__setattr__(self, "parameters", full)
+        self._share_by_scores()
         full = get_allocator(self.allocator).schema.check(self.allocator_parameters)
         object.__setattr__(self, "allocator_parameters", full)
         return self
+
+    def _share_by_scores(self) -> None:
+        """A learned method shares the parameters itself; no other method has scores to share by."""
+        learned = get_method(self.method).learner is not None
+        if learned and "allocator" not in self.model_fields_set:
+            object.__setattr__(self, "allocator", "scores")
+        if learned and self.allocator != "scores":
+            raise UserError(
+                f"allocator {self.allocator!r}: method {self.method} learns which components stay "
+                "in the whole model; allowed: scores, or leave it out"
+            )
+        if not learned and self.allocator == "scores":
+            names = ", ".join(sorted(name for name, entry in METHODS.items() if entry.learner))
+            raise UserError(
+                f"allocator 'scores': method {self.method} learns none; take one of {names}, or "
+                "another allocator"
+            )
 
     @property
     def trainings(self) -> list[tuple[Training, "Recipe"]]:
@@ -98,7 +116,8 @@ class Recipe(BaseModel):
         """Whether the method or a training reads this recipe's calibration tokens."""
         trained = any(text == self for _, text in self.trainings)
         profiled = get_allocator(self.allocator).profile
-        return trained or profiled or bool(get_method(self.method).statistics)
+        method = get_method(self.method)
+        return trained or profiled or method.learner is not None or bool(method.statistics)
 
     @property
     def sequences(self) -> int:

@@ -186,14 +186,18 @@ def compare(
     """
     from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
     from svdserve.compression.compare import compare as run_comparison
+    from svdserve.compression.methods import get_method
     from svdserve.compression.recipe import load_recipe, make_recipe, make_run
 
     same = {"calibration": calibration, "tokens": tokens}
     given: dict[str, Any] = {name: value for name, value in same.items() if value is not None}
     files = recipes or ([] if methods else ["default"])
     chosen = {Path(file).stem: make_recipe(**(load_recipe(file) | given)) for file in files}
-    paper = {"layout": "pair", "grouping": "separate", "allocator": "uniform"} | given
-    chosen |= {name: make_recipe(method=name, **paper) for name in methods or ()}
+    for name in methods or ():
+        paper = {"layout": "pair", "grouping": "separate"} | given
+        if get_method(name).learner is None:  # which shares the parameters itself
+            paper["allocator"] = "uniform"
+        chosen[name] = make_recipe(method=name, **paper)
     evaluation = Evaluation(
         texts=tuple(texts or ()),
         tasks=tuple(tasks or ()),

@@ -4,6 +4,9 @@ A method takes the float64 weight [m, n] of a factored module (the stacked weigh
 statistics of its inputs and a rank, and returns the pair factors. It touches no model, no file and
 chooses no device. Keyword-only parameters with a default are its hyper-parameters: a recipe sets
 them by name, and their annotations (pydantic's) are checked when the recipe is.
+
+A learned method has a Learner as well: its function gives all components of every module, and
+which of them stay is learned over the whole model (scores.py).
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.parameters import Parameters
 from svdserve.compression.statistics import DESCRIPTIONS, Statistic, Statistics
 
@@ -41,6 +45,7 @@ class Method:
     more: Callable[[dict[str, Any]], set[Statistic]]
     function: Callable[..., Solution]
     schema: Parameters
+    learner: type[Learner] | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -51,10 +56,16 @@ class Method:
         """The statistics that it reads with these hyper-parameters."""
         return self.statistics | self.more(parameters)
 
+    def make_learner(self, parameters: dict[str, Any]) -> Learner | None:
+        """The rules by which scores are learned, where the method has such."""
+        made = self.learner
+        return None if made is None else made(**Parameters.of(made, parameters))
+
     def solve(
         self, weight: Tensor, statistics: Statistics, rank: int, parameters: dict[str, Any]
     ) -> Solution:
-        return self.function(weight.double(), statistics, rank, **parameters)
+        own = Parameters.of(self.function, parameters)
+        return self.function(weight.double(), statistics, rank, **own)
 
 
 METHODS: dict[str, Method] = {}
@@ -67,6 +78,7 @@ def method(
     paper: str,
     statistics: set[Statistic],
     more: Callable[[dict[str, Any]], set[Statistic]] = lambda _parameters: set(),
+    learner: type[Learner] | None = None,
 ) -> Callable[[Callable[..., Solution]], Callable[..., Solution]]:
     """Register a function as the method ``name``.
 
@@ -74,8 +86,9 @@ def method(
     """
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
-        schema = Parameters(f"method {name}", function)
-        METHODS[name] = Method(name, title, paper, frozenset(statistics), more, function, schema)
+        schema = Parameters(f"method {name}", function, *([learner] if learner else []))
+        needs = frozenset(statistics)
+        METHODS[name] = Method(name, title, paper, needs, more, function, schema, learner)
         return function
 
     return register
@@ -85,7 +98,9 @@ def markdown_table() -> str:
     """All methods, for the README."""
     lines = ["| `--method` | paper | calibration statistics | parameters |", "|---|---|---|---|"]
     for name, entry in sorted(METHODS.items()):
-        needs = "; ".join(DESCRIPTIONS[key] for key in sorted(entry.statistics)) or "none"
+        wanted = [DESCRIPTIONS[key] for key in sorted(entry.statistics)]
+        wanted += ["the tokens themselves, to learn on"] if entry.learner else []
+        needs = "; ".join(wanted) or "none"
         takes = ", ".join(f"`{key}={value}`" for key, value in entry.parameters.items()) or "none"
         lines.append(f"| `{name}` | [{entry.title}]({entry.paper}) | {needs} | {takes} |")
     return "\n".join(lines) + "\n"

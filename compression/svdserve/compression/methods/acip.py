@@ -1,0 +1,65 @@
+"""ACIP (arXiv 2502.01717): masks on the singular components, learned through a threshold.
+
+Ŵ = U diag(mask) Uᵀ W from the plain SVD. The mask is binary in the forward pass and passes its
+gradient straight through to the scores; an L1 term with a growing weight shuts components until
+the budget is met. The paper's LoRA beside it is left to ``svdserve refine``, and its labels are
+replaced by the teacher's predictions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from svdserve.compression.methods.learner import Learner, weighted
+from svdserve.compression.methods.registry import Solution, method
+from svdserve.compression.methods.svd import svd
+from svdserve.compression.statistics import Statistics
+
+_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acip(Learner):
+    """Scores start between ½ and 1 in the order of σ, all open.
+
+    At a score of one for all, the model is the teacher and its divergence has no gradient: the
+    order of σ decides which components are the first to be missed.
+
+    Args:
+        l1_weight: at the end; it grows in proportion to the steps.
+    """
+
+    learning_rate: PositiveFloat = 0.02
+    l1_weight: PositiveFloat = 10.0
+
+    def start(self, strength: Tensor) -> Tensor:
+        return _THRESHOLD + (1 - _THRESHOLD) * strength / (1 + strength)
+
+    def amplitudes(self, scores: Tensor, progress: float) -> Tensor:  # noqa: ARG002
+        mask = (scores > _THRESHOLD).to(scores)
+        return mask + scores - scores.detach()
+
+    def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
+        """λ Σ price · s while the open components store more than κ."""
+        over = bool(price @ (scores > _THRESHOLD).to(scores) > keep)
+        return (self.l1_weight * progress * over) * (price @ scores)
+
+    def order(self, scores: Tensor, strength: Tensor) -> Tensor:  # noqa: ARG002
+        return scores
+
+    def kept(self, scores: Tensor) -> Tensor:
+        return torch.ones_like(scores)
+
+
+@method(
+    "acip",
+    title="ACIP",
+    paper="https://arxiv.org/abs/2502.01717",
+    statistics=set(),
+    learner=Acip,
+)
+def acip(weight: Tensor, statistics: Statistics, rank: int) -> Solution:
+    """The components that are scored: those of the weight."""
+    return Solution(weighted(svd(weight, statistics, rank).factors, None))

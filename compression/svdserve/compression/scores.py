@@ -1,0 +1,199 @@
+"""Learns which singular components of the whole model stay: the driver of the learned methods.
+
+The student is a checkpoint of full rank, loaded by transformers like any other, whose factors are
+frozen and whose rank-r vectors are multiplied by functions of the scores. Held-out divergence is
+always that of the selection which the scores stand for at that moment: the greatest under the
+exact budget, and nothing else. The scores that are kept are those of least held-out divergence.
+The first ones stand for uniform truncation (and what it leaves of the budget), so that the result
+is never worse there than that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from svdserve.compression.allocation import Ranks
+from svdserve.compression.checkpoint import TensorFiles
+from svdserve.compression.distillation import Distillation, Targets
+from svdserve.compression.evaluate import load_model
+from svdserve.compression.factors import Factors, Layout, parameters, rank_for_keep
+from svdserve.compression.memory import release
+from svdserve.compression.methods.learner import Learner
+from svdserve.compression.methods.registry import Solution
+from svdserve.compression.modules import FactoredWeight
+from svdserve.compression.progress import bar
+from svdserve.compression.recipe import Recipe, Run
+from svdserve.compression.training import Objective, State, Trainer
+
+Allocate = Callable[[dict[str, Tensor]], Ranks]
+"""Ranks under the budget from ``<module>.scores`` of all modules."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What scores stand for.
+
+    Args:
+        ranks: by module; None where it stays dense.
+        kept: indices of the components that stay, by module.
+        scales: what every component is multiplied by [k], by module; 0 where it is dropped.
+    """
+
+    ranks: Ranks
+    kept: dict[str, Tensor]
+    scales: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The end of the training, from which the modules are solved."""
+
+    components: TensorFiles
+    selection: Selection
+    state: State
+
+    def solve(self, name: str) -> Solution:
+        """The components of one module that stay, float64, and the error of leaving the rest."""
+        names = [f"{name}.factor_in", f"{name}.factor_out"]
+        inner, outer = (t.double() for t in self.components.load(names).values())
+        scale, kept = self.selection.scales[name].double(), self.selection.kept[name]
+        sigma = outer.norm(dim=0)
+        factor_in = inner[kept] * (scale * sigma)[kept, None]
+        error = float(((1 - scale) * sigma).norm() / sigma.norm())
+        return Solution(Factors(factor_in, outer[:, kept] / sigma[kept]), {"error": error})
+
+
+class Components:
+    """The factored modules of a student of full rank, as one row of K components.
+
+    Args:
+        student: a model loaded from a checkpoint of full rank.
+        keep, layout: of the recipe; they give uniform ranks, and by them strength and price.
+        allocate: to the exact budget.
+    """
+
+    def __init__(self, student: nn.Module, keep: float, layout: Layout, allocate: Allocate) -> None:
+        found = {n: m for n, m in student.named_modules() if isinstance(m, FactoredWeight)}
+        self.modules, self.keep, self._allocate = found, keep, allocate
+        self.sizes = [module.rank for module in found.values()]
+        strengths, prices = [], []
+        for module in found.values():
+            m, n, k = module.out_features, module.in_features, module.rank
+            uniform = rank_for_keep(layout, m, n, keep) or k
+            sigma = module.factor_out.detach().float().norm(dim=0)
+            strengths.append(sigma / sigma[uniform - 1])
+            # The secant: a rank's own cost falls to nothing as the interpolative layout fills up.
+            prices.append(torch.full_like(sigma, parameters(layout, m, n, uniform) / uniform))
+        dense = sum(module.out_features * module.in_features for module in found.values())
+        self.strength, self.price = torch.cat(strengths), torch.cat(prices) / dense
+
+    def scale(self, amplitudes: Tensor) -> None:
+        """Multiply the components [K] by these."""
+        for module, part in zip(
+            self.modules.values(), torch.split(amplitudes, self.sizes), strict=True
+        ):
+            module.scale = part
+
+    def select(self, scores: Tensor, learner: Learner) -> Selection:
+        """The exact budget: in every module the greatest, as many as its rank."""
+        scores = scores.to(self.strength.device)
+        order = torch.split(learner.order(scores, self.strength).cpu(), self.sizes)
+        factors = torch.split(learner.kept(scores).cpu(), self.sizes)
+        ranks = self._allocate({f"{n}.scores": o for n, o in zip(self.modules, order, strict=True)})
+        chosen, scales = {}, {}
+        for name, importance, scale in zip(self.modules, order, factors, strict=True):
+            best = importance.argsort(descending=True, stable=True)[: ranks[name]]
+            chosen[name] = best.sort().values
+            scales[name] = torch.zeros_like(scale).index_copy(0, best, scale[best])
+            if ranks[name] is None:
+                scales[name] = torch.ones_like(scale)
+        return Selection(ranks, chosen, scales)
+
+
+class ScoreObjective:
+    """Objective (training.py): the divergence of ``base``, and the learner's penalty on top.
+
+    Args:
+        components: of the student of ``base``.
+        scores: [K], trained.
+        learner: the rules.
+        base: the divergence from the teacher.
+    """
+
+    def __init__(
+        self, components: Components, scores: nn.Parameter, learner: Learner, base: Objective
+    ) -> None:
+        self.components, self.scores, self.learner, self.base = components, scores, learner, base
+        self.steps = 1
+
+    def backward(self, rows: Tensor, step: int) -> None:
+        progress = step / self.steps
+        self.scores.data.clamp_(min=0)
+        self.components.scale(self.learner.amplitudes(self.scores, progress))
+        self.base.backward(rows, step)
+        price, keep = self.components.price, self.components.keep
+        penalty = self.learner.penalty(self.scores, price, keep, progress)
+        torch.autograd.backward(penalty)
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor) -> float:
+        scales = self.components.select(self.scores, self.learner).scales.values()
+        self.components.scale(torch.cat(list(scales)).to(self.scores.device))
+        return self.base.evaluate(rows)
+
+
+def learn(
+    teacher: Path,
+    components: Path,
+    tokens: Tensor,
+    recipe: Recipe,
+    learner: Learner,
+    allocate: Allocate,
+    run: Run,
+    folder: Path,
+) -> Learned:
+    """Learn the scores, or go on with it.
+
+    Args:
+        teacher: the dense model.
+        components: a checkpoint of it of full rank, in the pair layout, float32.
+        tokens: [N, L].
+        recipe, learner: what to compute.
+        allocate: to the exact budget.
+        run: device and gradient checkpointing.
+        folder: for the teacher's targets and the state of the training.
+    """
+    folder.mkdir(exist_ok=True)
+    settings, device = learner.training(recipe.seed), torch.device(run.device)
+    targets = Targets(folder / "targets")
+    with bar(run.progress) as shown:
+        task = shown.add_task("teacher", total=len(tokens), facts="")
+        targets.compute(
+            teacher, tokens, device, settings, lambda done: shown.update(task, completed=done)
+        )
+        student = load_model(components, "float32", run.device).requires_grad_(False)
+        if run.checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        spectrum = Components(student, recipe.keep, recipe.layout, allocate)
+        for module in spectrum.modules.values():
+            module.to(getattr(torch, settings.precision))  # autocast would at every call
+        scores = nn.Parameter(learner.start(spectrum.strength))
+        base = Distillation(student, tokens, targets, settings)
+        objective = ScoreObjective(spectrum, scores, learner, base)
+        stored = {"scores": torch.float32}
+        trainer = Trainer({"scores": scores}, stored, objective, settings, len(tokens), folder)
+        objective.steps = trainer.steps
+        task = shown.add_task("scores", total=trainer.steps, facts="")
+
+        def notify(step: int, state: State) -> None:
+            facts = f"held-out KL {state.before:.4f}, best {state.best:.4f}"
+            shown.update(task, completed=step, facts=facts)
+
+        state = trainer.train(notify)
+    selection = spectrum.select(trainer.best()["scores"], learner)
+    del student, spectrum, base, objective, trainer
+    release()
+    return Learned(TensorFiles(components), selection, state)
