@@ -6,7 +6,6 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.allocation import Ranks, get_allocator
+from svdserve.compression.assembly import Assembly
 from svdserve.compression.block_refine import refine_block
 from svdserve.compression.calibration import calibration_tokens, check_calibration
-from svdserve.compression.card import model_card
-from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint, merge_shards, read_json
+from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.gradients import BoundaryGradients, stacked_weights
@@ -31,16 +30,14 @@ from svdserve.compression.methods.learner import Learner
 from svdserve.compression.planning import Unit, ranks_of, search_last_blocks, units_of
 from svdserve.compression.profile import Profile
 from svdserve.compression.progress import Progress
-from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
+from svdserve.compression.recipe import Recipe, Refinement, Run, make_recipe
 from svdserve.compression.refine import RefineReport, refine
-from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, Statistics
 from svdserve.compression.walk import BlockPass, Walk
-from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors, summation
-
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+from svdserve.compression.workdir import WorkDirectory, parameters_of, summation
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,7 @@ class Job:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        self.assembly = Assembly(self.skeleton, self.work, recipe, self.base_model)
         self.units = units_of(self.skeleton, recipe.grouping)
         planned_later = self.allocator.profile or self.learner is not None
         self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
@@ -172,7 +170,7 @@ class Job:
             facts = asdict(report)
             del facts["directory"], facts["refinement"]
             progress.event("done", **facts)
-        final = self._assemble(specs)
+        final = self.assembly.assemble(specs)
         if self.recipe.refinement is not None and specs:
             final, refined = self._refine(final, tokens, self.recipe.refinement)
             seconds = round(time.perf_counter() - started, 3)
@@ -297,7 +295,7 @@ class Job:
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
             release()
         tensors |= self._finish(block, specs, progress)
-        tensors |= self._dense(self._dense_names(index, specs))
+        tensors |= self.assembly.dense_in_block(index, specs)
         self.work.save_block(index, tensors, specs)
         return specs
 
@@ -390,45 +388,3 @@ class Job:
     def _draw(self) -> Tensor:
         given = self.tokens
         return calibration_tokens(self.skeleton.directory, self.recipe) if given is None else given
-
-    def _dense(self, names: list[str]) -> dict[str, Tensor]:
-        """Unfactored tensors, in the stored dtype where the recipe names one."""
-        tensors = self.skeleton.files.load(names)
-        if self.recipe.dtype == "auto":
-            return tensors
-        return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-
-    def _dense_names(self, index: int, specs: dict[str, ModuleSpec]) -> list[str]:
-        factored = {f"{li}.weight" for name, spec in specs.items() for li in linears_of(name, spec)}
-        prefix = f"{self.skeleton.block_name(index)}."
-        names = self.skeleton.files.info
-        return [name for name in names if name.startswith(prefix) and name not in factored]
-
-    def _assemble(self, specs: dict[str, ModuleSpec]) -> Path:
-        """Put the finished blocks, the rest and the metadata together as a checkpoint."""
-        blocks = range(self.skeleton.blocks)
-        prefixes = tuple(f"{self.skeleton.block_name(index)}." for index in blocks)
-        rest = [name for name in self.skeleton.files.info if not name.startswith(prefixes)]
-        save_tensors(self._dense(rest), self.work.rest)
-        final, source = self.work.final(), self.skeleton.directory
-        merge_shards([self.work.rest, *map(self.work.block, blocks)], final)
-        for pattern in _COPIED:
-            for file in source.glob(pattern):
-                if not file.name.endswith(".safetensors.index.json"):
-                    shutil.copy(file, final / file.name)
-        config = read_json(source / "config.json")
-        if self.recipe.dtype != "auto":
-            config.pop("torch_dtype", None)
-            config["dtype"] = self.recipe.dtype
-        config["quantization_config"] = CheckpointConfig(
-            base_model=self.base_model,
-            keep=self.recipe.keep,
-            modules=specs,
-            recipe=self.recipe.model_dump(mode="json"),
-        ).dump()
-        (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (final / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        card = model_card(self.base_model, self.recipe, specs, *parameters_of(specs))
-        (final / "README.md").write_text(card)
-        shutil.copy(self.work.log, final / LOG_FILE)
-        return final

@@ -1,0 +1,78 @@
+"""The last step of a compression: finished blocks, dense tensors and metadata as a checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdserve.compression.card import model_card
+from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
+from svdserve.compression.recipe import Recipe, dump_recipe
+from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.skeleton import Skeleton
+from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+class Assembly:
+    """Writes what is not factored, and then the checkpoint.
+
+    Args:
+        skeleton: the dense model.
+        work: holds the finished blocks.
+        recipe: what was computed.
+        base_model: the name of the dense model that the checkpoint records.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, work: WorkDirectory, recipe: Recipe, base_model: str
+    ) -> None:
+        self._skeleton, self._work = skeleton, work
+        self._recipe, self._base_model = recipe, base_model
+
+    def _stored(self, names: list[str]) -> dict[str, Tensor]:
+        """Unfactored tensors, in the stored dtype where the recipe names one."""
+        tensors = self._skeleton.files.load(names)
+        if self._recipe.dtype == "auto":
+            return tensors
+        dtype = getattr(torch, self._recipe.dtype)
+        return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+
+    def dense_in_block(self, index: int, specs: dict[str, ModuleSpec]) -> dict[str, Tensor]:
+        """The tensors of a block that its factors do not replace."""
+        factored = {f"{li}.weight" for name, spec in specs.items() for li in linears_of(name, spec)}
+        prefix = f"{self._skeleton.block_name(index)}."
+        names = self._skeleton.files.info
+        return self._stored([n for n in names if n.startswith(prefix) and n not in factored])
+
+    def assemble(self, specs: dict[str, ModuleSpec]) -> Path:
+        """Put the finished blocks, the rest and the metadata together in the work directory."""
+        blocks = range(self._skeleton.blocks)
+        prefixes = tuple(f"{self._skeleton.block_name(index)}." for index in blocks)
+        rest = [name for name in self._skeleton.files.info if not name.startswith(prefixes)]
+        save_tensors(self._stored(rest), self._work.rest)
+        final, source = self._work.final(), self._skeleton.directory
+        merge_shards([self._work.rest, *map(self._work.block, blocks)], final)
+        for pattern in _COPIED:
+            for file in source.glob(pattern):
+                if not file.name.endswith(".safetensors.index.json"):
+                    shutil.copy(file, final / file.name)
+        config = read_json(source / "config.json")
+        if self._recipe.dtype != "auto":
+            config.pop("torch_dtype", None)
+            config["dtype"] = self._recipe.dtype
+        config["quantization_config"] = CheckpointConfig(
+            base_model=self._base_model,
+            keep=self._recipe.keep,
+            modules=specs,
+            recipe=self._recipe.model_dump(mode="json"),
+        ).dump()
+        (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (final / "recipe.yaml").write_text(dump_recipe(self._recipe))
+        card = model_card(self._base_model, self._recipe, specs, *parameters_of(specs))
+        (final / "README.md").write_text(card)
+        shutil.copy(self._work.log, final / LOG_FILE)
+        return final
