@@ -11,7 +11,9 @@ from svdserve.compression.checkpoint import TensorFiles
 from svdserve.compression.compare import Comparison, Evaluation, compare, markdown, plot
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import perplexity
+from svdserve.compression.job import compress
 from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.walk import BlockPass
 
 RUN = Run(progress=False, threads=1)
 
@@ -78,6 +80,41 @@ def test_finished_cells_are_not_measured_again(
     (work / "ours-keep0.5.json").unlink()
     assert len(compare(str(model), work, recipes(text), [0.7, 0.5], evaluation, RUN).cells) == 5
     assert calls == [work / "ours-keep0.5"]
+
+
+def test_methods_share_the_teachers_pass_and_change_nothing(
+    found, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """κ and layout differ, the teacher's statistics and gradients do not: no second pass."""
+    _, model, _ = found
+    fields = {"calibration": str(text), "tokens": 256, "seq_len": 32, "keep": 0.6}
+    chosen = [
+        make_recipe(method="kfac-svd", **fields),
+        make_recipe(method="kfac-svd", layout="pair", **fields),
+    ]
+    passes: list[int] = []
+    forward = BlockPass._at_attention_input
+
+    def counted(block: BlockPass, rows: slice):
+        passes.append(block.index)
+        return forward(block, rows)
+
+    monkeypatch.setitem(BlockPass._STEPS, "qkv_proj", counted)
+    shared = RUN.model_copy(update={"cache": tmp_path / "teacher"})
+    counts = []
+    for index, recipe in enumerate(chosen):
+        compress(str(model), tmp_path / f"alone{index}", recipe, RUN)
+        passes.clear()
+        compress(str(model), tmp_path / f"shared{index}", recipe, shared)
+        counts.append(len(passes))
+        for name in ("model.safetensors", "config.json"):
+            own, other = (tmp_path / f"{kind}{index}" / name for kind in ("alone", "shared"))
+            assert own.read_bytes() == other.read_bytes()
+    assert counts[0] > 0
+    assert counts[1] == 0
+    # Another seed draws other tokens: nothing of the cache fits.
+    compress(str(model), tmp_path / "other", make_recipe(**fields, seed=1), shared)
+    assert len(list((tmp_path / "teacher").iterdir())) == 2
 
 
 def test_another_recipe_under_the_same_name_is_refused(found, text: Path) -> None:

@@ -95,7 +95,7 @@ def compare(
         recipes: by the name that the table shows; their own keep ratio is replaced.
         keeps: κ.
         evaluation: texts and tasks.
-        run: how this machine compresses.
+        run: how this machine compresses; what depends on the teacher alone is kept in ``work``.
 
     Raises:
         UserError: nothing to measure, or ``work`` holds another recipe under the same name.
@@ -103,13 +103,14 @@ def compare(
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
     directory = resolve_model(model)
+    run = (run or Run()).model_copy(update={"cache": work / "teacher"})
     work.mkdir(parents=True, exist_ok=True)
     cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
     for keep in keeps:
         for name, template in recipes.items():
             recipe = template.model_copy(update={"keep": keep})
             out = work / f"{name}-keep{keep:g}"
-            _compress(model, out, recipe, run or Run())
+            _compress(model, out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
     return Comparison(model=directory.name, cells=cells)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdserve.compression.allocation import Ranks, get_allocator
 from svdserve.compression.assembly import Assembly
@@ -21,23 +21,30 @@ from svdserve.compression.calibration import calibration_tokens, check_calibrati
 from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
-from svdserve.compression.gradients import BoundaryGradients, stacked_weights
+from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
-from svdserve.compression.planning import Unit, ranks_of, search_last_blocks, units_of
-from svdserve.compression.profile import Profile
+from svdserve.compression.planning import (
+    Unit,
+    parameters_with_dense,
+    ranks_of,
+    search_last_blocks,
+    swept,
+    units_of,
+)
 from svdserve.compression.progress import Progress
 from svdserve.compression.recipe import Recipe, Refinement, Run, make_recipe
 from svdserve.compression.refine import RefineReport, refine
-from svdserve.compression.schema import GROUPS, ModuleSpec
+from svdserve.compression.schema import ModuleSpec
 from svdserve.compression.scores import Learned, learn
-from svdserve.compression.skeleton import Skeleton, resolve_model
-from svdserve.compression.statistics import OF_GRADIENTS, Statistics
+from svdserve.compression.skeleton import Group, Skeleton, resolve_model
+from svdserve.compression.statistics import OF_GRADIENTS, OF_TEACHER, Statistics
+from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder
 from svdserve.compression.walk import BlockPass, Walk
-from svdserve.compression.workdir import WorkDirectory, parameters_of, summation
+from svdserve.compression.workdir import WorkDirectory, summation
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,7 @@ class Job:
     """
 
     learned: Learned | None = None
+    kept: TeacherStatistics | None = None
 
     def __init__(
         self,
@@ -164,7 +172,7 @@ class Job:
             tokens = self._tokens()
             gradients = self._sweep(tokens, progress) if self.uses_gradients else None
             specs = self._walk(tokens, gradients, finished, progress)
-            stored, dense = self._parameters(specs)
+            stored, dense = parameters_with_dense(self.units, specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
             facts = asdict(report)
@@ -194,35 +202,30 @@ class Job:
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
-        gradients = BoundaryGradients(self.work.path, self.recipe.gradient_rows(len(tokens)))
-        groups = [
-            {name: [(u.name, u.rows) for u in units if u.group.name == name] for name in GROUPS}
-            for units in self.units
-        ]
-        profile = Profile(self.work.path, groups) if self.allocator.profile else None
-
-        def done(index: int, block: nn.Module) -> None:
-            progress.gradients(index)
-            if profile is not None:
-                profile.finish(index, stacked_weights(block, self.skeleton.groups[index]))
-            release()
-
-        if not gradients.complete:
-            watch = None if profile is None else profile.watch
-            try:
-                gradients.sweep(self.skeleton, tokens, self.device, self.recipe.seed, watch, done)
-            except FloatingPointError as error:
-                raise UserError(f"{error}; use another dtype") from None
-        if profile is not None:
-            self.ranks = ranks_of(self.units, self.recipe, profile.read())
+        gradients, profile = swept(
+            self.skeleton,
+            self.units,
+            self.recipe,
+            tokens,
+            self._shared(tokens),
+            self.device,
+            progress.gradients,
+        )
+        if self.allocator.profile:
+            self.ranks = ranks_of(self.units, self.recipe, profile)
         return gradients
 
-    def _parameters(self, specs: dict[str, ModuleSpec]) -> tuple[int, int]:
-        """Stored and dense parameters of all units, those that stay dense among them."""
-        stored, dense = parameters_of(specs)
-        units = [unit for block in self.units for unit in block if unit.name not in specs]
-        kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in units)
-        return stored + kept, dense + kept
+    def _shared(self, tokens: Tensor) -> Path:
+        """Where files go that do not depend on the student: the cache or the work directory."""
+        if self.run.cache is None:
+            return self.work.path
+        settings = {
+            "order": self.signature["order"],
+            "dtype": str(self.dtype),
+            "gradients": self.recipe.gradient_rows(len(tokens)),
+            "seed": self.recipe.seed,
+        }
+        return cache_folder(self.run.cache, self.skeleton, tokens, settings)
 
     def _learn(self, learner: Learner) -> None:
         """All components of every unit, as a checkpoint of full rank; then which of them stay."""
@@ -252,10 +255,13 @@ class Job:
     ) -> dict[str, ModuleSpec]:
         """Factor every block that is not finished; the specs of all."""
         specs: dict[str, ModuleSpec] = {}
+        if self.run.cache is not None and self.statistics and self.statistics <= OF_TEACHER:
+            self.kept = TeacherStatistics(self._shared(tokens), self.skeleton, self.statistics)
+        passes = self.kept is None or not self.kept.ready
         walk = Walk(
             self.skeleton,
             tokens,
-            self.statistics,
+            self.statistics if passes else frozenset(),
             self.dtype,
             self.device,
             self.run.batch_size,
@@ -278,12 +284,7 @@ class Job:
         for group in block.groups:
             progress.group(index, group.path)
             begun = time.perf_counter()
-            try:
-                statistics = block.statistics(group)
-            except FloatingPointError as error:
-                raise UserError(
-                    f"{self.skeleton.block_name(index)}.{group.path}: {error}; use another dtype"
-                ) from None
+            statistics = self._collect(block, group)
             release()
             collected = time.perf_counter()
             for unit in self.units[index]:
@@ -298,6 +299,18 @@ class Job:
         tensors |= self.assembly.dense_in_block(index, specs)
         self.work.save_block(index, tensors, specs)
         return specs
+
+    def _collect(self, block: BlockPass, group: Group) -> Statistics:
+        if self.kept is not None and self.kept.ready:
+            return self.kept.read(block.index, group, self.device)
+        try:
+            statistics = block.statistics(group)
+        except FloatingPointError as error:
+            name = f"{self.skeleton.block_name(block.index)}.{group.path}"
+            raise UserError(f"{name}: {error}; use another dtype") from None
+        if self.kept is not None:
+            self.kept.write(block.index, group, statistics)
+        return statistics
 
     def _solve(
         self, block: BlockPass, unit: Unit, statistics: Statistics, tensors: dict[str, Tensor]

@@ -2,12 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
+from svdserve.compression.errors import UserError
+from svdserve.compression.gradients import BoundaryGradients, stacked_weights
+from svdserve.compression.memory import release
+from svdserve.compression.profile import Profile
 from svdserve.compression.recipe import Grouping, Recipe
+from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.skeleton import Group, Skeleton
+from svdserve.compression.workdir import parameters_of
 
 _CANDIDATES = 6
 
@@ -72,6 +80,61 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
     budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
     allocator = get_allocator(recipe.allocator)
     return allocator.function(modules, budget, **recipe.allocator_parameters)
+
+
+def parameters_with_dense(units: list[list[Unit]], specs: dict[str, ModuleSpec]) -> tuple[int, int]:
+    """Stored and dense parameters of all units, those that stay dense among them."""
+    stored, dense = parameters_of(specs)
+    left = [unit for block in units for unit in block if unit.name not in specs]
+    kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in left)
+    return stored + kept, dense + kept
+
+
+def swept(
+    skeleton: Skeleton,
+    units: list[list[Unit]],
+    recipe: Recipe,
+    tokens: Tensor,
+    folder: Path,
+    device: torch.device,
+    notify: Callable[[int], None],
+) -> tuple[BoundaryGradients, dict[str, Tensor]]:
+    """The gradients at the block boundaries and the profile, if the recipe's allocator has one.
+
+    Args:
+        skeleton: the teacher.
+        units: of all blocks.
+        recipe: what to compute.
+        tokens: [N, L].
+        folder: keeps both; what is there is not computed again.
+        device: where blocks run.
+        notify: told the index of every block that is done.
+
+    Raises:
+        UserError: hidden states or gradients are not finite.
+    """
+    gradients = BoundaryGradients(folder, recipe.gradient_rows(len(tokens)))
+    profile = None
+    if get_allocator(recipe.allocator).profile:
+        groups = [
+            {name: [(u.name, u.rows) for u in block if u.group.name == name] for name in GROUPS}
+            for block in units
+        ]
+        profile = Profile(folder / recipe.grouping, groups)
+
+    def done(index: int, block: nn.Module) -> None:
+        notify(index)
+        if profile is not None:
+            profile.finish(index, stacked_weights(block, skeleton.groups[index]))
+        release()
+
+    if not (gradients.complete and (profile is None or profile.complete)):
+        watch = None if profile is None else profile.watch
+        try:
+            gradients.sweep(skeleton, tokens, device, recipe.seed, watch, done)
+        except FloatingPointError as error:
+            raise UserError(f"{error}; use another dtype") from None
+    return gradients, {} if profile is None else profile.read()
 
 
 def search_last_blocks(blocks: int, keep: float, error: Callable[[int], float]) -> int:

@@ -34,6 +34,11 @@ class Profile:
     def _file(self, block: int) -> Path:
         return self._folder / f"profile-{block:05d}.safetensors"
 
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks have their file."""
+        return all(self._file(block).exists() for block in range(len(self._units)))
+
     def watch(self, _block: int, flows: dict[str, Flow]) -> None:
         """Add one sequence of the block in hand."""
         for group, flow in flows.items():
@@ -57,6 +62,7 @@ class Profile:
                 found = _spectra(weights[group][rows].double(), statistics.of_rows(rows))
                 tensors |= {f"{name}.{key}": value.cpu() for key, value in found.items()}
         self._sums.clear()
+        self._folder.mkdir(exist_ok=True)
         save_tensors(tensors, self._file(block))
 
     def read(self) -> dict[str, Tensor]:

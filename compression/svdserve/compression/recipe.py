@@ -144,6 +144,9 @@ class Run(BaseModel):
     threads: PositiveInt | None = Field(default=None, description="CPU threads; default all")
     batch_size: PositiveInt = Field(default=1, description="sequences per forward step")
     offload: Path | None = Field(default=None, description="folder for the hidden streams")
+    cache: Path | None = Field(
+        default=None, description="folder for what other compressions of the model can use again"
+    )
     resume: bool = False
     force: bool = Field(default=False, description="replace a non-empty output directory")
     checkpointing: bool = Field(

@@ -32,6 +32,7 @@ Statistic = Literal[
     "row_fisher",
 ]
 OF_GRADIENTS: frozenset[Statistic] = frozenset({"gradient_gram", "row_fisher"})
+OF_TEACHER: frozenset[Statistic] = OF_GRADIENTS | {"teacher_gram", "teacher_magnitude"}
 
 DESCRIPTIONS: dict[Statistic, str] = {
     "gram": "Gram matrix of the student's inputs",
