@@ -384,20 +384,17 @@ class Job:
         block.finish(refined=True)
         release()
         progress.refined(block.index, **asdict(state), seconds=time.perf_counter() - begun)
-        prefix = self.skeleton.block_name(block.index)
-        return {f"{prefix}.{name}": tensor for name, tensor in best.items()}
+        return {f"{self.skeleton.block_name(block.index)}.{n}": t for n, t in best.items()}
 
     # Files
 
     def _tokens(self) -> Tensor:
         if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        tokens = self.work.tokens(self._draw)
+        given, source = self.tokens, self.skeleton.directory
+        draw = (lambda: calibration_tokens(source, self.recipe)) if given is None else lambda: given
+        tokens = self.work.tokens(draw)
         for settings, text in self.recipe.trainings:
             if text == self.recipe:
                 settings.check_sequences(len(tokens))  # a short text has fewer than asked
         return tokens
-
-    def _draw(self) -> Tensor:
-        given = self.tokens
-        return calibration_tokens(self.skeleton.directory, self.recipe) if given is None else given
