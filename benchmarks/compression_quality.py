@@ -1,79 +1,88 @@
-"""Perplexity of the default recipe beside SVD-LLM and the dense model, from one run.
+"""Quality of the default recipe and of `best` beside SVD-LLM and the dense model, from one run.
 
     python benchmarks/compression_quality.py --model DIR --calibration FILE --text FILE \
-        --work DIR --json results/quality.json
+        --other-text FILE --task FILE --task FILE --work DIR --json results/quality.json
 
-Finished steps are kept in the work directory, so that a killed run goes on where it stopped.
+The texts are those of the perplexities: one of the calibration's kind, one of another kind. Every
+finished step is kept in the work directory, so that a killed run goes on where it stopped.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from svdserve.compression.checkpoint import is_checkpoint
-from svdserve.compression.evaluate import Perplexity, perplexity
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.compare import Cell, Evaluation, compare
+from svdserve.compression.recipe import Recipe, load_recipe, make_recipe
 
-BAR = 0.38
-# The reference stores plain pairs of every linear by itself, as the SVD-LLM paper does.
-RECIPES: dict[str, dict[str, object]] = {
-    "default": {},
-    "svd-llm": {"method": "svd-llm", "layout": "pair", "grouping": "separate"},
+# The reference stores a pair of factors of one κ for every linear, as the SVD-LLM paper does.
+REFERENCE = {
+    "method": "svd-llm",
+    "layout": "pair",
+    "grouping": "separate",
+    "allocator": "uniform",
 }
-
-
-def evaluated(model: Path, text: Path, record: Path, chunks: int | None) -> Perplexity:
-    if not record.exists():
-        result = perplexity(model, text, max_chunks=chunks)
-        record.write_text(result.model_dump_json(indent=2))
-    return Perplexity.model_validate_json(record.read_text())
+KEEP, LOWER = 0.8, 0.6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration", required=True, help="as in `svdserve compress`")
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--other-text", type=Path, required=True)
+    parser.add_argument("--task", action="append", default=[])
+    parser.add_argument("--limit", type=int, default=None, help="items of each task")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--max-chunks", type=int, default=None)
     given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    dense = evaluated(given.model, given.text, given.work / "dense.json", given.max_chunks)
-    rows = {"dense": {"perplexity": dense.perplexity, "excess": 0.0}}
-    recipes = {}
-    for name, fields in RECIPES.items():
-        recipe = make_recipe(
-            calibration=str(given.calibration), tokens=given.tokens, keep=given.keep, **fields
-        )
-        out = given.work / name
-        if not is_checkpoint(out):
-            compress(str(given.model), out, recipe, Run(resume=True))
-        result = evaluated(out, given.text, given.work / f"{name}.json", given.max_chunks)
-        rows[name] = {
-            "perplexity": result.perplexity,
-            "excess": result.mean_loss - dense.mean_loss,
-        }
-        recipes[name] = recipe.model_dump(mode="json") | {"calibration": given.calibration.name}
+
+    def recipe(fields: dict[str, object]) -> Recipe:
+        return make_recipe(**fields, calibration=given.calibration, tokens=given.tokens)
+
+    evaluation = Evaluation(
+        texts=(given.text, given.other_text),
+        tasks=tuple(given.task),
+        limit=given.limit,
+        max_chunks=given.max_chunks,
+    )
+    recipes = {
+        "default": recipe({}),
+        "best": recipe(load_recipe("best")),
+        "svd-llm": recipe(REFERENCE),
+    }
+    first = compare(str(given.model), given.work, recipes, [KEEP], evaluation)
+    second = compare(
+        str(given.model), given.work, {"default": recipes["default"]}, [LOWER], evaluation
+    )
+    dense, default, best, reference = first.cells
+    lower = second.cells[1]
+
+    def ratio(cell: Cell, text: int) -> float:
+        return cell.excess(dense, text) / reference.excess(dense, text)
+
+    bars = {
+        "default over svd-llm, excess": (ratio(default, 0), 0.28),
+        f"default at {LOWER} over svd-llm at {KEEP}, excess": (ratio(lower, 0), 1.0),
+        "best over svd-llm, excess": (ratio(best, 0), 0.15),
+        "best over svd-llm, excess on the other text": (ratio(best, 1), 0.2),
+    }
+    if given.task:
+        bars["best over dense, accuracy (at least)"] = (best.accuracy / dense.accuracy, 0.93)
     summary = {
-        "model": given.model.name,
-        "text": given.text.name,
-        "text_sha256": dense.text_sha256,
-        "chunks": dense.chunks,
-        "seq_len": dense.seq_len,
-        "dtype": dense.dtype,
-        "machine": dense.machine.model_dump(),
-        "recipes": recipes,
-        "results": rows,
-        "excess_ratio": rows["default"]["excess"] / rows["svd-llm"]["excess"],
-        "bar": BAR,
+        "model": first.model,
+        "bars": {name: {"measured": value, "bar": bar} for name, (value, bar) in bars.items()},
+        "cells": [cell.model_dump(mode="json") for cell in (*first.cells, lower)],
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(rows | {"excess_ratio": summary["excess_ratio"]}, indent=2))
+    text = json.dumps(summary, indent=2) + "\n"
+    for place in (given.work, given.model, given.text, given.other_text, *given.task):
+        text = text.replace(str(place), Path(place).name)  # where things lie here is no result
+    for source in given.calibration.split("+"):
+        text = text.replace(source, Path(source).name)
+    given.json.write_text(text)
+    print(json.dumps(summary["bars"], indent=2))
 
 
 if __name__ == "__main__":
