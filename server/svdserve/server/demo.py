@@ -29,6 +29,7 @@ QUESTION = "What is the capital of France?"
 KEEP = "0.8"
 # Short sequences: sampling them from the model itself is most of the calibration's time.
 CALIBRATION = ("--calibration", "self", "--tokens", "8192", "--seq-len", "256")
+GRADIENTS = ("--gradient-tokens", "4096")
 EVALUATION = ("--seq-len", "1024", "--max-chunks", "8")
 BENCH = ("--pairs", "2", "--batch-size", "1", "--batch-size", "8", "--output-len", "32")
 SERVING = ("--max-model-len", "2048", "--enforce-eager")
@@ -65,7 +66,7 @@ def demo(
     _run("-m", "svdserve.compression.smollm", str(dense))
     if not small.exists():
         resume = ["--resume"] if small.with_name(f"{small.name}.partial").exists() else []
-        options = ("--out", str(small), "--keep", KEEP, *CALIBRATION, *resume)
+        options = ("--out", str(small), "--keep", KEEP, *CALIBRATION, *GRADIENTS, *resume)
         _svdserve("compress", str(dense), *options)
     models = str(dense), str(small)
     perplexities = _json(work / "eval.json", "eval", *models, "--text", str(text), *EVALUATION)
