@@ -1,0 +1,100 @@
+"""What each choice of the default recipe is worth: the recipe with one choice changed at a time.
+
+    python benchmarks/ablation.py --model DIR --calibration FILE --text FILE \
+        --work DIR --json results/ablation.json [--only beta --only allocator]
+
+Take a validation text, not a test. Every finished cell is kept in the work directory, so that a
+killed run goes on where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from svdserve.compression.compare import Evaluation, compare, markdown
+from svdserve.compression.recipe import make_recipe
+from svdserve.compression.workdir import save_json
+
+UNIFORM = {"allocator": "uniform"}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "beta": {
+        f"beta {beta}": {"parameters": {"beta": beta}}
+        for beta in (0.0, 0.25, 0.5, 0.75, 1.0, "exact", "held-out")
+    },
+    # The same without the metric of the outputs, where each module stands for itself.
+    "beta of saes-svd": {
+        f"saes-svd beta {beta}": {"method": "saes-svd", "parameters": {"beta": beta}} | UNIFORM
+        for beta in ("aces", 0.25, 0.5, 0.75, "exact", "held-out")
+    },
+    "allocator": {
+        "uniform": UNIFORM,
+        "energy": {"allocator": "energy"},
+        "sensitivity": {"allocator": "sensitivity"},
+        "divergence, no floor": {"allocator_parameters": {"floor": 0.0}},
+        "divergence, floor 0.75": {"allocator_parameters": {"floor": 0.75}},
+        "last blocks": {"allocator": "last-blocks"},
+    },
+    "attention": {
+        f"uniform, attention {keep}": UNIFORM | {"allocator_parameters": {"attention_keep": keep}}
+        for keep in (0.6, 0.7, 0.9)
+    },
+    "gradients": {
+        f"{tokens} gradient tokens": {"gradient_tokens": tokens} for tokens in (2048, 4096, 16384)
+    },
+    "shrinkage": {
+        f"shrinkage {share}": {"parameters": {"shrinkage": share}} for share in (0.05, 0.6)
+    },
+    "layout": {
+        "pair": {"layout": "pair"},
+        "separate": {"grouping": "separate"},
+        "ranks in multiples of 16": {"rank_multiple": 16},
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", required=True, help="as in `svdserve compress`")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--only", action="append", choices=sorted(CHANGES), default=[])
+    given = parser.parse_args()
+    same = {"calibration": given.calibration, "tokens": given.tokens}
+    recipes = {"default": make_recipe(**same)} | {
+        name: make_recipe(**same, **fields)
+        for kind in given.only or CHANGES
+        for name, fields in CHANGES[kind].items()
+    }
+    evaluation = Evaluation(texts=(given.text,), seq_len=1024)
+    found = compare(str(given.model), given.work, recipes, [given.keep], evaluation)
+    rows = {
+        cell.name: {
+            "perplexity": cell.perplexities[0].perplexity,
+            "excess": cell.excess(found.cells[0], 0),
+            "stored_bytes": cell.stored_bytes,
+        }
+        for cell in found.cells
+    }
+    one = found.cells[0].perplexities[0]
+    result = {
+        "model": found.model,
+        "keep": given.keep,
+        "tokens": given.tokens,
+        "calibration": Path(given.calibration).name,
+        "text": {"file": given.text.name, "sha256": one.text_sha256, "chunks": one.chunks},
+        "recipe": recipes["default"].model_dump(mode="json", exclude={"calibration"}),
+        "changes": {kind: CHANGES[kind] for kind in given.only or CHANGES},
+        "machine": one.machine.model_dump(mode="json"),
+        "results": rows,
+    }
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    save_json(result, given.json)
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
