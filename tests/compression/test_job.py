@@ -152,6 +152,18 @@ def test_final_error_is_that_of_the_models(tmp_path: Path, calibration: str):
     assert json.loads(log[-2])["error"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_reduced_products_change_little_and_leave_no_trace(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model")
+    dense = []
+    for precision in ("float32", "bfloat16"):
+        recipe = recipe_for(calibration, precision=precision, allocator="uniform")
+        compress(str(model), tmp_path / precision, recipe, QUIET)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / precision, dtype=torch.float32)
+        dense.append(loaded.model.layers[0].mlp.down_proj.factors().dense())
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert float((dense[0] - dense[1]).norm() / dense[0].norm()) < 0.1
+
+
 def test_stored_dtype_follows_the_recipe(tmp_path: Path, calibration: str):
     model = save_model("llama", tmp_path / "model")
     compress(str(model), tmp_path / "out", recipe_for(calibration, dtype="float16"), QUIET)

