@@ -14,6 +14,14 @@ from svdserve.compression.recipe import (
 )
 
 
+def test_a_refinement_may_mix_the_recipes_own_text_with_others():
+    recipe = make_recipe(calibration="mine.txt", refinement={"calibration": "same+self"})
+    assert recipe.refinement.text(recipe).calibration == "mine.txt+self"
+    own = make_recipe(refinement={"calibration": "same+self", "tokens": 64})
+    assert own.refinement.text(own).calibration == "self"
+    assert own.refinement.text(own).tokens == 64
+
+
 def test_yaml_round_trip(tmp_path: Path):
     recipe = make_recipe(
         keep=0.6,

@@ -18,7 +18,7 @@ from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_che
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, file_sha256, perplexity
 from svdserve.compression.job import compress
-from svdserve.compression.recipe import Recipe, Run
+from svdserve.compression.recipe import Recipe, Run, make_recipe
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
 from svdserve.compression.workdir import save_json
@@ -125,10 +125,9 @@ def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
 
 def _made_by(recipe: Recipe, stored: dict[str, Any]) -> bool:
     """Whether ``stored`` is the recipe, but for what a search has filled in."""
-    wanted = recipe.model_dump(mode="json")
     if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
-        stored = stored | {"allocator_parameters": wanted["allocator_parameters"]}
-    return stored == wanted
+        stored = stored | {"allocator_parameters": recipe.allocator_parameters}
+    return make_recipe(**stored) == recipe  # which knows fields that are newer than the checkpoint
 
 
 def _cell(

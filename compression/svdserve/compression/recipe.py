@@ -31,13 +31,19 @@ class Refinement(Training):
     ``calibration``, ``tokens`` and ``seq_len`` are for other tokens than those.
     """
 
-    calibration: str | None = Field(default=None, description="as in Recipe")
+    calibration: str | None = Field(
+        default=None, description="as in Recipe; `same` stands for the recipe's own"
+    )
     tokens: PositiveInt | None = None
     seq_len: PositiveInt | None = None
 
     def text(self, recipe: "Recipe") -> "Recipe":
         """``recipe`` with the calibration that this refinement of it uses."""
         own = self.model_dump(include={"calibration", "tokens", "seq_len"}, exclude_none=True)
+        if self.calibration is not None:
+            parts = self.calibration.split("+")
+            named = (recipe.calibration if part == "same" else part for part in parts)
+            own["calibration"] = "+".join(dict.fromkeys(named))
         return recipe.model_copy(update=own)
 
 
