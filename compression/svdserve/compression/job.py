@@ -104,7 +104,8 @@ class Job:
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
         self.allocator = get_allocator(recipe.allocator)
         self.tokens, self.learner, self.statistics = tokens, None, self.method.statistics
-        if ranks is None and (learner := self.method.make_learner(recipe.parameters)):
+        learner = self.method.make_learner(recipe.parameters)
+        if ranks is None and learner is not None and recipe.keep < 1:
             learner.training(recipe.seed).check_sequences(recipe.sequences)
             self.learner, self.statistics = learner, frozenset()
         self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or self.allocator.profile

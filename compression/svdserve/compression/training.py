@@ -123,7 +123,7 @@ class Trainer:
         """Train to the end or to the early stop; ``notify`` gets the steps done and the state."""
         state = self._load()
         if state is None:
-            loss = self._held_out_loss()
+            loss = self.held_out_loss()
             state = State(0, loss, loss)
             self._keep()
         count = min(self.settings.evaluations, self.steps)
@@ -149,8 +149,15 @@ class Trainer:
         """The parameters of least held-out loss, in their stored dtypes, on the CPU."""
         return load_file(self.folder / _BEST) if self.folder is not None else self._best
 
+    def held_out_loss(self) -> float:
+        """With the parameters rounded as they are stored."""
+        with self._as_stored():
+            parts = torch.split(self.held, self.settings.batch_size)
+            total = sum(self.objective.evaluate(rows) * len(rows) for rows in parts)
+        return total / len(self.held)
+
     def _judge(self, step: int, state: State) -> State:
-        loss = self._held_out_loss()
+        loss = self.held_out_loss()
         better = loss < state.best  # false for NaN
         if better:
             self._keep()
@@ -175,12 +182,6 @@ class Trainer:
             return self.settings.learning_rate * (step + 1) / warm
         done = (step - warm) / max(1, self.steps - warm)
         return self.settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-    def _held_out_loss(self) -> float:
-        with self._as_stored():
-            parts = torch.split(self.held, self.settings.batch_size)
-            total = sum(self.objective.evaluate(rows) * len(rows) for rows in parts)
-        return total / len(self.held)
 
     @contextmanager
     def _as_stored(self) -> Iterator[None]:
