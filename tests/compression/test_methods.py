@@ -411,7 +411,7 @@ def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'best'.*res-svd, saes-kfac, saes-svd, svd, svd-llm"):
+    with pytest.raises(UserError, match=r"'best'.*saes-kfac, saes-svd, soco, svd, svd-llm"):
         get_method("best")
 
 

@@ -36,6 +36,16 @@ def test_yaml_round_trip(tmp_path: Path):
     assert make_recipe(**load_recipe(path)) == recipe
 
 
+def test_learned_methods_share_by_their_scores(tmp_path: Path):
+    recipe = make_recipe(method="soco", parameters={"learning_rate": 0.1})
+    assert recipe.allocator == "scores"
+    assert recipe.parameters["learning_rate"] == 0.1
+    assert recipe.parameters["ridge"] == 1e-6
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert make_recipe(**load_recipe(path)) == recipe
+
+
 def test_parameters_are_completed_with_the_methods_defaults():
     assert make_recipe(method="svd-llm").parameters == {"ridge": 1e-6}
     assert make_recipe(parameters={"beta": 0.5}).parameters["beta_range"] == (0.25, 0.75)
@@ -52,6 +62,23 @@ def test_parameters_are_completed_with_the_methods_defaults():
             r"unknown method 'best'; allowed: aa-svd, .*saes-svd",
         ),
         ({"parameters": {"gamma": 1}}, r"no parameter 'gamma'; it takes: beta"),
+        (
+            {"method": "soco", "allocator": "energy"},
+            r"allocator 'energy': method soco learns .*; allowed: scores, or leave it out",
+        ),
+        (
+            {"method": "svd-llm", "allocator": "scores"},
+            r"allocator 'scores': method svd-llm learns none; take one of acip, soco, or another",
+        ),
+        (
+            {"method": "soco", "parameters": {"exploration": 1.5}},
+            r"exploration is 1.5: Input should be less than 1",
+        ),
+        (
+            {"method": "soco", "parameters": {"exploration": 0.5, "refinement": 0.5}},
+            r"exploration 0.5 and refinement 0.5 leave no steps",
+        ),
+        ({"method": "soco", "parameters": {"beta": 1}}, r"it takes: batch_size, epochs"),
         ({"kept": 0.5}, r"kept: Extra inputs are not permitted"),
         ({"tokens": -1}, r"tokens: .*greater than 0"),
         ({"refinement": {"epochs": 0}}, r"refinement.epochs: .*greater than 0 \(given: 0\)"),

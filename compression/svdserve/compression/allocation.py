@@ -210,6 +210,8 @@ def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
 
     A step that no longer fits is passed over, so that less than one rank of any module is left.
     """
+    if budget.keep >= 1:
+        return dict.fromkeys(modules)
     ranks = {name: budget.ranks(module) for name, module in modules.items()}
     room = budget.keep * sum(module.dense for module in modules.values()) + 1e-6
     room -= sum(budget.cost(module, ranks[name][0]) for name, module in modules.items())

@@ -85,26 +85,21 @@ def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recip
             f"allocator last-blocks: method {recipe.method} does not carry the error to the final "
             "block; set allocator_parameters.blocks, or take saes-svd"
         )
-    fields = recipe.model_dump()
+    fields, tokens = recipe.model_dump(), max(recipe.length, recipe.tokens // 4)
 
     def error(blocks: int) -> float:
         out = work / str(blocks)
         if not is_checkpoint(out):
             work.mkdir(parents=True, exist_ok=True)
-            tried = make_recipe(
-                **fields
-                | {
-                    "allocator_parameters": {"blocks": blocks},
-                    "tokens": max(recipe.length, recipe.tokens // 4),
-                }
-            )
+            changed = {"allocator_parameters": {"blocks": blocks}, "tokens": tokens}
+            tried = make_recipe(**fields | changed)
             Job(model, out, tried, run.model_copy(update={"resume": True})).execute()
         events = map(json.loads, (out / LOG_FILE).read_text().splitlines())
         return float([event["error"] for event in events if event["event"] == "block"][-1])
 
     total = Skeleton(resolve_model(model)).blocks
-    blocks = search_last_blocks(total, recipe.keep, error)
-    return make_recipe(**fields | {"allocator_parameters": {"blocks": blocks}})
+    found = {"blocks": search_last_blocks(total, recipe.keep, error)}
+    return make_recipe(**fields | {"allocator_parameters": found})
 
 
 class Job:
@@ -134,7 +129,8 @@ class Job:
         self.allocator = get_allocator(recipe.allocator)
         self.tokens, self.learner = tokens, None
         self.statistics = self.method.needs(recipe.parameters)
-        if ranks is None and (learner := self.method.make_learner(recipe.parameters)):
+        learner = self.method.make_learner(recipe.parameters)
+        if ranks is None and learner is not None and recipe.keep < 1:
             learner.training(recipe.seed).check_sequences(recipe.sequences)
             self.learner, self.statistics = learner, frozenset()
         self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or self.allocator.profile

@@ -90,7 +90,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        full = get_method(self.method).schema.check(self.parameters)
+        method = get_method(self.method)
+        full = method.schema.check(self.parameters)
+        method.make_learner(full)
         object.__setattr__(self, "parameters", full)
         self._share_by_scores()
         full = get_allocator(self.allocator).schema.check(self.allocator_parameters)

@@ -99,7 +99,6 @@ class Components:
 
     def select(self, scores: Tensor, learner: Learner) -> Selection:
         """The exact budget: in every module the greatest, as many as its rank."""
-        scores = scores.to(self.strength.device)
         order = torch.split(learner.order(scores, self.strength).cpu(), self.sizes)
         factors = torch.split(learner.kept(scores).cpu(), self.sizes)
         ranks = self._allocate({f"{n}.scores": o for n, o in zip(self.modules, order, strict=True)})
@@ -118,30 +117,40 @@ class ScoreObjective:
 
     Args:
         components: of the student of ``base``.
-        scores: [K], trained.
         learner: the rules.
         base: the divergence from the teacher.
     """
 
-    def __init__(
-        self, components: Components, scores: nn.Parameter, learner: Learner, base: Objective
-    ) -> None:
-        self.components, self.scores, self.learner, self.base = components, scores, learner, base
-        self.steps = 1
+    def __init__(self, components: Components, learner: Learner, base: Objective) -> None:
+        self.components, self.learner, self.base = components, learner, base
+        self._start, self._reach = (
+            rule(components.strength) for rule in (learner.start, learner.reach)
+        )
+        self.moves = nn.Parameter(torch.zeros_like(self._start))
+        """[K], trained: scores = start + reach · moves."""
+        self.steps, self.unit = 1, 1.0
+        """Steps of the training, and the divergence that the penalty is counted in."""
+
+    def scores(self, moves: Tensor) -> Tensor:
+        return self._start + self._reach * moves
+
+    def selection(self, moves: Tensor) -> Selection:
+        return self.components.select(self.scores(moves.to(self._start.device)), self.learner)
 
     def backward(self, rows: Tensor, step: int) -> None:
         progress = step / self.steps
-        self.scores.data.clamp_(min=0)
-        self.components.scale(self.learner.amplitudes(self.scores, progress))
+        self.moves.data.clamp_(min=-self._start / self._reach)
+        scores = self.scores(self.moves)
+        self.components.scale(self.learner.amplitudes(scores, progress))
         self.base.backward(rows, step)
         price, keep = self.components.price, self.components.keep
-        penalty = self.learner.penalty(self.scores, price, keep, progress)
-        torch.autograd.backward(penalty)
+        penalty = self.learner.penalty(self.scores(self.moves), price, keep, progress)
+        torch.autograd.backward(self.unit * penalty)
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor) -> float:
-        scales = self.components.select(self.scores, self.learner).scales.values()
-        self.components.scale(torch.cat(list(scales)).to(self.scores.device))
+        scales = self.selection(self.moves).scales.values()
+        self.components.scale(torch.cat(list(scales)).to(self.moves.device))
         return self.base.evaluate(rows)
 
 
@@ -180,12 +189,11 @@ def learn(
         spectrum = Components(student, recipe.keep, recipe.layout, allocate)
         for module in spectrum.modules.values():
             module.to(getattr(torch, settings.precision))  # autocast would at every call
-        scores = nn.Parameter(learner.start(spectrum.strength))
         base = Distillation(student, tokens, targets, settings)
-        objective = ScoreObjective(spectrum, scores, learner, base)
-        stored = {"scores": torch.float32}
-        trainer = Trainer({"scores": scores}, stored, objective, settings, len(tokens), folder)
-        objective.steps = trainer.steps
+        objective = ScoreObjective(spectrum, learner, base)
+        trained, stored = {"moves": objective.moves}, {"moves": torch.float32}
+        trainer = Trainer(trained, stored, objective, settings, len(tokens), folder)
+        objective.steps, objective.unit = trainer.steps, trainer.held_out_loss()
         task = shown.add_task("scores", total=trainer.steps, facts="")
 
         def notify(step: int, state: State) -> None:
@@ -193,7 +201,7 @@ def learn(
             shown.update(task, completed=step, facts=facts)
 
         state = trainer.train(notify)
-    selection = spectrum.select(trainer.best()["scores"], learner)
+    selection = objective.selection(trainer.best()["moves"])
     del student, spectrum, base, objective, trainer
     release()
     return Learned(TensorFiles(components), selection, state)

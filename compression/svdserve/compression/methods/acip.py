@@ -28,7 +28,8 @@ class Acip(Learner):
     order of σ decides which components are the first to be missed.
 
     Args:
-        l1_weight: at the end; it grows in proportion to the steps.
+        l1_weight: at the end; it grows in proportion to the steps. The divergence of uniform
+            truncation is 1.
     """
 
     learning_rate: PositiveFloat = 0.02
@@ -42,9 +43,9 @@ class Acip(Learner):
         return mask + scores - scores.detach()
 
     def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
-        """λ Σ price · s while the open components store more than κ."""
+        """λ Σ price · s over 1 − κ while the open components store more than κ."""
         over = bool(price @ (scores > _THRESHOLD).to(scores) > keep)
-        return (self.l1_weight * progress * over) * (price @ scores)
+        return (self.l1_weight * progress * over / (1 - keep)) * (price @ scores)
 
     def order(self, scores: Tensor, strength: Tensor) -> Tensor:  # noqa: ARG002
         return scores

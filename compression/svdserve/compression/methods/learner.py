@@ -30,9 +30,9 @@ class Learner(ABC):
         epochs, batch_size, learning_rate, precision: of the training (training.py).
     """
 
-    epochs: PositiveInt = 12
+    epochs: PositiveInt = 6
     batch_size: PositiveInt = 2
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: PositiveFloat = 0.1
     precision: Precision = "bfloat16"
 
     def training(self, seed: int) -> Training:
@@ -51,17 +51,21 @@ class Learner(ABC):
     def start(self, strength: Tensor) -> Tensor:
         """The first scores [K]; their order must be that of uniform ranks."""
 
+    def reach(self, strength: Tensor) -> Tensor:
+        """How far a score moves where another one moves by 1 [K]."""
+        return torch.ones_like(strength)
+
     @abstractmethod
     def amplitudes(self, scores: Tensor, progress: float) -> Tensor:
         """What each component is multiplied by while training [K]; a gradient passes."""
 
     @abstractmethod
     def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
-        """Added to the KL divergence.
+        """Added to the KL divergence, in units of that of uniform truncation.
 
         Args:
             price: what a component stores over the dense parameters of the whole model [K].
-            keep: κ.
+            keep: κ, below 1.
         """
 
     @abstractmethod
