@@ -73,15 +73,10 @@ def main() -> None:
     summary = {
         "model": first.model,
         "bars": {name: {"measured": value, "bar": bar} for name, (value, bar) in bars.items()},
-        "cells": [cell.model_dump(mode="json") for cell in (*first.cells, lower)],
+        "cells": [*first.portable()["cells"], second.portable()["cells"][1]],
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2) + "\n"
-    for place in (given.work, given.model, given.text, given.other_text, *given.task):
-        text = text.replace(str(place), Path(place).name)  # where things lie here is no result
-    for source in given.calibration.split("+"):
-        text = text.replace(source, Path(source).name)
-    given.json.write_text(text)
+    given.json.write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary["bars"], indent=2))
 
 

@@ -1,5 +1,6 @@
 """A grid of recipes on a pico model: one table, resumable, nothing measured twice."""
 
+import json
 import math
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
         excess = math.log(own.perplexity / dense.perplexity)
         assert cell.excess(result.cells[0], 0) == pytest.approx(excess, abs=1e-9)
         assert cell.stored_bytes == sum(i.nbytes for i in TensorFiles(out).info.values())
+    assert str(root) not in json.dumps(result.portable())
+    assert result.portable()["cells"][1]["recipe"]["calibration"] == text.name
     table = markdown(result)
     assert len(table.splitlines()) == 2 + 5
     assert f"{dense.perplexity:.2f} (0.000)" in table

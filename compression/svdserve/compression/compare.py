@@ -78,6 +78,11 @@ class Comparison(BaseModel):
     model: str
     cells: list[Cell]
 
+    def portable(self) -> dict[str, Any]:
+        """As JSON for a results file: files and folders by their names, not where they lie here."""
+        named: dict[str, Any] = _by_name(self.model_dump(mode="json"))
+        return named
+
 
 def compare(
     model: str,
@@ -121,6 +126,17 @@ def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
         compress(model, out, recipe, run.model_copy(update={"resume": partial}))
     elif not _made_by(recipe, open_checkpoint(out).config.recipe):
         raise UserError(f"{out} was made by another recipe; remove it or use another folder")
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _by_name(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_by_name(item) for item in value]
+    if isinstance(value, str) and "/" in value:
+        parts = value.split("+")
+        return "+".join(Path(part).name if Path(part).exists() else part for part in parts)
+    return value
 
 
 def _made_by(recipe: Recipe, stored: dict[str, Any]) -> bool:

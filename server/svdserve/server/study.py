@@ -210,7 +210,7 @@ def compare(
     run = make_run(device=device)
     found = run_comparison(model, work, chosen, keeps or [make_recipe().keep], evaluation, run)
     if json_file is not None:
-        write_json(json_file, found.model_dump(mode="json"))
+        write_json(json_file, found.portable())
     if table_file is not None:
         table_file.write_text(markdown(found))
     if plot_file is not None:
