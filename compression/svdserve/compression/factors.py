@@ -16,10 +16,12 @@ from typing import Literal
 
 import torch
 from scipy.linalg import lapack
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 Layout = Literal["pair", "interpolative"]
 LAYOUTS: tuple[Layout, ...] = ("pair", "interpolative")
+_POOLS = ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def interpolative(factors: Factors) -> Factors:
     below r leaves a singular R1; its rank is then cut to the numerical one, which loses nothing.
     """
     inner = factors.factor_in.double().cpu()
-    packed, order, *_ = lapack.dgeqp3(inner.numpy())
+    # Half of a pivoted QR is matrix times vector. OpenBLAS splits each into threads that then wait
+    # for each other: ten times slower, and minutes where other work shares the cores.
+    with _POOLS.limit(limits=1, user_api="blas"):
+        packed, order, *_ = lapack.dgeqp3(inner.numpy())
     upper = torch.from_numpy(packed[: factors.rank]).triu()
     diagonal = upper.diagonal().abs()
     rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
