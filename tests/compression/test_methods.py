@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.linalg import whiten
+from svdserve.compression.linalg import eigen_root, whiten
 from svdserve.compression.methods import METHODS, get_method, markdown_table
 from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics import GradientAccumulator, Statistics
 
 M, N, T, R = 24, 32, 600, 7
+SHARE = 2 * (M + N) / (M * N)  # two of the seven ranks for a residual
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,24 +250,64 @@ def test_asvd_is_the_truncation_of_the_scaled_weight():
     torch.testing.assert_close(got, truncated(weight * scale, R) / scale)
 
 
-@pytest.mark.parametrize("metric", ["plain", "whitened"])
-def test_res_svd_adds_the_truncated_residual(metric: str):
+@pytest.mark.parametrize("metric", ["whitened", "plain"])
+@pytest.mark.parametrize("residual_metric", ["whitened", "plain"])
+def test_res_svd_adds_the_truncated_residual(metric: str, residual_metric: str):
     weight, x, x_f = problem()
-    share = 2 * (M + N) / (M * N)  # two of the seven ranks
-    given = {"residual_share": share, "residual_metric": metric, "ridge": 0.0}
-    got = get_method("res-svd").solve(weight, statistics_of(x, x_f), R, given).factors
+    given = {"residual_share": SHARE, "metric": metric, "residual_metric": residual_metric}
+    statistics = statistics_of(x, x_f)
+    got = get_method("res-svd").solve(weight, statistics, R, {**given, "ridge": 0.0}).factors
     root = torch.linalg.cholesky(x @ x.T / T)
 
-    def whitened(matrix: Tensor, rank: int) -> Tensor:
+    def in_metric(name: str, matrix: Tensor, rank: int) -> Tensor:
+        if name == "plain":
+            return truncated(matrix, rank)
         return torch.linalg.solve(root.T, truncated(matrix @ root, rank).T).T
 
-    first = whitened(weight, R - 2)
-    rest = weight - first
-    second = truncated(rest, 2) if metric == "plain" else whitened(rest, 2)
+    first = in_metric(metric, weight, R - 2)
+    second = in_metric(residual_metric, weight - first, 2)
     assert got.rank == R
     torch.testing.assert_close(got.dense(), first + second, rtol=0, atol=1e-6)
-    if metric == "whitened":  # Eckart and Young: nothing is gained in one metric
-        torch.testing.assert_close(got.dense(), whitened(weight, R), rtol=0, atol=1e-6)
+    at_once = in_metric(metric, weight, R)
+    if metric == residual_metric:  # Eckart and Young: nothing is gained in one metric
+        torch.testing.assert_close(got.dense(), at_once, rtol=0, atol=1e-6)
+    else:
+        assert (got.dense() - at_once).norm() > 0.01 * at_once.norm()
+
+
+@pytest.mark.parametrize("base", ["svd", "asvd"])
+def test_eora_adds_the_error_truncated_in_the_eigenspace_of_the_inputs(base: str):
+    """B' = U_r Σ_r, A' = V_rᵀ Q'⁻¹ of ΔW Q', Q' = Q √Λ (arXiv 2410.21271, Algorithm 1)."""
+    weight, x, x_f = problem()
+    given = {"base": base, "alpha": 0.7, "residual_share": SHARE}
+    got = get_method("eora").solve(weight, statistics_of(x, x_f), R, given).factors
+    scale = x_f.abs().mean(dim=1) ** 0.7 if base == "asvd" else torch.ones(N).double()
+    first = truncated(weight * scale, R - 2) / scale
+    values, vectors = torch.linalg.eigh(x @ x.T / T)
+    eigenspace = vectors * values.sqrt()
+    lost = truncated((weight - first) @ eigenspace, 2) @ torch.linalg.inv(eigenspace)
+    assert got.rank == R
+    torch.testing.assert_close(got.dense(), first + lost, rtol=0, atol=1e-8)
+    again = get_method("res-svd").solve(
+        weight,
+        statistics_of(x, x_f),
+        R,
+        {"metric": "plain", "residual_metric": "whitened", "residual_share": SHARE, "ridge": 0.0},
+    )
+    if base == "svd":
+        torch.testing.assert_close(got.dense(), again.factors.dense(), rtol=0, atol=1e-8)
+
+
+def test_eigenvalues_that_rounding_made_negative_become_the_smallest_positive_one():
+    g = torch.Generator().manual_seed(4)
+    vectors = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64)).Q
+    rounded, want = (
+        (vectors * torch.tensor(values, dtype=torch.float64)) @ vectors.T
+        for values in ([-1e-9, 0.5, 2.0, 3.0], [0.5, 0.5, 2.0, 3.0])
+    )
+    root = eigen_root(rounded)
+    torch.testing.assert_close(root @ root.T, want)
+    assert torch.equal(eigen_root(torch.zeros(4, 4)), torch.eye(4).double())
 
 
 def test_ada_svd_alternates_least_squares_on_the_inputs():

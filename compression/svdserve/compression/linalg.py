@@ -86,6 +86,20 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     return values.clamp_min(0).flip(0)
 
 
+def eigen_root(gram: Tensor) -> Tensor:
+    """Q √Λ [n, n] of a Gram matrix H = Q Λ Qᵀ; the identity where H is zero.
+
+    Without a ridge rounding leaves eigenvalues that are not positive: they become the smallest one
+    that is (EoRA, arXiv 2410.21271).
+    """
+    values, vectors = torch.linalg.eigh(gram.double())
+    positive = values[values > 0]
+    if not len(positive):
+        return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    root: Tensor = vectors * values.clamp_min(float(positive[0])).sqrt()
+    return root
+
+
 def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The top ``rank`` left singular vectors U_r [m, r] and all singular values, descending.
 

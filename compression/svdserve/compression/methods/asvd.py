@@ -10,6 +10,8 @@ from svdserve.compression.linalg import left_subspace
 from svdserve.compression.methods.registry import Solution, method
 from svdserve.compression.statistics import Statistics
 
+Alpha = Annotated[float, Field(ge=0, le=1)]
+
 _FLOOR = 1e-6  # of the mean scale: a silent channel keeps a finite inverse
 
 
@@ -24,14 +26,18 @@ def asvd(
     statistics: Statistics,
     rank: int,
     *,
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    alpha: Alpha = 0.5,
 ) -> Solution:
     """Truncate the SVD of W S with S = diag(mean |x|)^α; Ŵ = U_r U_rᵀ W (S cancels).
 
     The paper's search for ranks by the perplexity of each layer is not part of the method here.
     """
+    left, _ = left_subspace(weight * channel_scale(statistics, alpha), rank)
+    return Solution(Factors(factor_in=left.mT @ weight, factor_out=left))
+
+
+def channel_scale(statistics: Statistics, alpha: float) -> Tensor:
+    """The diagonal of S [n], positive."""
     assert statistics.teacher_magnitude is not None
     scale = statistics.teacher_magnitude.double() ** alpha
-    scale = scale.clamp_min(_FLOOR * float(scale.mean())).clamp_min(1e-30)
-    left, _ = left_subspace(weight * scale, rank)
-    return Solution(Factors(factor_in=left.mT @ weight, factor_out=left))
+    return scale.clamp_min(_FLOOR * float(scale.mean())).clamp_min(1e-30)

@@ -1,5 +1,6 @@
 """ResSVD: residual compensation (arXiv 2505.20112, later ERC-SVD), its first part."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,13 @@ from svdserve.compression.factors import Factors
 from svdserve.compression.linalg import left_subspace, whiten
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.statistics import Statistics
+
+Metric = Callable[[Tensor], Tensor]
+"""M [m, n] to M F, whose Frobenius norm the truncation keeps; F Fᵀ is the metric."""
+
+MetricName = Literal["plain", "whitened"]
+Share = Annotated[float, Field(ge=0, le=1)]
+"""Rank of the residual over the break-even rank mn / (m + n)."""
 
 
 @method(
@@ -23,34 +31,46 @@ def res_svd(
     statistics: Statistics,
     rank: int,
     *,
-    residual_share: Annotated[float, Field(ge=0, le=1)] = 0.05,
-    residual_metric: Literal["plain", "whitened"] = "plain",
+    residual_share: Share = 0.05,
+    metric: MetricName = "whitened",
+    residual_metric: MetricName = "plain",
     ridge: Ridge = 1e-3,
 ) -> Solution:
-    """W_{r1} by the whitened SVD of W, then the residual W − W_{r1} to rank r2; r1 + r2 = r.
+    """W_{r1} of W, then the residual W − W_{r1} to rank r2; r1 + r2 = r.
 
     Args:
         weight: [m, n], float64.
         statistics: H of the module's inputs.
         rank: r, 1..min(m, n).
-        residual_share: r2 over the break-even rank mn / (m + n); the paper's 0.05.
-        residual_metric: of the second truncation. In the metric of the first one the sum is the
-            rank-r truncation itself (Eckart and Young), so only ``plain`` changes anything.
+        residual_share: r2 over mn / (m + n); the paper's 0.05.
+        metric, residual_metric: of either truncation. In one metric the sum is the rank-r
+            truncation itself (Eckart and Young): only two metrics change anything.
         ridge: λ over the mean of diag H.
     """
     assert statistics.gram is not None
-    m, n = weight.shape
-    second = min(round(residual_share * m * n / (m + n)), rank - 1)
     whitening = whiten(statistics.gram, ridge)
-    left, _ = left_subspace(weight @ whitening.root, rank - second)
+    metrics: dict[str, Metric] = {"plain": lambda m: m, "whitened": lambda m: m @ whitening.root}
+    factors = compensated(weight, rank, residual_share, metrics[metric], metrics[residual_metric])
+    return Solution(factors, {"damping": whitening.damping})
+
+
+def compensated(weight: Tensor, rank: int, share: float, first: Metric, second: Metric) -> Factors:
+    """Factors [m, r] · [r, n] of W_{r1} + R_{r2}, both truncations as U Uᵀ of what they truncate.
+
+    Args:
+        weight: W [m, n].
+        rank: r = r1 + r2, r1 at least 1.
+        share: r2 over mn / (m + n).
+        first: metric in which W is truncated to W_{r1}.
+        second: metric in which R = W − W_{r1} is truncated.
+    """
+    m, n = weight.shape
+    extra = min(round(share * m * n / (m + n)), rank - 1)
+    left, _ = left_subspace(first(weight), rank - extra)
     outer, inner = [left], [left.mT @ weight]
-    if second:
+    if extra:
         residual = weight - left @ inner[0]
-        metric = residual if residual_metric == "plain" else residual @ whitening.root
-        left, _ = left_subspace(metric, second)
+        left, _ = left_subspace(second(residual), extra)
         outer.append(left)
         inner.append(left.mT @ residual)
-    return Solution(
-        Factors(factor_in=torch.cat(inner), factor_out=torch.cat(outer, dim=1)),
-        {"damping": whitening.damping},
-    )
+    return Factors(factor_in=torch.cat(inner), factor_out=torch.cat(outer, dim=1))
