@@ -391,7 +391,9 @@ def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'best'.*res-svd, saes-kfac, saes-svd, soco, svd, svd-llm"):
+    with pytest.raises(
+        UserError, match=r"'best'.*res-svd, saes-kfac, saes-svd, soco, svd, svd-llm"
+    ):
         get_method("best")
 
 
