@@ -117,7 +117,10 @@ def test_scores_find_the_components_that_brute_force_finds(name: str, layout: La
     keep = parameters(layout, 10, 8, 4) / 80
     spectrum = Components(parent, keep, layout, allocate({"q_proj": (10, 8)}, keep, layout))
     learner = get_method(name).make_learner(
-        make_recipe(method=name, parameters={"epochs": 30, "precision": "float32"}).parameters
+        make_recipe(
+            method=name,
+            parameters={"epochs": 30, "learning_rate": 0.1, "precision": "float32"},
+        ).parameters
     )
     objective = ScoreObjective(spectrum, learner, base)
     stored = {"moves": torch.float32}
@@ -199,7 +202,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def recipe_for(text: Path, method: str, **fields) -> Recipe:
-    learns = {"precision": "float32", "epochs": 3} if method in ("soco", "acip") else {}
+    learns = {
+        "soco": {"precision": "float32", "epochs": 3, "learning_rate": 0.2},
+        "acip": {"precision": "float32", "epochs": 3},
+    }.get(method, {})
     given = {"keep": 0.5, "tokens": 2048, "seq_len": 32, "parameters": learns, "method": method}
     return make_recipe(calibration=str(text), **(given | fields))
 

@@ -32,7 +32,7 @@ class Learner(ABC):
 
     epochs: PositiveInt = 6
     batch_size: PositiveInt = 2
-    learning_rate: PositiveFloat = 0.1
+    learning_rate: PositiveFloat = 0.03
     precision: Precision = "bfloat16"
 
     def training(self, seed: int) -> Training:

@@ -58,7 +58,6 @@ class Soco(Learner):
         exploration, refinement: shares of the steps; the rest is for the decision.
     """
 
-    learning_rate: PositiveFloat = 0.2
     ratio_weight: PositiveFloat = 2.0
     polarisation_weight: NonNegativeFloat = 1.0
     exploration: Share = 0.2
