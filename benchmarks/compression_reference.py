@@ -1,0 +1,136 @@
+"""Speed and quality of svdserve beside the reference code of Swift-SVD or SVD-LLM.
+
+    python benchmarks/compression_reference.py svd-llm --clone DIR --model DIR \
+        --calibration FILE --text FILE --work DIR --json results/compression_reference.json
+
+The reference and ``svdserve compress`` factor the same model on the same token ids at the same
+keep ratio with the same threads, each in a process of its own, in turn. A process is timed from
+its start to the end of its stage: svdserve's up to the finished checkpoint, the reference's
+without writing its result (reference_stages.py says how it is run). Both results, and the dense
+model, are read on the same text; the reference's as dense weights. Results of several references
+stay side by side in one file.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from reference_stages import ADAPTED
+from safetensors.torch import save_file
+
+from svdserve.compression.calibration import calibration_tokens
+from svdserve.compression.checkpoint import read_json
+from svdserve.compression.evaluate import file_sha256, perplexity
+from svdserve.compression.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from svdserve.server.study import write_json
+
+BAR = 3.0
+OURS, REFERENCE = "svdserve", "reference"
+
+
+def timed(command: list[str], threads: int) -> dict[str, float]:
+    """Wall and processor seconds of a process, from its start to the end of its stage."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.time()
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    wall = time.time() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    last = done.stdout.rstrip().rpartition("\n")[2]
+    if last.startswith("{"):  # the reference knows better when its stage was over
+        told = json.loads(last)
+        wall, cpu = told["finished"] - started, told["cpu_seconds"]
+    return {"seconds": wall, "cpu_seconds": cpu}
+
+
+def commands(given: argparse.Namespace, recipe: Recipe) -> dict[str, list[str]]:
+    """What each side runs; both inputs are written to the work directory."""
+    given.work.mkdir(parents=True, exist_ok=True)
+    tokens, written = given.work / "tokens.safetensors", given.work / "recipe.yaml"
+    save_file({"tokens": calibration_tokens(given.model, recipe)}, tokens)
+    written.write_text(dump_recipe(recipe))
+    compress = ["-m", "svdserve.server.cli", "compress", "--force"]
+    places: dict[str, list[str | Path]] = {
+        OURS: [*compress, given.model, "--recipe", written, "--out", given.work / OURS],
+        REFERENCE: [
+            Path(__file__).with_name("reference_stages.py"),
+            *(given.name, given.clone, given.model, tokens, given.work / given.name),
+            *("--keep", str(recipe.keep), "--dtype", given.dtype),
+        ],
+    }
+    threads = ["--threads", str(given.threads)]
+    return {side: [sys.executable, *map(str, a), *threads] for side, a in places.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(ADAPTED))
+    for place in ("clone", "model", "calibration", "text", "work", "json"):
+        parser.add_argument(f"--{place}", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=None, help="of svdserve; default its own")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--max-chunks", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dtype", default="bfloat16", help="in which the reference's model runs")
+    given = parser.parse_args()
+    fields = {"calibration": str(given.calibration.resolve()), "tokens": given.tokens}
+    code = commit(given.clone)
+    chosen = load_recipe(given.recipe) if given.recipe else {}
+    recipe = make_recipe(**chosen | fields | {"keep": given.keep})
+    runs: dict[str, list[dict[str, float]]] = {REFERENCE: [], OURS: []}
+    sides = commands(given, recipe)
+    for _ in range(given.pairs):
+        for side, done in runs.items():
+            done.append(timed(sides[side], given.threads))
+            print(side, done[-1])
+    models = {"dense": given.model, OURS: given.work / OURS, REFERENCE: given.work / given.name}
+    read = {
+        side: perplexity(directory, given.text, max_chunks=given.max_chunks)
+        for side, directory in models.items()
+    }
+    entry: dict[str, Any] = {
+        "model": given.model.name,
+        "recipe": recipe.model_dump(mode="json") | {"calibration": given.calibration.name},
+        "calibration_sha256": file_sha256(given.calibration),
+        "text": given.text.name,
+        "text_sha256": read["dense"].text_sha256,
+        "chunks": read["dense"].chunks,
+        "machine": read["dense"].machine.model_dump() | {"threads": given.threads},
+        "reference_commit": code,
+        "reference_dtype": given.dtype,
+        "adapted": ADAPTED[given.name],
+        "runs": runs,
+        "ratio": {
+            key: spread([r[key] / o[key] for r, o in zip(runs[REFERENCE], runs[OURS], strict=True)])
+            for key in ("seconds", "cpu_seconds")
+        },
+        "bar": BAR,
+        "perplexity": {side: found.perplexity for side, found in read.items()},
+    }
+    entries = read_json(given.json) if given.json.exists() else {}
+    write_json(given.json, entries | {f"{given.name} / {recipe.method}": entry})
+    print(json.dumps({key: entry[key] for key in ("ratio", "perplexity")}, indent=2))
+
+
+def commit(clone: Path) -> str:
+    """The commit of a clone; fails at once where there is none."""
+    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
