@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--max-chunks", type=int, default=None, help="of the text")
     parser.add_argument("--only", action="append", choices=sorted(CHANGES), default=[])
     given = parser.parse_args()
     same = {"calibration": given.calibration, "tokens": given.tokens}
@@ -69,7 +70,7 @@ def main() -> None:
         for kind in given.only or CHANGES
         for name, fields in CHANGES[kind].items()
     }
-    evaluation = Evaluation(texts=(given.text,), seq_len=1024)
+    evaluation = Evaluation(texts=(given.text,), seq_len=1024, max_chunks=given.max_chunks)
     found = compare(str(given.model), given.work, recipes, [given.keep], evaluation)
     rows = {
         cell.name: {

@@ -78,7 +78,7 @@ class Recipe(BaseModel):
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
     precision: Precision = Field(
-        default="float32", description="of matrix products in the passes over the tokens"
+        default="bfloat16", description="of matrix products in the passes over the tokens"
     )
     seed: int = 0
     block_refinement: BlockRefinement | None = Field(
