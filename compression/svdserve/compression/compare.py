@@ -66,10 +66,7 @@ class Cell(BaseModel):
     @property
     def accuracy(self) -> float | None:
         """Mean over the tasks of acc_norm where a task has it, else acc."""
-        if self.scores is None:
-            return None
-        values = [score.accuracy for score in self.scores.scores]
-        return sum(values) / len(values)
+        return None if self.scores is None else self.scores.accuracy
 
 
 class Comparison(BaseModel):

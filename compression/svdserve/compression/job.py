@@ -291,6 +291,7 @@ class Job:
                 if spec is not None:
                     specs[unit.name] = spec
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
+            del statistics  # not beside those of the next group
             release()
         tensors |= self._finish(block, specs, progress)
         tensors |= self.assembly.dense_in_block(index, specs)

@@ -36,15 +36,14 @@ def whiten(gram: Tensor, ridge: float, *, cholesky: bool = True) -> Whitening:
     if scale <= 0:
         gram, scale = torch.zeros_like(gram), 1.0
         ridge = 1.0
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     damping = ridge * scale
     for _ in range(_ATTEMPTS if cholesky else 0):
-        root, failed = torch.linalg.cholesky_ex(gram + damping * eye)
+        root, failed = torch.linalg.cholesky_ex(_with_diagonal(gram, damping))
         if not int(failed):
             return _triangular(root, damping)
         damping = max(damping * 10, 1e-12 * scale)
     damping = ridge * scale
-    values, vectors = torch.linalg.eigh(gram + damping * eye)
+    values, vectors = torch.linalg.eigh(_with_diagonal(gram, damping))
     # A singular Gram matrix with no ridge has eigenvalues of either sign at rounding level.
     roots = values.clamp_min(1e-12 * float(values[-1])).sqrt()
     return Whitening(
@@ -53,6 +52,13 @@ def whiten(gram: Tensor, ridge: float, *, cholesky: bool = True) -> Whitening:
         unwhiten=lambda g: (g / roots) @ vectors.T,
         dual=lambda g: (g @ vectors) / roots,
     )
+
+
+def _with_diagonal(gram: Tensor, added: float, share: float = 1.0) -> Tensor:
+    """share · G + added · I, with one matrix of memory."""
+    found = gram * share
+    found.diagonal().add_(added)
+    return found
 
 
 def _triangular(root: Tensor, damping: float) -> Whitening:
@@ -73,10 +79,9 @@ def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
     """
     gram = gram.double()
     scale = float(gram.diagonal().mean())
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if scale <= 0:
-        return eye
-    return whiten((1 - shrinkage) * gram + shrinkage * scale * eye, 0.0).root
+        return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return whiten(_with_diagonal(gram, shrinkage * scale, 1 - shrinkage), 0.0).root
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ class TaskScores(BaseModel):
     seconds: float
     measured_at: datetime
 
+    @property
+    def accuracy(self) -> float:
+        """Mean over the tasks."""
+        return sum(score.accuracy for score in self.scores) / len(self.scores)
+
 
 def task_scores(
     model_dir: Path,
