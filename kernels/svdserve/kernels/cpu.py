@@ -1,8 +1,8 @@
-"""The fused low-rank linear for x86 processors with AVX512-BF16 (cpu_bf16.cpp).
+"""The fused low-rank linear for x86 processors with AVX512-BF16, and AMX if they have it.
 
-The library is compiled once, at install (``python -m svdserve.kernels.cpu``) or at first use, into
-the folder where torch keeps its extensions. Where it cannot be used ``unsupported`` says why, and
-callers run the two products on their own.
+The library (cpu_bf16.cpp) is compiled once, at install (``python -m svdserve.kernels.cpu``) or at
+first use, into the folder where torch keeps its extensions. Where it cannot be used ``unsupported``
+says why, and callers run the two products on their own.
 """
 
 import hashlib
@@ -34,13 +34,21 @@ class PackedFactors(nn.Module):
     packed_out: Tensor
     mask: Tensor
 
-    def __init__(self, factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        factor_in: Tensor,
+        factor_out: Tensor,
+        pivots: Tensor | None = None,
+        *,
+        amx: bool | None = None,
+    ) -> None:
         """Copy the factors; the caller may free its own.
 
         Args:
             factor_in: [r, n], or [r, n - r] with pivots; bfloat16 on CPU.
             factor_out: [m, r]; bfloat16 on CPU.
             pivots: [r] strictly ascending channels of x, or None for the pair layout.
+            amx: whether to multiply with AMX; None takes it where the processor has it.
 
         Raises:
             ValueError: shapes, dtypes or pivots that do not fit together.
@@ -53,6 +61,7 @@ class PackedFactors(nn.Module):
         _check(factor_in, factor_out, pivots, self.channels)
         if reason := unsupported():
             raise RuntimeError(f"the fused kernel cannot run: {reason}")
+        self.amx: bool = torch.ops.svdserve.has_amx() if amx is None else amx
         pack = torch.ops.svdserve.pack
         self.register_buffer("packed_in", pack(factor_in), persistent=False)
         self.register_buffer("packed_out", pack(factor_out), persistent=False)
@@ -70,20 +79,16 @@ class PackedFactors(nn.Module):
             self.rank,
             self.outputs,
             bias,
+            self.amx,
         )
 
 
 @cache
 def unsupported() -> str | None:
-    """Why this process cannot use the kernel; None if it can, and then it is loaded.
-
-    Processors with AMX keep oneDNN's products, which use it.
-    """
+    """Why this process cannot use the kernel; None if it can, and then it is loaded."""
     has = torch.cpu.get_capabilities()
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this processor has no {', '.join(lacking)}"
-    if has.get("amx_bf16"):
-        return "this processor has AMX, which the kernel does not use"
     try:
         torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
@@ -169,8 +174,9 @@ def _fake(
     rank: int,
     outputs: int,
     bias: Tensor | None,
+    amx: bool,
 ) -> Tensor:
-    del packed_in, packed_out, mask, pivots, rank, bias
+    del packed_in, packed_out, mask, pivots, rank, bias, amx
     return x.new_empty(*x.shape[:-1], outputs)
 
 

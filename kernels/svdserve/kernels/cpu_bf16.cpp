@@ -5,16 +5,20 @@
 // A decode step so reads each weight once, in order, and wakes its threads once.
 //
 // Weights are packed in panels of 32 rows, [column pair][row][2], the operand order of vdpbf16ps;
-// the last panel has 16 rows where those are enough. Activations are packed in tiles of up to 12
-// tokens, [block of 32 columns][token][32], so that one pointer walks a tile and whole vectors
-// fill it: 12 tokens times 32 rows keep 24 of the 32 vector registers busy.
+// the last panel has 16 rows where those are enough. Activations are packed in tiles of tokens,
+// [block of 32 columns][token][32], so that one pointer walks a tile and whole vectors fill it: 12
+// tokens times 32 rows keep 24 of the 32 vector registers busy. With AMX a tile has up to 32 tokens;
+// both operands already lie as its tile registers want them.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -32,8 +36,9 @@ using Pair = std::uint32_t;  // those of two neighbouring columns
 
 constexpr int kLanes = 16;                   // float32 in a vector
 constexpr int kPanel = 2 * kLanes;           // rows of a packed panel
-constexpr int kTile = 12;                    // tokens of a tile, at most
-constexpr int64_t kChunk = 64 * kTile;       // tokens at a time, which bounds the scratch memory
+constexpr int kVectorTile = 12;              // tokens of a tile, at most
+constexpr int kAmxTile = 2 * kLanes;         // the same with AMX
+constexpr int64_t kChunk = 768;              // tokens at a time, which bounds the scratch memory
 constexpr int kAhead = 4096;                 // bytes of weights that are asked for in advance
 constexpr int64_t kGroupBytes = 384 << 10;   // panels that stay in the L2 cache while tiles pass
 
@@ -56,8 +61,12 @@ Half* scratch(int64_t count) {
   return halves(kept);
 }
 
+// AMX reads whole blocks of 16 pairs: past the end of a panel it finds the next panel, past the end
+// of the last one this slack, and the activations there are zero.
+constexpr int64_t kSlack = kLanes * kPanel * 2;
+
 int64_t packed_size(int64_t rows, int64_t columns) {
-  return round_up(rows, kLanes) * round_up(columns, 2);
+  return round_up(rows, kLanes) * round_up(columns, 2) + kSlack;
 }
 
 // A packed weight [rows, 2 * pairs].
@@ -76,7 +85,7 @@ struct Tiles {
   int64_t tokens;
   int64_t count;
 
-  explicit Tiles(int64_t n) : tokens(n), count((n + kTile - 1) / kTile) {}
+  Tiles(int64_t n, int64_t most) : tokens(n), count((n + most - 1) / most) {}
   int64_t start(int64_t index) const { return tokens * index / count; }
   int size(int64_t index) const { return static_cast<int>(start(index + 1) - start(index)); }
 };
@@ -95,7 +104,7 @@ struct Activations {
 
 // out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel.
 template <int Tokens, int Blocks>
-void multiply(const Half* tile, const Half* w, int64_t pairs, float* out) {
+void multiply(const Half* tile, int, const Half* w, int64_t pairs, float* out) {
   __m512 sums[Tokens][Blocks];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -126,14 +135,75 @@ void multiply(const Half* tile, const Half* w, int64_t pairs, float* out) {
       _mm512_storeu_ps(out + token * kPanel + block * kLanes, sums[token][block]);
 }
 
-using Multiply = void (*)(const Half*, const Half*, int64_t, float*);
+// The same with AMX, for `tokens` of 16 * Tiles at most: rows past them hold garbage, as do sums.
+template <int Tiles, int Blocks>
+__attribute__((target("amx-tile,amx-bf16"))) void multiply_amx(const Half* tile, int tokens,
+                                                               const Half* w, int64_t pairs,
+                                                               float* out) {
+  constexpr int kStride = kPanel * Blocks * sizeof(Half), kRow = kPanel * sizeof(float);
+  _tile_zero(0);
+  if constexpr (Blocks > 1) _tile_zero(1);
+  if constexpr (Tiles > 1) _tile_zero(2);
+  if constexpr (Tiles > 1 && Blocks > 1) _tile_zero(3);
+  for (; pairs > 0; pairs -= kLanes, tile += tokens * kPanel, w += kLanes * kPanel * Blocks) {
+    _tile_loadd(4, tile, kPanel * sizeof(Half));
+    _tile_loadd(6, w, kStride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Blocks > 1) {
+      _tile_loadd(7, w + kPanel, kStride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Tiles > 1) {
+      _tile_loadd(5, tile + kLanes * kPanel, kPanel * sizeof(Half));
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Blocks > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    const char* ahead = reinterpret_cast<const char*>(w) + kAhead;
+#pragma GCC unroll 32
+    for (int line = 0; line < kLanes * Blocks; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+  }
+  _tile_stored(0, out, kRow);
+  if constexpr (Blocks > 1) _tile_stored(1, out + kLanes, kRow);
+  if constexpr (Tiles > 1) _tile_stored(2, out + kLanes * kPanel, kRow);
+  if constexpr (Tiles > 1 && Blocks > 1) _tile_stored(3, out + kLanes * kPanel + kLanes, kRow);
+}
+
+using Multiply = void (*)(const Half*, int, const Half*, int64_t, float*);
 
 template <int Blocks, int... Less>
-constexpr std::array<Multiply, kTile> by_tokens(std::integer_sequence<int, Less...>) {
+constexpr std::array<Multiply, kVectorTile> by_tokens(std::integer_sequence<int, Less...>) {
   return {multiply<Less + 1, Blocks>...};
 }
-constexpr auto kMultiply = std::array{by_tokens<1>(std::make_integer_sequence<int, kTile>()),
-                                      by_tokens<2>(std::make_integer_sequence<int, kTile>())};
+constexpr auto kMultiply =
+    std::array{by_tokens<1>(std::make_integer_sequence<int, kVectorTile>()),
+               by_tokens<2>(std::make_integer_sequence<int, kVectorTile>())};
+constexpr Multiply kMultiplyAmx[2][2] = {{multiply_amx<1, 1>, multiply_amx<2, 1>},
+                                         {multiply_amx<1, 2>, multiply_amx<2, 2>}};
+
+// Eight tile registers of 16 rows of 64 bytes. In static memory, as the compiler does not know that
+// loading it reads all of it.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig kTileConfig;
+
+// How this call multiplies; `enter` and `leave` surround every use by a thread.
+struct Engine {
+  bool amx;
+
+  int64_t tile() const { return amx ? kAmxTile : kVectorTile; }
+  Multiply multiply(int blocks, int tokens) const {
+    return amx ? kMultiplyAmx[blocks - 1][tokens > kLanes] : kMultiply[blocks - 1][tokens - 1];
+  }
+  __attribute__((target("amx-tile"))) void enter() const {
+    if (amx) _tile_loadconfig(&kTileConfig);
+  }
+  __attribute__((target("amx-tile"))) void leave() const {
+    if (amx) _tile_release();
+  }
+};
 
 // 32 sums plus 32 bfloat16 (none where `addend` is null), rounded to bfloat16.
 __m512i add_and_round(const float* sums, const Half* addend, __mmask32 lanes) {
@@ -163,18 +233,18 @@ struct Range {
 // Some panels of W times some tiles of x; `store(token, size of its tile, its place there, row,
 // sums [32])` gets every result.
 template <typename Store>
-void multiply_all(const Activations& x, const Weight& w, const Tiles& tiles, Range panels,
-                  Range some, const Store& store) {
+void multiply_all(const Engine& engine, const Activations& x, const Weight& w, const Tiles& tiles,
+                  Range panels, Range some, const Store& store) {
   const int64_t panel_bytes = kPanel * 2 * w.pairs * static_cast<int64_t>(sizeof(Half));
   const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(panel_bytes, 1));
-  alignas(64) float sums[kTile * kPanel];
+  alignas(64) float sums[kAmxTile * kPanel];
   for (int64_t first = panels.begin; first < panels.end; first += group) {
     for (int64_t tile = some.begin; tile < some.end; ++tile) {
       const int64_t start = tiles.start(tile);
       const int size = tiles.size(tile);
       for (int64_t panel = first; panel < std::min(first + group, panels.end); ++panel) {
-        const auto multiply = kMultiply[w.blocks(panel) - 1][size - 1];
-        multiply(x.tile(start), w.panel(panel), w.pairs, sums);
+        const auto multiply = engine.multiply(w.blocks(panel), size);
+        multiply(x.tile(start), size, w.panel(panel), w.pairs, sums);
         for (int place = 0; place < size; ++place)
           store(start + place, size, place, panel * kPanel, sums + place * kPanel);
       }
@@ -185,11 +255,14 @@ void multiply_all(const Activations& x, const Weight& w, const Tiles& tiles, Ran
 // This thread's share of W x: as many panels as the others, and of the panels that are left over
 // its part of the tokens; of a single tile, such as a decode step has, its part of the panels.
 template <typename Store>
-void product(const Activations& x, const Weight& w, const Tiles& tiles, const Store& store) {
+void product(const Engine& engine, const Activations& x, const Weight& w, const Tiles& tiles,
+             const Store& store) {
   const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
   const int64_t even = tiles.count < threads ? w.panels() : w.panels() / threads * threads;
-  multiply_all(x, w, tiles, Range::part(even, thread, threads), {0, tiles.count}, store);
-  multiply_all(x, w, tiles, {even, w.panels()}, Range::part(tiles.count, thread, threads), store);
+  const Range mine = Range::part(even, thread, threads), all{0, tiles.count};
+  const Range left{even, w.panels()}, share = Range::part(tiles.count, thread, threads);
+  multiply_all(engine, x, w, tiles, mine, all, store);
+  multiply_all(engine, x, w, tiles, left, share, store);
 }
 
 // The input [tokens, channels] and which of its channels are pivots: one bit each, 32 in a word.
@@ -229,12 +302,25 @@ void split(const Input& x, const Tiles& tiles, const Rows& chosen, const Activat
         pivot += _mm_popcnt_u32(pivots);
         other += _mm_popcnt_u32(others);
       }
-      *other = 0;  // the second half of an odd last pair
+      _mm512_storeu_si512(other, _mm512_setzero_si512());  // up to the end of the last block
       for (int64_t block = 0; block < rest.blocks; ++block)
         _mm512_storeu_si512(rest.vector(start + place, size, place, block),
                             _mm512_loadu_si512(row + block * kPanel));
     }
   }
+}
+
+// Whether the processor has AMX for bfloat16 and Linux lets this process use its registers, which
+// must be asked for once.
+bool has_amx() {
+  static const bool allowed = [] {
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24;            // AMX-BF16 and AMX-TILE in EDX
+    constexpr int kRequest = 0x1023, kTileData = 18;             // ARCH_REQ_XCOMP_PERM
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return allowed;
 }
 
 at::Tensor pack(const at::Tensor& weight) {
@@ -262,7 +348,7 @@ at::Tensor pack(const at::Tensor& weight) {
 // none at all; `mask` tells the pivots among the channels.
 at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::Tensor& packed_out,
                    const at::Tensor& mask, int64_t pivots, int64_t rank, int64_t outputs,
-                   const std::optional<at::Tensor>& bias) {
+                   const std::optional<at::Tensor>& bias, bool amx) {
   TORCH_CHECK(x.dim() > 0 && x.scalar_type() == at::kBFloat16 && x.is_cpu(),
               "lowrank: x must be bfloat16 on CPU with at least one dimension");
   TORCH_CHECK(packed_in.numel() == packed_size(rank, x.size(-1) - pivots) &&
@@ -272,6 +358,7 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
                         bias->numel() == outputs),
               "lowrank: the bias must be bfloat16 [", outputs, "]");
+  TORCH_CHECK(!amx || has_amx(), "lowrank: this processor has no AMX");
   const at::Tensor rows = x.reshape({-1, x.size(-1)});
   const at::Tensor input = rows.stride(-1) == 1 ? rows : rows.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
@@ -286,6 +373,7 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
   const Half* offset = bias ? halves(*bias) : nullptr;
   Half* result = halves(y);
 
+  const Engine engine{amx};
   const int threads = at::get_num_threads();
   const int64_t chosen_stride = round_up(pivots, kPanel) + kPanel;
   const int64_t row_length = round_up(part.channels, kPanel) + 2 * kPanel;
@@ -293,17 +381,19 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
   const int64_t z_width = round_up(rank, kPanel);
   const int64_t z_start = rest_width * chunk, chosen_start = z_start + z_width * chunk;
   const int64_t rows_start = chosen_start + chosen_stride * chunk;
-  Half* base = scratch(rows_start + row_length * threads);
+  // AMX reads a full tile of tokens wherever one starts.
+  Half* base = scratch(rows_start + row_length * threads + kAmxTile * kPanel);
   const Activations rest{base, rest_width / kPanel}, z{base + z_start, z_width / kPanel};
   const Rows chosen{base + chosen_start, chosen_stride};
 
   for (int64_t first = 0; first < tokens; first += chunk) {
-    const Tiles tiles(std::min(chunk, tokens - first));
+    const Tiles tiles(std::min(chunk, tokens - first), engine.tile());
 #pragma omp parallel num_threads(threads)
     {
+      engine.enter();
       split(part, tiles, chosen, rest, base + rows_start + omp_get_thread_num() * row_length);
 #pragma omp barrier
-      product(rest, inner, tiles,
+      product(engine, rest, inner, tiles,
               [&](int64_t token, int size, int place, int64_t row, const float* sums) {
                 const __mmask32 lanes = present(rank - row);
                 const Half* addend = pivots ? chosen.row(token) + row : nullptr;
@@ -312,11 +402,12 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
                                     _mm512_maskz_mov_epi16(lanes, values));
               });
 #pragma omp barrier
-      product(z, outer, tiles, [&](int64_t token, int, int, int64_t row, const float* sums) {
+      product(engine, z, outer, tiles, [&](int64_t token, int, int, int64_t row, const float* sums) {
         const __mmask32 lanes = present(outputs - row);
         const __m512i values = add_and_round(sums, offset ? offset + row : nullptr, lanes);
         _mm512_mask_storeu_epi16(result + token * outputs + row, lanes, values);
       });
+      engine.leave();
     }
     part.data += chunk * part.stride;
     result += chunk * outputs;
@@ -331,7 +422,8 @@ TORCH_LIBRARY(svdserve, library) {
   library.def("pack(Tensor weight) -> Tensor");
   library.def(
       "lowrank(Tensor x, Tensor packed_in, Tensor packed_out, Tensor mask, int pivots, int rank, "
-      "int outputs, Tensor? bias) -> Tensor");
+      "int outputs, Tensor? bias, bool amx) -> Tensor");
+  library.def("has_amx() -> bool", &has_amx);
 }
 
 TORCH_LIBRARY_IMPL(svdserve, CPU, library) {
