@@ -23,7 +23,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -41,6 +44,8 @@ constexpr int kAmxTile = 2 * kLanes;         // the same with AMX
 constexpr int64_t kChunk = 768;              // tokens at a time, which bounds the scratch memory
 constexpr int kAhead = 4096;                 // bytes of weights that are asked for in advance
 constexpr int64_t kGroupBytes = 384 << 10;   // panels that stay in the L2 cache while tiles pass
+constexpr int64_t kBlockPairs = 512;         // of columns, where whole panels would fill that
+constexpr int64_t kPairBytes = 4 * kPanel;   // of a panel
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -55,10 +60,18 @@ __mmask32 present(int64_t count) {
 }
 
 // Memory that this thread keeps between calls, as fresh pages would cost more than many a product.
-Half* scratch(int64_t count) {
-  static thread_local at::Tensor kept;
-  if (!kept.defined() || kept.numel() < count) kept = at::empty({count}, at::kBFloat16);
-  return halves(kept);
+template <typename T>
+T* scratch(int64_t count) {
+  static thread_local std::unique_ptr<T[], decltype(&std::free)> kept{nullptr, std::free};
+  static thread_local int64_t size = 0;
+  if (size < count) {
+    kept.reset();
+    void* memory = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
+    if (!memory) throw std::bad_alloc();
+    kept.reset(static_cast<T*>(memory));
+    size = count;
+  }
+  return kept.get();
 }
 
 // AMX reads whole blocks of 16 pairs: past the end of a panel it finds the next panel, past the end
@@ -102,12 +115,15 @@ struct Activations {
   }
 };
 
-// out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel.
+// out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel,
+// added to what is there if `add`.
 template <int Tokens, int Blocks>
-void multiply(const Half* tile, int, const Half* w, int64_t pairs, float* out) {
+void multiply(const Half* tile, int, const Half* w, int64_t pairs, bool add, float* out) {
   __m512 sums[Tokens][Blocks];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int token = 0; token < Tokens; ++token)
+    for (int block = 0; block < Blocks; ++block)
+      sums[token][block] = add ? _mm512_loadu_ps(out + token * kPanel + block * kLanes)
+                               : _mm512_setzero_ps();
   const Pair* x = reinterpret_cast<const Pair*>(tile);
   for (; pairs > 0; pairs -= kLanes, x += (Tokens - 1) * kLanes) {
     const Pair* end = x + std::min<int64_t>(pairs, kLanes);
@@ -139,12 +155,20 @@ void multiply(const Half* tile, int, const Half* w, int64_t pairs, float* out) {
 template <int Tiles, int Blocks>
 __attribute__((target("amx-tile,amx-bf16"))) void multiply_amx(const Half* tile, int tokens,
                                                                const Half* w, int64_t pairs,
-                                                               float* out) {
+                                                               bool add, float* out) {
   constexpr int kStride = kPanel * Blocks * sizeof(Half), kRow = kPanel * sizeof(float);
-  _tile_zero(0);
-  if constexpr (Blocks > 1) _tile_zero(1);
-  if constexpr (Tiles > 1) _tile_zero(2);
-  if constexpr (Tiles > 1 && Blocks > 1) _tile_zero(3);
+  float *const right = out + kLanes, *const below = out + kLanes * kPanel;
+  if (add) {
+    _tile_loadd(0, out, kRow);
+    if constexpr (Blocks > 1) _tile_loadd(1, right, kRow);
+    if constexpr (Tiles > 1) _tile_loadd(2, below, kRow);
+    if constexpr (Tiles > 1 && Blocks > 1) _tile_loadd(3, below + kLanes, kRow);
+  } else {
+    _tile_zero(0);
+    if constexpr (Blocks > 1) _tile_zero(1);
+    if constexpr (Tiles > 1) _tile_zero(2);
+    if constexpr (Tiles > 1 && Blocks > 1) _tile_zero(3);
+  }
   for (; pairs > 0; pairs -= kLanes, tile += tokens * kPanel, w += kLanes * kPanel * Blocks) {
     _tile_loadd(4, tile, kPanel * sizeof(Half));
     _tile_loadd(6, w, kStride);
@@ -163,12 +187,12 @@ __attribute__((target("amx-tile,amx-bf16"))) void multiply_amx(const Half* tile,
     for (int line = 0; line < kLanes * Blocks; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
   }
   _tile_stored(0, out, kRow);
-  if constexpr (Blocks > 1) _tile_stored(1, out + kLanes, kRow);
-  if constexpr (Tiles > 1) _tile_stored(2, out + kLanes * kPanel, kRow);
-  if constexpr (Tiles > 1 && Blocks > 1) _tile_stored(3, out + kLanes * kPanel + kLanes, kRow);
+  if constexpr (Blocks > 1) _tile_stored(1, right, kRow);
+  if constexpr (Tiles > 1) _tile_stored(2, below, kRow);
+  if constexpr (Tiles > 1 && Blocks > 1) _tile_stored(3, below + kLanes, kRow);
 }
 
-using Multiply = void (*)(const Half*, int, const Half*, int64_t, float*);
+using Multiply = void (*)(const Half*, int, const Half*, int64_t, bool, float*);
 
 template <int Blocks, int... Less>
 constexpr std::array<Multiply, kVectorTile> by_tokens(std::integer_sequence<int, Less...>) {
@@ -235,18 +259,30 @@ struct Range {
 template <typename Store>
 void multiply_all(const Engine& engine, const Activations& x, const Weight& w, const Tiles& tiles,
                   Range panels, Range some, const Store& store) {
-  const int64_t panel_bytes = kPanel * 2 * w.pairs * static_cast<int64_t>(sizeof(Half));
-  const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(panel_bytes, 1));
-  alignas(64) float sums[kAmxTile * kPanel];
+  const int64_t tile_count = some.end - some.begin, panel_bytes = w.pairs * kPairBytes;
+  // Where even a few panels would fill the cache, a group is wider and is done in blocks of columns.
+  const bool whole = tile_count < 2 || panel_bytes <= kGroupBytes / 4;
+  const int64_t block = whole ? std::max<int64_t>(1, w.pairs) : kBlockPairs;
+  const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, block * kPairBytes));
+  const int64_t kept = whole ? 0 : kAmxTile * kPanel;  // between the sums of two tiles or panels
+  float* const sums = scratch<float>(kAmxTile * kPanel + tile_count * group * kept);
   for (int64_t first = panels.begin; first < panels.end; first += group) {
-    for (int64_t tile = some.begin; tile < some.end; ++tile) {
-      const int64_t start = tiles.start(tile);
-      const int size = tiles.size(tile);
-      for (int64_t panel = first; panel < std::min(first + group, panels.end); ++panel) {
-        const auto multiply = engine.multiply(w.blocks(panel), size);
-        multiply(x.tile(start), size, w.panel(panel), w.pairs, sums);
-        for (int place = 0; place < size; ++place)
-          store(start + place, size, place, panel * kPanel, sums + place * kPanel);
+    const int64_t last = std::min(first + group, panels.end);
+    for (int64_t pair = 0; pair == 0 || pair < w.pairs; pair += block) {
+      const int64_t pairs = std::min(block, w.pairs - pair);
+      for (int64_t tile = some.begin; tile < some.end; ++tile) {
+        const int64_t start = tiles.start(tile);
+        const int size = tiles.size(tile);
+        const Half* inputs = x.tile(start) + pair * 2 * size;
+        for (int64_t panel = first; panel < last; ++panel) {
+          const int blocks = w.blocks(panel);
+          float* out = sums + ((tile - some.begin) * group + panel - first) * kept;
+          const Half* weights = w.panel(panel) + pair * 2 * kLanes * blocks;
+          engine.multiply(blocks, size)(inputs, size, weights, pairs, pair > 0, out);
+          if (pair + block < w.pairs) continue;
+          for (int place = 0; place < size; ++place)
+            store(start + place, size, place, panel * kPanel, out + place * kPanel);
+        }
       }
     }
   }
@@ -382,7 +418,7 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
   const int64_t z_start = rest_width * chunk, chosen_start = z_start + z_width * chunk;
   const int64_t rows_start = chosen_start + chosen_stride * chunk;
   // AMX reads a full tile of tokens wherever one starts.
-  Half* base = scratch(rows_start + row_length * threads + kAmxTile * kPanel);
+  Half* base = scratch<Half>(rows_start + row_length * threads + kAmxTile * kPanel);
   const Activations rest{base, rest_width / kPanel}, z{base + z_start, z_width / kPanel};
   const Rows chosen{base + chosen_start, chosen_stride};
 
