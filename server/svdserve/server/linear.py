@@ -10,6 +10,10 @@ needs all of z. Row-parallel: the rank's input channels, that is columns of fact
 among them, give a partial z; z [.., r] is all-reduced instead of y [.., m], fewer bytes, and every
 rank then holds the whole y.
 
+Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one for each product;
+these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
+inputs; the scales of its rows are those of the whole rows.
+
 Order. Gathering the pivots of x costs most at down_proj, which has the most inputs. It needs no
 gather where gate_up_proj writes its outputs in that order already: its rows are free to be stored
 in any order (``input_order`` of the one layer is ``row_order`` of the other).
@@ -87,6 +91,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             UserError: the checkpoint's sizes do not fit the layer or the number of ranks.
         """
         del output_size, extra_weight_attrs
+        if any(part.weights == "int8" for part in self.parts):
+            int8_kernel(params_dtype)
+        self.input_size = input_size
         start = layer.tp_rank * input_size_per_partition
         sharded = input_size_per_partition != input_size
         self.channels = (
@@ -95,7 +102,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.output_sizes = list(output_partition_sizes)
         self._check_geometry(input_size, layer.tp_size)
         # A layer whose caller sums the outputs (reduce_results off) stays a partial sum of y.
-        self.reduces_rank = sharded and layer.tp_size > 1 and layer.reduce_results
+        reduces = sharded and layer.tp_size > 1 and layer.reduce_results
+        self.reduces_rank = reduces and self.parts[0].spec is not None
         if self.reduces_rank:
             layer.reduce_results = False
         # LoRA and MLA code of vLLM read layer.weight (its device); it stays empty.
@@ -130,7 +138,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             f"{name}.{suffix}"
             for part in self.parts
             for name in part.names
-            for suffix in (part.spec.tensors() if part.spec else ("weight",))
+            for suffix in part.suffixes
         }
 
     def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
@@ -173,19 +181,26 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         products: list[nn.Module] = []
         for part in self.parts:
             sizes = list(islice(local, part.outputs))
+            whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
             if part.spec is None:
-                weight = self._dense_rows(layer, part, sizes, checkpoint, row_order)
-                product: nn.Module = Product(self.dense_method, weight)
-                stored += StoredBytes(dense=weight.nbytes, dense_equivalent=weight.nbytes)
+                product: _Stored = self._dense(layer, part, sizes, checkpoint, bias, row_order)
+                stored += StoredBytes(dense=product.stored_bytes, dense_equivalent=whole)
             else:
-                factors = checkpoint.factors(part.names[0])
-                factors = _ascending(factors)
-                outer = _rows(factors.factor_out, part.spec.out_features, sizes, layer, row_order)
-                product = self._lowrank(layer, factors, outer, bias, ordered_input)
-                stored += StoredBytes(
-                    lowrank=product.stored_bytes,
-                    dense_equivalent=sum(sizes) * len(self.channels) * layer.weight.element_size(),
+                factors = _ascending(checkpoint.factors(part.names[0]))
+                local_rows = partial(
+                    _rows,
+                    full=part.spec.out_features,
+                    local=sizes,
+                    layer=layer,
+                    order=row_order,
                 )
+                factors = replace(
+                    factors,
+                    factor_out=local_rows(factors.factor_out),
+                    factor_out_scale=_optional(local_rows, factors.factor_out_scale),
+                )
+                product = self._lowrank(layer, factors, bias, ordered_input)
+                stored += StoredBytes(lowrank=product.stored_bytes, dense_equivalent=whole)
             products.append(product)
         layer.products = nn.ModuleList(products)
         self.stored = stored
