@@ -61,9 +61,7 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         self.checkpoint = checkpoint
         # Names of modules and int8 linears as vLLM spells them -> as the checkpoint does; differs
         # in models that vLLM nests differently from transformers.
-        self.module_names = {
-            name: name for name in (*checkpoint.modules, *checkpoint.int8_linears)
-        }
+        self.module_names = {name: name for name in (*checkpoint.modules, *checkpoint.int8_linears)}
 
     @classmethod
     def get_name(cls) -> str:
@@ -133,10 +131,10 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         for member, linear in zip(members, linears, strict=True):
             name = f"{checkpoint_parent}.{member}" if checkpoint_parent else member
             part = self._listed(linear) if linear in self.module_names else Part((name,), None)
-            last = parts[-1] if parts else None
-            if last and last.spec is part.spec is None and last.weights == part.weights:
+            before = parts[-1] if parts else None
+            if before and before.spec is part.spec is None and before.weights == part.weights:
                 # Side by side: one product serves both.
-                parts[-1] = replace(last, names=(*last.names, *part.names))
+                parts[-1] = replace(before, names=(*before.names, *part.names))
             else:
                 parts.append(part)
         return tuple(parts)
