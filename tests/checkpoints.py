@@ -34,6 +34,12 @@ def random_factors(weight: torch.Tensor, rank: int, layout: Layout) -> Factors:
     return Factors(inner, outer, None if layout == "pair" else torch.randperm(n)[:rank].int())
 
 
+def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 values [m, n] and float32 scales [m]: 127 stands for the greatest of each row."""
+    scale = (weight.double().abs().max(dim=1).values / 127).float()
+    return (weight.double() / scale.double()[:, None]).round().to(torch.int8), scale
+
+
 def unequal_ranks(module: str, out_features: int, in_features: int) -> int:
     """About half of the full rank, but another for each kind of module and each layer."""
     layer = next((int(part) for part in module.split(".") if part.isdigit()), 0)
@@ -50,6 +56,7 @@ def write_checkpoint(
     rank_rule: RankRule = unequal_ranks,
     factorise: Factorise = truncated_svd,
     reference: Path | None = None,
+    int8: bool = False,
 ) -> Path:
     """Factor every linear of ``dense``.
 
@@ -59,31 +66,46 @@ def write_checkpoint(
         shared: one factorisation for the stacked weight of a group, or one for each linear.
         keep_dense: last name components of modules that stay dense.
         reference: where to write the same model with every factored weight multiplied out.
+        int8: round all factors, and the linears that stay dense.
     """
     weights = load_file(dense / SINGLE_FILE)
     products = dict(weights)
     modules: dict[str, ModuleSpec] = {}
+    int8_linears: list[str] = []
     stored = total = 0
     for module, members in _modules(list(weights), shared):
         last = module.rpartition(".")[2]
-        if last in keep_dense:
-            continue
         parent = module.rpartition(".")[0]
         names = [f"{parent}.{member}.weight" for member in members]
+        if last in keep_dense:
+            for name in names if int8 else []:
+                int8_linears.append(name.removesuffix(".weight"))
+                weights[name], weights[f"{name}_scale"] = round_rows(weights[name])
+                products[name] = weights[name] * weights[f"{name}_scale"][:, None]
+            continue
         weight = torch.cat([weights.pop(name) for name in names])
         sizes = tuple(products[name].shape[0] for name in names)
         rank = rank_rule(module, *weight.shape)
         factors = factorise(weight, rank, layout)
+        if int8:
+            inner, outer = round_rows(factors.factor_in), round_rows(factors.factor_out)
+            factors = Factors(inner[0], outer[0], factors.pivots, inner[1], outer[1])
         products |= dict(zip(names, factors.dense().split(sizes), strict=True))
         modules[module] = ModuleSpec.model_validate(
             {"members": members, "layout": layout, "rank": factors.rank}
-            | {"in": weight.shape[1], "out": sizes}
+            | {"in": weight.shape[1], "out": sizes, "weights": "int8" if int8 else "float"}
         )
         for suffix in modules[module].tensors():
             weights[f"{module}.{suffix}"] = getattr(factors, suffix)
         stored += parameters(layout, *weight.shape, factors.rank)
         total += weight.numel()
-    block = CheckpointConfig(base_model=dense.name, keep=min(1.0, stored / total), modules=modules)
+    block = CheckpointConfig(
+        format_version=2 if int8 else 1,
+        base_model=dense.name,
+        keep=min(1.0, stored / total) if total else 1.0,
+        modules=modules,
+        int8_linears=tuple(int8_linears),
+    )
     _write(dense, target, weights, {"quantization_config": block.dump()})
     if reference is not None:
         _write(dense, reference, products, {})

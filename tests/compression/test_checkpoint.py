@@ -82,7 +82,7 @@ def test_a_written_checkpoint_reads_back(dense: Path, tmp_path: Path, layout, sh
     ("changes", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq', not 'svdserve'"),
-        ({"format_version": 2}, "format_version 2 is not supported .*reads 1"),
+        ({"format_version": 3}, "format_version 3 is not supported .*reads 1 and 2"),
         ({"format_version": "1"}, "format_version '1' is not supported"),
         ({"keep": 0}, "keep: .*greater than 0"),
         ({"surprise": 1}, "surprise: Extra inputs"),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from svdserve.compression import checkpoint
@@ -18,13 +19,15 @@ def blocks() -> list[dict[str, Any]]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-def test_example_block_is_valid_and_complete() -> None:
-    block = blocks()[0]
+@pytest.mark.parametrize("version", [1, 2])
+def test_example_block_is_valid_and_complete(version: int) -> None:
+    block = blocks()[version - 1]
+    assert block["format_version"] == version
     assert parse_config(block).dump() == block
 
 
 def test_worked_example() -> None:
-    example = blocks()[1]
+    example = blocks()[2]
     value = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in example.items()}
     pivots = torch.tensor(example["pivots"], dtype=torch.int32)
     factors = Factors(value["factor_in"], value["factor_out"], pivots)

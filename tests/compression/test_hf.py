@@ -156,9 +156,9 @@ def test_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path
 
 def test_unknown_version_is_refused(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="format_version 2 is not supported"):
+    with pytest.raises(UserError, match="format_version 3 is not supported"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 from svdserve.compression.card import model_card
 from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
 from svdserve.compression.recipe import Recipe, dump_recipe
-from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of
+from svdserve.compression.schema import (
+    FLOAT_VERSION,
+    INT8_VERSION,
+    CheckpointConfig,
+    ModuleSpec,
+    linears_of,
+)
 from svdserve.compression.skeleton import Skeleton
 from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
 
@@ -41,14 +48,17 @@ class Assembly:
         dtype = getattr(torch, self._recipe.dtype)
         return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
-    def dense_in_block(self, index: int, specs: dict[str, ModuleSpec]) -> dict[str, Tensor]:
-        """The tensors of a block that its factors do not replace."""
-        factored = {f"{li}.weight" for name, spec in specs.items() for li in linears_of(name, spec)}
+    def dense_in_block(
+        self, index: int, specs: dict[str, ModuleSpec], int8_linears: Collection[str]
+    ) -> dict[str, Tensor]:
+        """The tensors of a block that neither factors nor int8 weights replace."""
+        factored = [li for name, spec in specs.items() for li in linears_of(name, spec)]
+        replaced = {f"{linear}.weight" for linear in (*factored, *int8_linears)}
         prefix = f"{self._skeleton.block_name(index)}."
         names = self._skeleton.files.info
-        return self._stored([n for n in names if n.startswith(prefix) and n not in factored])
+        return self._stored([n for n in names if n.startswith(prefix) and n not in replaced])
 
-    def assemble(self, specs: dict[str, ModuleSpec]) -> Path:
+    def assemble(self, specs: dict[str, ModuleSpec], int8_linears: Collection[str]) -> Path:
         """Put the finished blocks, the rest and the metadata together in the work directory."""
         blocks = range(self._skeleton.blocks)
         prefixes = tuple(f"{self._skeleton.block_name(index)}." for index in blocks)
@@ -65,9 +75,11 @@ class Assembly:
             config.pop("torch_dtype", None)
             config["dtype"] = self._recipe.dtype
         config["quantization_config"] = CheckpointConfig(
+            format_version=FLOAT_VERSION if self._recipe.weights == "float" else INT8_VERSION,
             base_model=self._base_model,
             keep=self._recipe.keep,
             modules=specs,
+            int8_linears=tuple(int8_linears),
             recipe=self._recipe.model_dump(mode="json"),
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")

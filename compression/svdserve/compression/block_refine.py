@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from svdserve.compression.int8 import unpacked
 from svdserve.compression.modules import trainable_factors
 from svdserve.compression.training import State, Trainer, Training
 from svdserve.compression.walk import BlockPass
@@ -50,11 +51,12 @@ def refine_block(
     Args:
         block: it goes on with the result; ``finish`` must be told.
         settings: the training; the sequences are those of the streams.
-        dtype: that factors are stored in.
+        dtype: that factors are stored in, as Trainer takes it.
         notify: as in Trainer.train.
 
     Returns:
-        The factors in ``dtype`` by their names inside the block, and the held-out squared errors.
+        The factors as Trainer.best gives them, by their names inside the block, and the held-out
+        squared errors.
     """
     factors = trainable_factors(block.student)
     objective = _BlockError(block, settings)
@@ -64,6 +66,6 @@ def refine_block(
     state = trainer.train(notify)
     best = trainer.best()
     for name, factor in factors.items():
-        factor.requires_grad_(False).copy_(best[name])
+        factor.requires_grad_(False).copy_(unpacked(name, best))
         factor.grad = None
     return best, state

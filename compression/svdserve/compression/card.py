@@ -34,7 +34,8 @@ def model_card(
 
 The weights of {len(modules)} linear modules are stored as low-rank factors
 ([{method.title}]({method.paper})): {stored:,} parameters instead of {dense:,}
-({stored / max(dense, 1):.3f}). Embeddings, norms and the head are as they were.{_training(recipe)}
+({stored / max(dense, 1):.3f}). Embeddings, norms and the head are as they were.{_int8(recipe)}\
+{_training(recipe)}
 
 ## Use
 
@@ -52,6 +53,16 @@ With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def _int8(recipe: Recipe) -> str:
+    """How the weights of the blocks are stored, if not in the dtype of the model."""
+    if recipe.weights == "float":
+        return ""
+    return (
+        "\nThe linears of the blocks, factored or dense, are stored in int8 with one float32 scale"
+        "\nfor each row; vLLM multiplies them with int8 activations."
+    )
 
 
 def _training(recipe: Recipe) -> str:

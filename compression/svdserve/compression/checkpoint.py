@@ -2,7 +2,8 @@
 
 A checkpoint is a Hugging Face directory whose config.json carries a ``quantization_config`` block
 (schema.py) and whose safetensors hold ``<module>.factor_in``, ``<module>.factor_out`` and, for the
-interpolative layout, ``<module>.pivots``. Everything else keeps its original name.
+interpolative layout, ``<module>.pivots``; int8 matrices have their scales under ``<matrix>_scale``.
+Everything else keeps its original name.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,15 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LOG_FILE = "svdserve_log.jsonl"
 MAX_SHARD_BYTES = 5_000_000_000
-SUFFIXES = ("factor_in", "factor_out", "pivots")
+SCALE = "_scale"
+SUFFIXES = (
+    "factor_in",
+    "factor_out",
+    "pivots",
+    "factor_in_scale",
+    "factor_out_scale",
+    "weight_scale",
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -155,23 +165,44 @@ class Checkpoint:
 
     def factors(self, module: str) -> Factors:
         """The factors of one module."""
-        names = [f"{module}.{suffix}" for suffix in self.config.modules[module].tensors()]
-        tensors = self.files.load(names)
-        return Factors(*(tensors[name] for name in names))
+        suffixes = self.config.modules[module].tensors()
+        tensors = self.files.load([f"{module}.{suffix}" for suffix in suffixes])
+        return Factors(**{suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes by kind: ``lowrank`` factors, ``dense`` rest, ``dense_equivalent`` of the whole.
 
-        The dense equivalent counts each factored weight in the dtype of its factors.
+        Scales count as bytes of what they scale. The dense equivalent counts each factored weight
+        in the dtype of its factors, and what is int8 in the dtype of the model.
         """
-        total = sum(info.nbytes for info in self.files.info.values())
-        lowrank = equivalent = 0
-        for name, spec in self.config.modules.items():
-            lowrank += sum(self.files.info[f"{name}.{suffix}"].nbytes for suffix in spec.tensors())
-            itemsize = self.files.info[f"{name}.factor_in"].dtype.itemsize
-            equivalent += spec.stacked * spec.in_features * itemsize
-        dense = total - lowrank
-        return {"lowrank": lowrank, "dense": dense, "dense_equivalent": dense + equivalent}
+        rows = [self.bytes_of(name) for name in self.config.modules]
+        lowrank = sum(stored for stored, _ in rows)
+        dense = sum(info.nbytes for info in self.files.info.values()) - lowrank
+        rows += [self.bytes_of(name) for name in self.config.int8_linears]
+        equivalent = lowrank + dense + sum(whole - stored for stored, whole in rows)
+        return {"lowrank": lowrank, "dense": dense, "dense_equivalent": equivalent}
+
+    def bytes_of(self, name: str) -> tuple[int, int]:
+        """Bytes of a module or a dense linear with its scales: stored, and were it dense."""
+        spec = self.config.modules.get(name)
+        if spec is None:
+            weight = self.files.info[f"{name}.weight"]
+            scale = self.files.info.get(f"{name}.weight{SCALE}")
+            elements = torch.Size(weight.shape).numel()
+            dtype, stored = weight.dtype, weight.nbytes + (scale.nbytes if scale else 0)
+        else:
+            tensors = [self.files.info[f"{name}.{suffix}"] for suffix in spec.tensors()]
+            elements = spec.stacked * spec.in_features
+            dtype, stored = tensors[0].dtype, sum(tensor.nbytes for tensor in tensors)
+        dtype = self.model_dtype if dtype == torch.int8 else dtype
+        return stored, elements * dtype.itemsize
+
+    @cached_property
+    def model_dtype(self) -> torch.dtype:
+        """The floating dtype that config.json names; float32, as in transformers, if none."""
+        config = read_json(self.directory / "config.json")
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in FACTOR_DTYPES}
+        return known.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -186,7 +217,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
     Raises:
         UserError: names the module and tensor that is missing, surplus, or of a wrong shape, dtype
-            or value. Call ``check_finite`` for the values of the factors.
+            or value. Call ``check_finite`` for the values of factors and scales.
     """
     block = read_json(directory / "config.json").get("quantization_config")
     if not isinstance(block, dict):
@@ -196,6 +227,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     expected: set[str] = set()
     for name, spec in config.modules.items():
         expected |= _check_module(files, name, spec)
+    for name in config.int8_linears:
+        expected |= _check_int8_linear(files, name)
     for name in files.info:
         module, _, suffix = name.rpartition(".")
         if suffix in SUFFIXES and name not in expected:
@@ -212,7 +245,7 @@ def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
             raise UserError(f"{where}: tensor {tensor} is missing")
         if info.shape != shape:
             raise UserError(f"{where}: {suffix} is {list(info.shape)}, expected {list(shape)}")
-        allowed = (torch.int32,) if suffix == "pivots" else FACTOR_DTYPES
+        allowed = _allowed(suffix, spec)
         if info.dtype not in allowed:
             raise UserError(f"{where}: {suffix} is {info.dtype}, allowed: {list(allowed)}")
     if files.info[f"{name}.factor_in"].dtype != files.info[f"{name}.factor_out"].dtype:
@@ -229,20 +262,49 @@ def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
     return {f"{name}.{suffix}" for suffix in spec.tensors()}
 
 
+def _allowed(suffix: str, spec: ModuleSpec) -> tuple[torch.dtype, ...]:
+    """The dtypes of a factored module's tensor."""
+    if suffix == "pivots":
+        return (torch.int32,)
+    if suffix.endswith(SCALE):
+        return (torch.float32,)
+    return FACTOR_DTYPES if spec.weights == "float" else (torch.int8,)
+
+
+def _check_int8_linear(files: TensorFiles, name: str) -> set[str]:
+    where, weight = f"{files.directory}: int8 linear {name}", f"{name}.weight"
+    scale = f"{weight}{SCALE}"
+    for tensor, dtype in ((weight, torch.int8), (scale, torch.float32)):
+        info = files.info.get(tensor)
+        if info is None:
+            raise UserError(f"{where}: tensor {tensor} is missing")
+        if info.dtype != dtype:
+            raise UserError(f"{where}: {tensor} is {info.dtype}, allowed: {[dtype]}")
+    shape, rows = files.info[weight].shape, files.info[scale].shape
+    if len(shape) != 2 or rows != shape[:1]:
+        raise UserError(f"{where}: weight is {list(shape)} and its scale {list(rows)}")
+    return {weight, scale}
+
+
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Refuse NaN and infinite factors; reads one tensor at a time.
+    """Refuse NaN and infinite factors, and scales that are not positive; one tensor at a time.
 
     Raises:
         UserError: names the first module with such a value.
     """
-    for name, spec in checkpoint.config.modules.items():
-        for suffix in spec.tensors():
-            tensor = checkpoint.files.load([f"{name}.{suffix}"])[f"{name}.{suffix}"]
-            if suffix == "pivots" or not tensor.numel():
-                continue
-            low, high = tensor.aminmax()  # both are NaN if one value is; several times cheaper
-            if not bool(low.isfinite() & high.isfinite()):
-                raise UserError(f"{checkpoint.directory}: module {name}: {suffix} is not finite")
+    config = checkpoint.config
+    tensors = [(name, suffix) for name, spec in config.modules.items() for suffix in spec.tensors()]
+    tensors += [(name, f"weight{SCALE}") for name in config.int8_linears]
+    for name, suffix in tensors:
+        tensor = checkpoint.files.load([f"{name}.{suffix}"])[f"{name}.{suffix}"]
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        where = f"{checkpoint.directory}: module {name}: {suffix}"
+        low, high = tensor.aminmax()  # both are NaN if one value is; several times cheaper
+        if not bool(low.isfinite() & high.isfinite()):
+            raise UserError(f"{where} is not finite")
+        if suffix.endswith(SCALE) and not bool(low > 0):
+            raise UserError(f"{where} must be positive")
 
 
 def merge_shards(parts: list[Path], target: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -8,6 +8,8 @@ Shapes: a weight W is [m, n] = [out, in] and y = W x.
   channels in ascending order. It stores r² parameters fewer and is lossless: column interpolative
   decomposition, Cheng et al., "On the compression of low rank matrices", SIAM J. Sci. Comput. 2005;
   PIFA (arXiv 2501.19090) applies the row variant to language models.
+
+Either layout may be stored in int8, with a scale for each row of each factor (int8.py).
 """
 
 import math
@@ -19,6 +21,8 @@ from scipy.linalg import lapack
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from svdserve.compression.int8 import Weights, dequantized, quantized
+
 Layout = Literal["pair", "interpolative"]
 LAYOUTS: tuple[Layout, ...] = ("pair", "interpolative")
 _POOLS = ThreadpoolController()
@@ -29,16 +33,23 @@ class Factors:
     """The tensors that stand for a weight [m, n] of rank r.
 
     factor_in is [r, n] (pair) or [r, n - r] (interpolative), factor_out is [m, r], and pivots is
-    int32 [r] (interpolative) or None (pair).
+    int32 [r] (interpolative) or None (pair). Factors in int8 have scales, float32 [r] and [m];
+    others have none.
     """
 
     factor_in: Tensor
     factor_out: Tensor
     pivots: Tensor | None = None
+    factor_in_scale: Tensor | None = None
+    factor_out_scale: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
         return "pair" if self.pivots is None else "interpolative"
+
+    @property
+    def weights(self) -> Weights:
+        return "float" if self.factor_out_scale is None else "int8"
 
     @property
     def rank(self) -> int:
@@ -49,7 +60,9 @@ class Factors:
         return self.factor_in.shape[1] + (0 if self.pivots is None else self.rank)
 
     def dense(self) -> Tensor:
-        """The weight [m, n] that the factors stand for, in their dtype."""
+        """The weight [m, n] that the factors stand for, in their dtype; float32 of int8."""
+        if self.weights == "int8":
+            return self.to(torch.float32).dense()
         if self.pivots is None:
             return self.factor_out @ self.factor_in
         pivots = self.pivots.long()
@@ -59,8 +72,21 @@ class Factors:
         return weight
 
     def to(self, dtype: torch.dtype) -> "Factors":
-        """The same factors with both matrices in ``dtype``; pivots stay int32."""
-        return Factors(self.factor_in.to(dtype), self.factor_out.to(dtype), self.pivots)
+        """The same factors with both matrices in a floating ``dtype``; pivots stay int32."""
+        if self.factor_in_scale is None or self.factor_out_scale is None:
+            return Factors(self.factor_in.to(dtype), self.factor_out.to(dtype), self.pivots)
+        return Factors(
+            dequantized(self.factor_in, self.factor_in_scale, dtype),
+            dequantized(self.factor_out, self.factor_out_scale, dtype),
+            self.pivots,
+        )
+
+    def quantized(self) -> "Factors":
+        """Both matrices rounded to int8."""
+        (inner, inner_scale), (outer, outer_scale) = map(
+            quantized, (self.factor_in, self.factor_out)
+        )
+        return Factors(inner, outer, self.pivots, inner_scale, outer_scale)
 
 
 def other_channels(pivots: Tensor, in_features: int) -> Tensor:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from svdserve.compression.checkpoint import check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.modules import replace_group
+from svdserve.compression.modules import Int8Linear, replace_group
 from svdserve.compression.schema import QUANT_METHOD, CheckpointConfig, parse_config
 
 
@@ -36,12 +37,21 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts factored modules in place of linears before transformers loads the weights.
 
     The checkpoint is validated while the model is still on the meta device: a broken one raises
-    UserError before memory is taken. The factors train like any other parameters.
+    UserError before memory is taken. The factors train like any other parameters, unless they are
+    int8.
     """
 
     quantization_config: SvdserveConfig
-    is_trainable = True
-    is_qat_trainable = True
+
+    @property
+    def is_trainable(self) -> bool:
+        config = self.quantization_config.checkpoint
+        int8 = any(spec.weights == "int8" for spec in config.modules.values())
+        return not int8 and not config.int8_linears
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_trainable
 
     def is_serializable(self) -> bool:
         return True
@@ -61,11 +71,25 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
         if checkpoint_files:
             check_finite(open_checkpoint(Path(checkpoint_files[0]).parent))
         for name, spec in config.modules.items():
-            parent_name, _dot, leaf = name.rpartition(".")
-            try:
-                parent = model.get_submodule(parent_name)
-            except AttributeError:
-                raise UserError(
-                    f"config.json: module {name}: {type(model).__name__} has no {parent_name}"
-                ) from None
+            parent, leaf = _parent(model, name)
             replace_group(parent, leaf, spec, None, dtype, "meta")
+        for name in config.int8_linears:
+            parent, leaf = _parent(model, name)
+            old = getattr(parent, leaf, None)
+            if not isinstance(old, nn.Linear):
+                raise UserError(
+                    f"config.json: int8_linears: {name} is no linear of {type(model).__name__}"
+                )
+            new = Int8Linear(old.in_features, old.out_features, old.bias, "meta")
+            setattr(parent, leaf, new)
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds ``name``, and the last part of the name."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(parent), leaf
+    except AttributeError:
+        raise UserError(
+            f"config.json: module {name}: {type(model).__name__} has no {parent}"
+        ) from None

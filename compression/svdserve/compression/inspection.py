@@ -27,6 +27,8 @@ class ModuleFacts(BaseModel):
     module: str
     layout: str
     rank: int | None
+    dtype: str
+    """Of the stored weights; bytes include the scales of int8."""
     nbytes: int
     dense_nbytes: int
     error: float | None
@@ -70,7 +72,9 @@ def inspect_checkpoint(directory: Path) -> Inspection:
 
 def print_inspection(inspection: Inspection) -> None:
     """A table of the modules and one line of totals."""
-    table = Table(title=f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}")
+    title = f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}"
+    int8 = any(row.dtype == "int8" for row in inspection.modules)
+    table = Table(title=f"{title}, int8" if int8 else title)
     table.add_column("module", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     for heading in ("rank", "bytes", "dense bytes", "kept", "error", "β"):
@@ -100,14 +104,15 @@ def print_inspection(inspection: Inspection) -> None:
 
 def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterator[ModuleFacts]:
     for name, spec in checkpoint.config.modules.items():
-        stored = [checkpoint.files.info[f"{name}.{suffix}"] for suffix in spec.tensors()]
+        nbytes, dense_nbytes = checkpoint.bytes_of(name)
         logged = log.get(name, {})
         yield ModuleFacts(
             module=name,
             layout=spec.layout,
             rank=spec.rank,
-            nbytes=sum(tensor.nbytes for tensor in stored),
-            dense_nbytes=spec.stacked * spec.in_features * stored[0].dtype.itemsize,
+            dtype=_dtype(checkpoint, f"{name}.factor_in"),
+            nbytes=nbytes,
+            dense_nbytes=dense_nbytes,
             error=logged.get("error"),
             beta=logged.get("beta"),
         )
@@ -115,18 +120,24 @@ def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterato
 
 def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
     """The linears that could have been factored and were kept."""
-    for name, tensor in checkpoint.files.info.items():
+    for name in checkpoint.files.info:
         module, _, suffix = name.rpartition(".")
         if suffix == "weight" and module.rpartition(".")[2] in _DENSE_LINEARS:
+            nbytes, dense_nbytes = checkpoint.bytes_of(module)
             yield ModuleFacts(
                 module=module,
                 layout="dense",
                 rank=None,
-                nbytes=tensor.nbytes,
-                dense_nbytes=tensor.nbytes,
+                dtype=_dtype(checkpoint, name),
+                nbytes=nbytes,
+                dense_nbytes=dense_nbytes,
                 error=None,
                 beta=None,
             )
+
+
+def _dtype(checkpoint: Checkpoint, tensor: str) -> str:
+    return str(checkpoint.files.info[tensor].dtype).removeprefix("torch.")
 
 
 def _log(path: Path) -> dict[str, dict[str, Any]]:

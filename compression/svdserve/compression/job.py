@@ -20,7 +20,7 @@ from svdserve.compression.block_refine import refine_block
 from svdserve.compression.calibration import calibration_tokens, check_calibration
 from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors, interpolative
+from svdserve.compression.factors import interpolative
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
@@ -29,6 +29,7 @@ from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
 from svdserve.compression.planning import (
     Unit,
+    int8_linears,
     parameters_with_dense,
     ranks_of,
     search_last_blocks,
@@ -42,6 +43,7 @@ from svdserve.compression.schema import ModuleSpec
 from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, OF_TEACHER, Statistics
+from svdserve.compression.student import put_factors, put_int8, put_stored
 from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder
 from svdserve.compression.walk import BlockPass, Walk
 from svdserve.compression.workdir import WorkDirectory, summation
@@ -174,7 +176,8 @@ class Job:
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
             facts = {k: v for k, v in asdict(report).items() if isinstance(v, int | float)}
             progress.event("done", **facts)
-        final = self.assembly.assemble(specs)
+        linears = int8_linears(self.units, self.recipe, specs)
+        final = self.assembly.assemble(specs, linears)
         if self.recipe.refinement is not None and specs:
             final, refined = self._refine(final, tokens, self.recipe.refinement)
             seconds = round(time.perf_counter() - started, 3)
@@ -229,7 +232,8 @@ class Job:
         path, tokens = self.work.path / "components", self._tokens()
         run = self.run.model_copy(update={"resume": True, "force": False})
         if not path.exists():
-            whole = self.recipe.model_copy(update={"layout": "pair", "dtype": "float32"})
+            stored = {"layout": "pair", "dtype": "float32", "weights": "float"}
+            whole = self.recipe.model_copy(update=stored)
             units = [unit for block in self.units for unit in block]
             full: Ranks = {u.name: min(u.rows.stop - u.rows.start, u.columns) for u in units}
             Job(str(self.skeleton.directory), path, whole, run, full, tokens).execute()
@@ -294,7 +298,8 @@ class Job:
             del statistics  # not beside those of the next group
             release()
         tensors |= self._finish(block, specs, progress)
-        tensors |= self.assembly.dense_in_block(index, specs)
+        linears = int8_linears([self.units[index]], self.recipe, specs)
+        tensors |= self.assembly.dense_in_block(index, specs, linears)
         self.work.save_block(index, tensors, specs)
         return specs
 
@@ -315,11 +320,13 @@ class Job:
     ) -> tuple[ModuleSpec | None, dict[str, Any]]:
         """Factor one unit, put it into the student and among the tensors of the block."""
         rank = self.ranks[unit.name]
+        int8 = self.recipe.weights == "int8"
+        gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
+        weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
         if rank is None:
-            return None, {"rank": None, "error": 0.0, "beta": None}
+            error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
+            return None, {"rank": None, "error": error, "beta": None}
         begun = time.perf_counter()
-        weights = [block.weight(unit.group, member) for member in unit.members]
-        weight = torch.cat(weights).double()
         if self.learned is not None:
             solution = self.learned.solve(unit.name)
         else:
@@ -328,18 +335,8 @@ class Job:
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
         seconds = round(time.perf_counter() - begun, 4)
-        factors = factors.to(self.dtype)
-        spec = ModuleSpec(
-            members=unit.members,
-            layout=factors.layout,
-            rank=factors.rank,
-            **{"in": weight.shape[1]},
-            out=tuple(w.shape[0] for w in weights),
-        )
-        for suffix in spec.tensors():
-            tensors[f"{unit.name}.{suffix}"] = getattr(factors, suffix).cpu().contiguous()
-        block.replace(unit.group, unit.name.rpartition(".")[2], spec, factors)
-        gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
+        factors = factors.quantized() if int8 else factors.to(self.dtype)
+        spec = put_factors(block, unit, factors, tensors)
         error = relative_error(weight, factors.to(torch.float64).dense(), gram)
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
         return spec, {**facts, "solve_seconds": seconds}
@@ -356,11 +353,8 @@ class Job:
         for group in block.groups:
             block.statistics(group, collect=False)
             for unit in self.units[index]:
-                if unit.group == group and unit.name in specs:
-                    spec = specs[unit.name]
-                    names = [f"{unit.name}.{suffix}" for suffix in spec.tensors()]
-                    factors = Factors(*(stored[name] for name in names))
-                    block.replace(group, unit.name.rpartition(".")[2], spec, factors)
+                if unit.group == group:
+                    put_stored(block, unit, specs.get(unit.name), stored)
         block.finish(refined=self.recipe.block_refinement is not None and bool(specs))
         return specs
 
@@ -376,7 +370,7 @@ class Job:
         best, state = refine_block(
             block,
             settings,
-            self.dtype,
+            self.dtype if self.recipe.weights == "float" else torch.int8,
             lambda step, _: progress.group(block.index, f"refinement, step {step}"),
         )
         block.finish(refined=True)

@@ -1,7 +1,8 @@
 """The torch modules of a factored model: what stands in a block where dense linears stood.
 
 The transformers quantizer plug-in builds them before it loads weights, and the block walk puts
-them into the student. Their parameter names are the tensor names of the checkpoint.
+them into the student. Their parameter names are the tensor names of the checkpoint. Those with int8
+weights widen them at every call: exact, for evaluation; vLLM also rounds the activations.
 """
 
 import weakref
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
+from svdserve.compression.int8 import dequantized
 from svdserve.compression.schema import ModuleSpec
 from svdserve.kernels.reference import lowrank_linear, project
 
@@ -21,9 +23,12 @@ class FactoredWeight(nn.Module):
     """The tensors of one ModuleSpec, from ``factors`` or, when None, uninitialised.
 
     Parameters ``factor_in`` and ``factor_out`` and, for the interpolative layout, the int32 buffer
-    ``pivots``; shapes as in factors.py.
+    ``pivots``; shapes as in factors.py. In int8 also the parameters ``factor_in_scale`` and
+    ``factor_out_scale``; only the weights are rounded then, and products are in the dtype of x.
     """
 
+    factor_in: nn.Parameter
+    factor_out: nn.Parameter
     pivots: Tensor | None
     scale: Tensor | None = None
     """[r], multiplies the rank-r vectors; set while scores of the components are learned."""
@@ -40,30 +45,50 @@ class FactoredWeight(nn.Module):
         self.out_features = spec.stacked
         self.rank = spec.rank
         self.layout = spec.layout
-        shapes = spec.tensors()
-        if factors is None:
-            factors = Factors(
-                torch.empty(shapes["factor_in"], dtype=dtype, device=device),
-                torch.empty(shapes["factor_out"], dtype=dtype, device=device),
-                torch.empty(shapes["pivots"], dtype=torch.int32, device=device)
-                if "pivots" in shapes
-                else None,
-            )
-        self.factor_in = nn.Parameter(factors.factor_in.to(device=device, dtype=dtype))
-        self.factor_out = nn.Parameter(factors.factor_out.to(device=device, dtype=dtype))
-        pivots = factors.pivots
-        self.register_buffer("pivots", None if pivots is None else pivots.to(device))
-        for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} is {list(getattr(self, name).shape)}, not {list(shape)}")
+        self.register_buffer("pivots", None)
+        trainable = spec.weights == "float"
+        for name, shape in spec.tensors().items():
+            kind = dtype if trainable else torch.int8
+            if name == "pivots":
+                kind = torch.int32
+            elif name.endswith("_scale"):
+                kind = torch.float32
+            if factors is None:
+                tensor = torch.empty(shape, dtype=kind, device=device)
+            else:
+                tensor = getattr(factors, name).to(device=device, dtype=kind)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+            if name == "pivots":
+                self.pivots = tensor
+            else:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
 
     def factors(self) -> Factors:
         """The tensors, without a copy and outside the autograd graph."""
-        return Factors(self.factor_in.detach(), self.factor_out.detach(), self.pivots)
+        scales = {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters(recurse=False)
+            if name.endswith("_scale")
+        }
+        return Factors(self.factor_in.detach(), self.factor_out.detach(), self.pivots, **scales)
+
+    def matrix(self, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of ``factor_in`` or ``factor_out`` to multiply activations of ``dtype`` with."""
+        values: Tensor = getattr(self, name)[rows]
+        scale = getattr(self, f"{name}_scale", None)
+        return values if scale is None else dequantized(values, scale[rows], dtype)
+
+    def thaw(self) -> None:
+        """Turn int8 factors into float32 parameters of the same values, which can be trained."""
+        for name in ("factor_in", "factor_out"):
+            if hasattr(self, f"{name}_scale"):
+                setattr(self, name, nn.Parameter(self.matrix(name, torch.float32)))
+                delattr(self, f"{name}_scale")
 
     def project(self, x: Tensor) -> Tensor:
         """The rank-r vectors [..., r] of x [..., n]."""
-        value = project(x, self.factor_in, self.pivots)
+        value = project(x, self.matrix("factor_in", x.dtype), self.pivots)
         return value if self.scale is None else value * self.scale
 
     def extra_repr(self) -> str:
@@ -87,9 +112,11 @@ class LowRankLinear(FactoredWeight):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        outer = self.matrix("factor_out", x.dtype)
         if self.scale is not None:
-            return linear(self.project(x), self.factor_out, self.bias)
-        return lowrank_linear(x, self.factor_in, self.factor_out, self.pivots, self.bias)
+            return linear(self.project(x), outer, self.bias)
+        inner = self.matrix("factor_in", x.dtype)
+        return lowrank_linear(x, inner, outer, self.pivots, self.bias)
 
 
 @dataclass
@@ -135,8 +162,8 @@ class SharedFactors(FactoredWeight):
     def forward(self, x: Tensor, member: int, bias: Tensor | None) -> Tensor:
         """Output [..., sizes[member]] of one member for x [..., n]."""
         start = sum(self.sizes[:member])
-        rows = self.factor_out[start : start + self.sizes[member]]
-        return linear(self._project(x, member), rows, bias)
+        rows = slice(start, start + self.sizes[member])
+        return linear(self._project(x, member), self.matrix("factor_out", x.dtype, rows), bias)
 
     def _project(self, x: Tensor, member: int) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the common subexpression itself
@@ -184,6 +211,29 @@ class SharedMember(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, member={self.member}"
 
 
+class Int8Linear(nn.Module):
+    """A dense linear [..., n] to [..., m] with an int8 weight [m, n], and its scales [m]."""
+
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, device: str
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        scale = torch.empty(out_features, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, dequantized(self.weight, self.weight_scale, x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}"
+
+
 def replace_group(
     parent: nn.Module,
     module_name: str,
@@ -228,7 +278,13 @@ def replace_group(
 
 
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors of a model or a block by their names; everything else is frozen."""
+    """The factors of a model or a block by their names; everything else is frozen.
+
+    Int8 factors become float32 ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FactoredWeight):
+            module.thaw()
     model.requires_grad_(False)
     found = {
         f"{path}.{suffix}": parameter

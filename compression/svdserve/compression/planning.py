@@ -33,6 +33,11 @@ class Unit:
     rows: slice
     columns: int
 
+    @property
+    def linears(self) -> list[str]:
+        """Full names of the members."""
+        return [f"{self.name.rpartition('.')[0]}.{member}" for member in self.members]
+
 
 def units_of(skeleton: Skeleton, grouping: Grouping) -> list[list[Unit]]:
     """The units of every block, in the order of its groups."""
@@ -88,6 +93,16 @@ def parameters_with_dense(units: list[list[Unit]], specs: dict[str, ModuleSpec])
     left = [unit for block in units for unit in block if unit.name not in specs]
     kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in left)
     return stored + kept, dense + kept
+
+
+def int8_linears(
+    units: list[list[Unit]], recipe: Recipe, specs: dict[str, ModuleSpec]
+) -> list[str]:
+    """Full names of the linears that stay dense and are stored in int8."""
+    if recipe.weights == "float":
+        return []
+    left = (unit for block in units for unit in block if unit.name not in specs)
+    return [linear for unit in left for linear in unit.linears]
 
 
 def swept(

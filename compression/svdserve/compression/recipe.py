@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from svdserve.compression.allocation import get_allocator
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
+from svdserve.compression.int8 import Weights
 from svdserve.compression.machine import Precision
 from svdserve.compression.methods import METHODS, get_method
 from svdserve.compression.training import Training
@@ -76,6 +77,10 @@ class Recipe(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
+    )
+    weights: Weights = Field(
+        default="float",
+        description="of the blocks' linears, factored or dense: in dtype, or int8 with row scales",
     )
     precision: Precision = Field(
         default="bfloat16", description="of matrix products in the passes over the tokens"

@@ -3,7 +3,8 @@
 Tuning the factors on the calibration data beats every closed form in the literature (Three-Level,
 HKUST-GZ 2026; AA-SVD, arXiv 2604.02119). The loop is in training.py, the loss in distillation.py.
 In memory are the student in float32 with AdamW's two moments and the gradients, and the
-activations of one step; the teacher only until its targets are on disk.
+activations of one step; the teacher only until its targets are on disk. Int8 factors are trained in
+float32; what counts as better, and what is written, is rounded to int8 again.
 """
 
 import json

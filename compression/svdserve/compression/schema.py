@@ -1,4 +1,4 @@
-"""Version 1 of the ``quantization_config`` block that svdserve writes into config.json.
+"""The ``quantization_config`` block that svdserve writes into config.json, versions 1 and 2.
 
 FORMAT.md in this folder describes the format in prose. This module imports pydantic only, so that
 every reader (transformers, vLLM, tools) can share it.
@@ -6,13 +6,25 @@ every reader (transformers, vLLM, tools) can share it.
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Layout
+from svdserve.compression.int8 import Weights
 
 QUANT_METHOD = "svdserve"
-FORMAT_VERSION = 1
+FLOAT_VERSION: Literal[1] = 1
+INT8_VERSION: Literal[2] = 2
+FORMAT_VERSIONS = (FLOAT_VERSION, INT8_VERSION)
 
 # One stacked weight per group; the names are those of vLLM's merged layers.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -33,6 +45,15 @@ class ModuleSpec(BaseModel):
     rank: PositiveInt
     in_features: PositiveInt = Field(alias="in")
     out_features: tuple[PositiveInt, ...] = Field(alias="out")
+    weights: Weights = "float"
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Version 1 has no ``weights``."""
+        fields: dict[str, Any] = handler(self)
+        if self.weights == "float":
+            del fields["weights"]
+        return fields
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -50,16 +71,16 @@ class ModuleSpec(BaseModel):
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of this module, by its suffix."""
-        if self.layout == "pair":
-            return {
-                "factor_in": (self.rank, self.in_features),
-                "factor_out": (self.stacked, self.rank),
-            }
-        return {
-            "factor_in": (self.rank, self.in_features - self.rank),
+        pair = self.layout == "pair"
+        shapes: dict[str, tuple[int, ...]] = {
+            "factor_in": (self.rank, self.in_features - (0 if pair else self.rank)),
             "factor_out": (self.stacked, self.rank),
-            "pivots": (self.rank,),
         }
+        if not pair:
+            shapes["pivots"] = (self.rank,)
+        if self.weights == "int8":
+            shapes |= {"factor_in_scale": (self.rank,), "factor_out_scale": (self.stacked,)}
+        return shapes
 
 
 class CheckpointConfig(BaseModel):
@@ -68,11 +89,28 @@ class CheckpointConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     quant_method: Literal["svdserve"] = "svdserve"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     base_model: str
     keep: float = Field(gt=0, le=1)
     modules: dict[str, ModuleSpec]
+    int8_linears: tuple[str, ...] = ()
+    """Dense linears whose weights are int8, by their full names."""
     recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _as_its_version(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.format_version == FLOAT_VERSION:
+            del fields["int8_linears"]
+        return fields
+
+    @model_validator(mode="after")
+    def _version_has_int8(self) -> Self:
+        first = next((name for name, spec in self.modules.items() if spec.weights == "int8"), None)
+        first = first or next(iter(self.int8_linears), None)
+        if self.format_version == FLOAT_VERSION and first is not None:
+            raise ValueError(f"{first}: int8 weights need format_version {INT8_VERSION}")
+        return self
 
     @model_validator(mode="after")
     def _members_once(self) -> Self:
@@ -85,6 +123,10 @@ class CheckpointConfig(BaseModel):
                 if linear in owner:
                     raise ValueError(f"{linear} is factored by {owner[linear]} and by {name}")
                 owner[linear] = name
+        for linear in self.int8_linears:
+            if linear in owner:
+                raise ValueError(f"int8_linears: {linear} belongs to {owner[linear]}")
+            owner[linear] = "int8_linears"
         return self
 
     @property
@@ -115,10 +157,11 @@ def parse_config(block: dict[str, Any], source: str = "config.json") -> Checkpoi
             f"{source}: quant_method is {block.get('quant_method')!r}, not {QUANT_METHOD!r}; "
             "compress the model with `svdserve compress` first"
         )
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
         raise UserError(
             f"{source}: format_version {version!r} is not supported (this svdserve reads "
-            f"{FORMAT_VERSION}); upgrade svdserve or compress the model again"
+            f"{known}); upgrade svdserve or compress the model again"
         )
     try:
         return CheckpointConfig.model_validate(block)

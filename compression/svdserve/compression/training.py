@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdserve.compression.errors import UserError
+from svdserve.compression.int8 import packed, rounded
 from svdserve.compression.machine import Precision
 from svdserve.compression.workdir import save_tensors
 
@@ -91,7 +92,8 @@ class Trainer:
 
     Args:
         parameters: float32, by name.
-        stored: the dtype that each is stored in, by name; held-out loss is taken so rounded.
+        stored: the dtype that each is stored in, by name; held-out loss is taken so rounded. int8
+            stands for matrices with a scale for each row.
         objective: adds gradients and measures.
         settings: the training.
         sequences: how many there are, N.
@@ -145,7 +147,10 @@ class Trainer:
         return state
 
     def best(self) -> dict[str, Tensor]:
-        """The parameters of least held-out loss, in their stored dtypes, on the CPU."""
+        """The parameters of least held-out loss, as they are stored, on the CPU.
+
+        Each in its dtype; int8 comes with scales (``packed`` in int8.py).
+        """
         return load_file(self.folder / _BEST) if self.folder is not None else self._best
 
     def held_out_loss(self) -> float:
@@ -186,7 +191,10 @@ class Trainer:
     def _as_stored(self) -> Iterator[None]:
         exact = {n: p.detach().clone() for n, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(parameter.data.to(self.stored[name]))
+            kind = self.stored[name]
+            parameter.data.copy_(
+                rounded(parameter.data) if kind == torch.int8 else parameter.data.to(kind)
+            )
         try:
             yield
         finally:
@@ -196,14 +204,17 @@ class Trainer:
     # State
 
     def _keep(self) -> None:
-        rounded = {
-            name: parameter.detach().to(self.stored[name]).cpu().contiguous()
-            for name, parameter in self.parameters.items()
-        }
+        best: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            kind = self.stored[name]
+            if kind == torch.int8:
+                best |= packed(name, parameter.detach())
+            else:
+                best[name] = parameter.detach().to(kind).cpu().contiguous()
         if self.folder is not None:
-            save_tensors(rounded, self.folder / _BEST)
+            save_tensors(best, self.folder / _BEST)
         else:
-            self._best = {name: tensor.clone() for name, tensor in rounded.items()}
+            self._best = {name: tensor.clone() for name, tensor in best.items()}
 
     def _save(self, folder: Path, state: State) -> None:
         tensors = {

@@ -240,8 +240,14 @@ class BlockPass:
         """Put factors into the student; they act from the next group on."""
         parent = self.student.get_submodule(group.parent)
         # Stored precision first: the student must see what will be served.
+        spec, factors = spec.model_copy(update={"weights": "float"}), factors.to(torch.float32)
         replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
         parent.requires_grad_(False)
+
+    def replace_weight(self, group: Group, member: str, weight: Tensor) -> None:
+        """Give one linear of the student another dense weight [m, n], float32."""
+        linear = self.student.get_submodule(group.parent).get_submodule(member)
+        linear.weight = nn.Parameter(weight.to(self.walk.device), requires_grad=False)
 
     def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [B, L, d] of both blocks for the sequences ``rows`` [B], after the last group.

@@ -117,6 +117,9 @@ def compress(
     dtype: Annotated[
         str | None, typer.Option(help="Stored dtype: auto, float32, bfloat16 or float16.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of the blocks' linears: float (in dtype) or int8.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the calibration tokens.")] = None,
     device: options.Device = None,
     threads: options.Threads = None,

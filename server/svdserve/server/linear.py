@@ -1,4 +1,4 @@
-"""Low-rank linear layers of vLLM: creation, loading, tensor parallelism and the forward pass.
+"""Low-rank and int8 linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
 
 A layer [m, n] of one or more ``Part``s (see quantization.py). Each factored part is two products
 around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
@@ -10,6 +10,10 @@ needs all of z. Row-parallel: the rank's input channels, that is columns of fact
 among them, give a partial z; z [.., r] is all-reduced instead of y [.., m], fewer bytes, and every
 rank then holds the whole y.
 
+Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one for each product;
+these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
+inputs; the scales of its rows are those of the whole rows.
+
 Order. Gathering the pivots of x costs most at down_proj, which has the most inputs. It needs no
 gather where gate_up_proj writes its outputs in that order already: its rows are free to be stored
 in any order (``input_order`` of the one layer is ``row_order`` of the other).
@@ -18,7 +22,7 @@ Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -35,7 +39,7 @@ from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, other_channels
 from svdserve.kernels.cpu import PackedFactors, unsupported
-from svdserve.server.products import LowRankProduct, Product
+from svdserve.server.products import Int8Product, LowRankProduct, Product, int8_kernel
 from svdserve.server.quantization import Part
 
 logger = init_logger(__name__)
@@ -69,7 +73,6 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.parts = parts
         self.stored: StoredBytes | None = None
-        self.dense_method = UnquantizedLinearMethod()
 
     def create_weights(
         self,
@@ -87,6 +90,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             UserError: the checkpoint's sizes do not fit the layer or the number of ranks.
         """
         del output_size, extra_weight_attrs
+        if any(part.weights == "int8" for part in self.parts):
+            int8_kernel(params_dtype)
+        self.input_size = input_size
         start = layer.tp_rank * input_size_per_partition
         sharded = input_size_per_partition != input_size
         self.channels = (
@@ -95,7 +101,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.output_sizes = list(output_partition_sizes)
         self._check_geometry(input_size, layer.tp_size)
         # A layer whose caller sums the outputs (reduce_results off) stays a partial sum of y.
-        self.reduces_rank = sharded and layer.tp_size > 1 and layer.reduce_results
+        reduces = sharded and layer.tp_size > 1 and layer.reduce_results
+        self.reduces_rank = reduces and self.parts[0].spec is not None
         if self.reduces_rank:
             layer.reduce_results = False
         # LoRA and MLA code of vLLM read layer.weight (its device); it stays empty.
@@ -130,7 +137,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             f"{name}.{suffix}"
             for part in self.parts
             for name in part.names
-            for suffix in (part.spec.tensors() if part.spec else ("weight",))
+            for suffix in part.suffixes
         }
 
     def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
@@ -173,60 +180,68 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         products: list[nn.Module] = []
         for part in self.parts:
             sizes = list(islice(local, part.outputs))
+            whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
             if part.spec is None:
-                weight = self._dense_rows(layer, part, sizes, checkpoint, row_order)
-                product: nn.Module = Product(self.dense_method, weight)
-                stored += StoredBytes(dense=weight.nbytes, dense_equivalent=weight.nbytes)
-            else:
-                factors = checkpoint.factors(part.names[0])
-                factors = _ascending(factors)
-                outer = _rows(factors.factor_out, part.spec.out_features, sizes, layer, row_order)
-                product = self._lowrank(layer, factors, outer, bias, ordered_input)
-                stored += StoredBytes(
-                    lowrank=product.stored_bytes,
-                    dense_equivalent=sum(sizes) * len(self.channels) * layer.weight.element_size(),
-                )
+                weight, scale = self._dense(layer, part, sizes, checkpoint, row_order)
+                dense = _product(layer, weight, scale, bias)
+                stored += StoredBytes(dense=dense.stored_bytes, dense_equivalent=whole)
+                products.append(dense)
+                continue
+            factors = _ascending(checkpoint.factors(part.names[0]))
+            rows = part.spec.out_features, sizes, layer, row_order
+            scale = factors.factor_out_scale
+            factors = replace(
+                factors,
+                factor_out=_rows(factors.factor_out, *rows),
+                factor_out_scale=None if scale is None else _rows(scale, *rows),
+            )
+            product = self._lowrank(layer, factors, bias, ordered_input)
+            stored += StoredBytes(lowrank=product.stored_bytes, dense_equivalent=whole)
             products.append(product)
         layer.products = nn.ModuleList(products)
         self.stored = stored
         return stored
 
-    def _dense_rows(
+    def _dense(
         self,
         layer: LinearBase,
         part: Part,
         sizes: Sequence[int],
         checkpoint: Checkpoint,
         row_order: Tensor | None,
-    ) -> Tensor:
-        blocks = []
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's share of a dense part's weight, and the scales of its rows where int8."""
+        found: dict[str, list[Tensor]] = {suffix: [] for suffix in part.suffixes}
         for linear, size in zip(part.names, sizes, strict=True):
-            name = f"{linear}.weight"
-            if name not in checkpoint.files:
-                raise UserError(
-                    f"{checkpoint.directory}: tensor {name} is missing; it is not factored either"
-                )
-            weight = checkpoint.files.load([name])[name]
-            copies = layer.tp_size * size // weight.shape[0]
-            if copies < 1 or weight.shape[1] != len(self.channels):
-                raise UserError(
-                    f"{checkpoint.directory}: {name} is {list(weight.shape)}, expected "
-                    f"{[size * layer.tp_size, len(self.channels)]}"
-                )
-            blocks.append(_rows(weight, [weight.shape[0]], [size], layer, row_order))
-        return _own(torch.cat(blocks), layer)
+            for suffix, blocks in found.items():
+                name = f"{linear}.{suffix}"
+                if name not in checkpoint.files:
+                    raise UserError(
+                        f"{checkpoint.directory}: tensor {name} is missing; it is not factored "
+                        "either"
+                    )
+                tensor = checkpoint.files.load([name])[name]
+                copies = layer.tp_size * size // tensor.shape[0]
+                if copies < 1 or tensor.shape[1:] not in ((), (self.input_size,)):
+                    raise UserError(
+                        f"{checkpoint.directory}: {name} is {list(tensor.shape)}, expected "
+                        f"{[size * layer.tp_size, self.input_size]}"
+                    )
+                blocks.append(_rows(tensor, [tensor.shape[0]], [size], layer, row_order))
+        weight, *scale = (torch.cat(blocks) for blocks in found.values())
+        return weight[:, self.channels.start : self.channels.stop], scale[0] if scale else None
 
     def _lowrank(
         self,
         layer: LinearBase,
         factors: Factors,
-        outer: Tensor,
         bias: nn.Parameter | None,
         ordered_input: bool,
     ) -> "LowRankProduct | PackedFactors":
+        """The product of factors whose ``factor_out`` holds this rank's rows."""
         whole = len(self.channels) == factors.in_features
-        if whole and _has_fused_kernel(layer.weight):
-            inner, pivots = factors.factor_in, factors.pivots
+        if whole and factors.weights == "float" and _has_fused_kernel(layer.weight):
+            inner, outer, pivots = factors.factor_in, factors.factor_out, factors.pivots
             if pivots is not None and ordered_input:
                 pivots = torch.arange(len(pivots))
             return PackedFactors(_own(inner, layer), _own(outer, layer), pivots)
@@ -237,10 +252,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             columns, slots = places.columns, places.slots
             order = None if ordered_input else places.order.to(layer.weight.device)
         inner = factors.factor_in[:, columns.start : columns.stop]
-        dense = self.dense_method
         return LowRankProduct(
-            inner=Product(dense, _own(inner, layer)) if inner.shape[1] else None,
-            outer=Product(dense, _own(outer, layer), bias),
+            inner=_product(layer, inner, factors.factor_in_scale) if inner.shape[1] else None,
+            outer=_product(layer, factors.factor_out, factors.factor_out_scale, bias),
             order=order,
             slots=slots,
             reduce=self.reduces_rank,
@@ -320,7 +334,14 @@ def _ascending(factors: Factors) -> Factors:
     if factors.pivots is None or bool((factors.pivots.diff() > 0).all()):
         return factors
     pivots, order = factors.pivots.sort()
-    return Factors(factors.factor_in[order], factors.factor_out[:, order], pivots)
+    scale = factors.factor_in_scale
+    return replace(
+        factors,
+        factor_in=factors.factor_in[order],
+        factor_out=factors.factor_out[:, order],
+        pivots=pivots,
+        factor_in_scale=None if scale is None else scale[order],
+    )
 
 
 def _has_fused_kernel(like: Tensor) -> bool:
@@ -331,7 +352,21 @@ def _has_fused_kernel(like: Tensor) -> bool:
     return reason is None
 
 
-def _own(weight: Tensor, layer: LinearBase) -> Tensor:
-    """A contiguous copy on the layer's device and in its dtype, independent of the mapped file."""
+def _product(
+    layer: LinearBase, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None = None
+) -> Product | Int8Product:
+    """The product with a weight, by what vLLM has for its dtype."""
+    if scale is None:
+        return Product(UnquantizedLinearMethod(), _own(weight, layer), bias)
+    values, scales = _own(weight, layer, torch.int8), _own(scale, layer, torch.float32)
+    return Int8Product(values, scales, layer.weight.dtype, bias)
+
+
+def _own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the layer's device, independent of the mapped file.
+
+    In the layer's dtype, unless another is given.
+    """
     target = layer.weight
-    return torch.empty(weight.shape, dtype=target.dtype, device=target.device).copy_(weight)
+    owned = torch.empty(weight.shape, dtype=dtype or target.dtype, device=target.device)
+    return owned.copy_(weight)

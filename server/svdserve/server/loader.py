@@ -191,10 +191,11 @@ def _require_all_used(
     checkpoint: Checkpoint, methods: list[LowRankLinearMethod], model: nn.Module
 ) -> None:
     used = {name for method in methods for part in method.parts for name in part.names}
-    for name in checkpoint.config.modules:
+    for name in (*checkpoint.config.modules, *checkpoint.config.int8_linears):
         if name not in used and not is_pp_missing_parameter(name, model):
+            kind = "factored" if name in checkpoint.config.modules else "int8"
             raise UserError(
-                f"{checkpoint.directory}: module {name} is factored, but {type(model).__name__} of "
+                f"{checkpoint.directory}: module {name} is {kind}, but {type(model).__name__} of "
                 "vLLM has no such linear; keep it (experts, embeddings, fused attention) dense"
             )
 

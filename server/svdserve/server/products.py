@@ -1,8 +1,17 @@
 """The products that a low-rank layer consists of where no fused kernel does all of it."""
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.kernels.linear import (
+    CPUInt8ScaledMMLinearKernel,
+    Int8ScaledMMLinearKernel,
+    init_int8_linear_kernel,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from svdserve.compression.errors import UserError
 
 
 class Product(nn.Module):
@@ -27,6 +36,67 @@ class Product(nn.Module):
         return self.method.apply(self, x, bias)  # type: ignore[no-any-return]
 
 
+def int8_kernel(dtype: torch.dtype) -> Int8ScaledMMLinearKernel:
+    """vLLM's choice for int8 weights with a scale for each row, and activations of ``dtype``.
+
+    Activations are rounded to int8 too, symmetric, with a scale for each token as it comes.
+
+    Raises:
+        UserError: vLLM has no such kernel for this device or dtype.
+    """
+    # Checked here, as vLLM's kernels for CUDA fail at the first token only.
+    if current_platform.is_cuda() and not current_platform.has_device_capability(75):
+        raise UserError("int8 weights need a GPU of compute capability 7.5; compress to float")
+    if dtype == torch.float32 and not current_platform.is_cpu():
+        raise UserError(
+            "int8 weights are not served in float32 on this device; add --dtype bfloat16"
+        )
+    try:
+        return init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name="svdserve",
+        )
+    except ValueError as error:
+        raise UserError(
+            "vLLM has no int8 linear kernel for this device; compress without --weights int8 "
+            f"({' '.join(str(error).split())})"
+        ) from None
+
+
+class Int8Product(nn.Module):
+    """y = W x + b for an int8 W [m, n] with scales [m], by vLLM's own int8 kernel."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.stored_bytes = weight.nbytes + scale.nbytes
+        # The names are those that the kernels ask for.
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale[:, None], requires_grad=False)
+        self.input_scale = self.input_zero_point = self.azp_adj = None
+        self.logical_widths = [weight.shape[0]]
+        self.bias = bias
+        self.kernel = kernel = int8_kernel(dtype)
+        on_cpu = isinstance(kernel, CPUInt8ScaledMMLinearKernel)
+        if on_cpu and (dtype != torch.bfloat16 or weight.shape[0] % 32):
+            # vLLM 0.32 gives these to its AMX operation too, which can not compute them.
+            kernel.process_weights_for_onednn(self)
+            kernel.linear_method = kernel._apply_weights_onednn
+        else:
+            kernel.process_weights_after_loading(self)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.kernel.apply_weights(self, x, bias)  # type: ignore[no-any-return]
+
+
 class LowRankProduct(nn.Module):
     """y = W x + b by the factors of one part; x [.., n] holds this rank's input channels."""
 
@@ -34,8 +104,8 @@ class LowRankProduct(nn.Module):
 
     def __init__(
         self,
-        inner: Product | None,
-        outer: Product,
+        inner: Product | Int8Product | None,
+        outer: Product | Int8Product,
         order: Tensor | None,
         slots: range,
         reduce: bool,

@@ -5,7 +5,7 @@ linears of the checkpoint (``qkv_proj``, ``gate_up_proj``); ``SvdserveConfig.par
 pieces the checkpoint stores it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from svdserve.compression.checkpoint import open_checkpoint
+from svdserve.compression.int8 import Weights
 from svdserve.compression.schema import (
     GROUPS,
     QUANT_METHOD,
@@ -32,15 +33,24 @@ class Part:
     Attributes:
         names: checkpoint names; one factored module, or dense linears that stand side by side.
         spec: the factored module's, None for dense.
+        weights: how they are stored.
     """
 
     names: tuple[str, ...]
     spec: ModuleSpec | None
+    weights: Weights = "float"
 
     @property
     def outputs(self) -> int:
         """How many of the layer's logical outputs (``output_partition_sizes``) it covers."""
         return len(self.names) if self.spec is None else len(self.spec.members)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Last parts of the names of the tensors that store it."""
+        if self.spec is not None:
+            return tuple(self.spec.tensors())
+        return ("weight",) if self.weights == "float" else ("weight", "weight_scale")
 
 
 class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
@@ -49,9 +59,9 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        # Module names as vLLM spells them -> as the checkpoint does; differs in models that
-        # vLLM nests differently from transformers.
-        self.module_names = {name: name for name in checkpoint.modules}
+        # Names of modules and int8 linears as vLLM spells them -> as the checkpoint does; differs
+        # in models that vLLM nests differently from transformers.
+        self.module_names = {name: name for name in (*checkpoint.modules, *checkpoint.int8_linears)}
 
     @classmethod
     def get_name(cls) -> str:
@@ -103,29 +113,34 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         return LowRankLinearMethod(prefix, parts) if parts else UnquantizedLinearMethod()
 
     def parts(self, prefix: str) -> tuple[Part, ...]:
-        """The parts of the vLLM layer ``prefix`` in the order of its outputs; none if all dense."""
+        """The parts of the vLLM layer ``prefix`` in the order of its outputs.
+
+        None if all of it is dense in the model's dtype.
+        """
         if prefix in self.module_names:
-            return (self._factored(prefix),)
+            return (self._listed(prefix),)
         parent, _, last = prefix.rpartition(".")
         # About 30 model files of vLLM declare no packed_modules_mapping.
         members = self.packed_modules_mapping.get(last) or GROUPS.get(last, ())
         linears = [f"{parent}.{member}" if parent else member for member in members]
-        factored = [linear for linear in linears if linear in self.module_names]
-        if not factored:
+        listed = [linear for linear in linears if linear in self.module_names]
+        if not listed:
             return ()
-        checkpoint_parent = self.module_names[factored[0]].rpartition(".")[0]
+        checkpoint_parent = self.module_names[listed[0]].rpartition(".")[0]
         parts: list[Part] = []
         for member, linear in zip(members, linears, strict=True):
-            if linear in self.module_names:
-                parts.append(self._factored(linear))
-                continue
             name = f"{checkpoint_parent}.{member}" if checkpoint_parent else member
-            if parts and parts[-1].spec is None:  # side by side: one product serves both
-                parts[-1] = Part((*parts[-1].names, name), None)
+            part = self._listed(linear) if linear in self.module_names else Part((name,), None)
+            before = parts[-1] if parts else None
+            if before and before.spec is part.spec is None and before.weights == part.weights:
+                # Side by side: one product serves both.
+                parts[-1] = replace(before, names=(*before.names, *part.names))
             else:
-                parts.append(Part((name,), None))
+                parts.append(part)
         return tuple(parts)
 
-    def _factored(self, module: str) -> Part:
+    def _listed(self, module: str) -> Part:
+        """The part of a factored module or an int8 linear."""
         name = self.module_names[module]
-        return Part((name,), self.checkpoint.modules[name])
+        spec = self.checkpoint.modules.get(name)
+        return Part((name,), spec, "int8" if spec is None else spec.weights)
