@@ -60,7 +60,8 @@ def outputs(model: Path, tokens: Tensor) -> list[Tensor]:
 def test_errors_are_those_of_the_models(method: str, given: tuple[Path, dict], tmp_path: Path):
     """svd needs no stream and svd-llm the teacher's only: both run all the same."""
     model, fields = given
-    recipe = make_recipe(method=method, block_refinement=SETTINGS, dtype="float32", **fields)
+    exact = {"dtype": "float32", "precision": "float32"}
+    recipe = make_recipe(method=method, block_refinement=SETTINGS, **exact, **fields)
     closed = recipe.model_copy(update={"block_refinement": None})
     compress(str(model), tmp_path / "closed", closed, RUN)
     compress(str(model), tmp_path / "refined", recipe, RUN)

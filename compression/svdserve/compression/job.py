@@ -24,7 +24,7 @@ from svdserve.compression.factors import interpolative
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
-from svdserve.compression.memory import peak_bytes, release
+from svdserve.compression.memory import bound_kernel_cache, peak_bytes, release
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
 from svdserve.compression.planning import (
@@ -123,6 +123,7 @@ class Job:
         ranks: Ranks | None = None,
         tokens: Tensor | None = None,
     ) -> None:
+        bound_kernel_cache()
         self.recipe, self.run = recipe, run
         self.work = WorkDirectory(out, resume=run.resume, force=run.force)
         self.method = get_method(recipe.method)

@@ -1,6 +1,7 @@
 """Memory of this process: what it has used, and giving back what it does not use."""
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -30,3 +31,12 @@ def release() -> None:
     """
     if _TRIM is not None:
         _TRIM(0)
+
+
+def bound_kernel_cache() -> None:
+    """Keep compiled kernels of few shapes; effective before the first product of the process.
+
+    oneDNN keeps those of 1,024, and every rank is a shape of its own: without this the peak grows
+    with the depth.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
