@@ -19,7 +19,7 @@ UNIFORM = {"allocator": "uniform"}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "beta": {
         f"beta {beta}": {"parameters": {"beta": beta}}
-        for beta in (0.0, 0.25, 0.5, 0.75, 1.0, "exact", "held-out")
+        for beta in (0.0, 0.5, 0.75, 1.0, "aces", "exact", "held-out")
     },
     # The same without the metric of the outputs, where each module stands for itself.
     "beta of saes-svd": {
