@@ -8,7 +8,8 @@ import pytest
 
 from models import save_model
 from svdserve.compression import compare as module
-from svdserve.compression.checkpoint import TensorFiles
+from svdserve.compression.card import add_results
+from svdserve.compression.checkpoint import TensorFiles, open_checkpoint
 from svdserve.compression.compare import Comparison, Evaluation, compare, markdown, plot
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import perplexity
@@ -62,6 +63,21 @@ def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
     table = markdown(result)
     assert len(table.splitlines()) == 2 + 5
     assert f"{dense.perplexity:.2f} (0.000)" in table
+
+
+def test_cards_show_the_results_beside_the_dense_model(found) -> None:
+    result, _, root = found
+    dense, *cells = result.cells
+    for cell in cells:
+        out = root / "work" / f"{cell.name}-keep{cell.keep:g}"
+        card = (out / "README.md").read_text()
+        table = markdown(Comparison(model=result.model, cells=[dense, cell]))
+        assert card.count("## Results") == card.count("## Recipe") == 1
+        assert f"## Results\n\n{table}\n## Recipe" in card
+        whole = open_checkpoint(out).stored_bytes()["dense_equivalent"]
+        assert f"{cell.stored_bytes / 2**20:,.1f} MiB instead of\n{whole / 2**20:,.1f} MiB" in card
+        add_results(out, "other")  # in place of the first
+        assert (out / "README.md").read_text() == card.replace(table, "other")
 
 
 def test_finished_cells_are_not_measured_again(

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdserve.compression.card import model_card
-from svdserve.compression.checkpoint import LOG_FILE, merge_shards, read_json
+from svdserve.compression.card import CARD_FILE, model_card
+from svdserve.compression.checkpoint import LOG_FILE, merge_shards, open_checkpoint, read_json
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.schema import (
     FLOAT_VERSION,
@@ -19,7 +19,7 @@ from svdserve.compression.schema import (
     linears_of,
 )
 from svdserve.compression.skeleton import Skeleton
-from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors
+from svdserve.compression.workdir import WorkDirectory, save_tensors
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -84,7 +84,6 @@ class Assembly:
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self._recipe))
-        card = model_card(self._base_model, self._recipe, specs, *parameters_of(specs))
-        (final / "README.md").write_text(card)
+        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe))
         shutil.copy(self._work.log, final / LOG_FILE)
         return final

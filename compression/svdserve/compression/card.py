@@ -1,26 +1,26 @@
 """The model card: the README.md of a compressed directory."""
 
-from collections.abc import Mapping
+import re
+from pathlib import Path
 
 import yaml
 
+from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.methods import get_method
 from svdserve.compression.recipe import Recipe, dump_recipe
-from svdserve.compression.schema import ModuleSpec
+from svdserve.compression.workdir import parameters_of
+
+CARD_FILE = "README.md"
+_RESULTS, _NEXT = "## Results", "## Recipe"
+_MIB = 2**20
 
 
-def model_card(
-    base_model: str, recipe: Recipe, modules: Mapping[str, ModuleSpec], stored: int, dense: int
-) -> str:
-    """Markdown with the front matter of a Hub card.
-
-    Args:
-        base_model: as given by the user.
-        recipe: how the model was compressed.
-        modules: the factored ones.
-        stored: parameters of their factors.
-        dense: parameters that they had before.
-    """
+def model_card(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """Markdown with the front matter of a Hub card: what was done, bytes, use and recipe."""
+    base_model, modules = checkpoint.config.base_model, checkpoint.config.modules
+    stored, dense = parameters_of(modules)
+    nbytes = checkpoint.stored_bytes()
+    now, before = nbytes["lowrank"] + nbytes["dense"], nbytes["dense_equivalent"]
     front = {
         "base_model": base_model,
         "base_model_relation": "quantized",
@@ -34,7 +34,8 @@ def model_card(
 
 The weights of {len(modules)} linear modules are stored as low-rank factors
 ([{method.title}]({method.paper})): {stored:,} parameters instead of {dense:,}
-({stored / max(dense, 1):.3f}). Embeddings, norms and the head are as they were.{_int8(recipe)}\
+({stored / max(dense, 1):.3f}). All weights of the model take {now / _MIB:,.1f} MiB instead of
+{before / _MIB:,.1f} MiB. Embeddings, norms and the head are as they were.{_int8(recipe)}\
 {_training(recipe)}
 
 ## Use
@@ -48,11 +49,21 @@ svdserve eval . --text FILE   # perplexity
 
 With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in transformers.
 
-## Recipe
+{_NEXT}
 
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def add_results(directory: Path, table: str) -> None:
+    """Put a Markdown table of measurements into the card of a checkpoint, for what was there."""
+    card = directory / CARD_FILE
+    text = re.sub(rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(), flags=re.M | re.S)
+    before, heading, after = text.partition(f"{_NEXT}\n")
+    temporary = card.with_name(f"{CARD_FILE}.tmp")
+    temporary.write_text(f"{before}{_RESULTS}\n\n{table}\n{heading}{after}")
+    temporary.replace(card)
 
 
 def _int8(recipe: Recipe) -> str:

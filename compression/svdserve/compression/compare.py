@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from svdserve.compression.card import add_results
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, file_sha256, perplexity
@@ -91,10 +92,12 @@ def compare(
 ) -> Comparison:
     """Compress with every recipe at every keep ratio, and evaluate everything alike.
 
+    The card of every checkpoint gets its results beside those of the dense model.
+
     Args:
         model: a directory or a Hub name.
         work: holds checkpoints and records; everything finished in it is taken over.
-        recipes: by the name that the table shows; their own keep ratio is replaced.
+        recipes: by the name that the tables show; their own keep ratio is replaced.
         keeps: κ.
         evaluation: texts and tasks.
         run: how this machine compresses; what depends on the teacher alone is kept in ``work``.
@@ -114,6 +117,8 @@ def compare(
             out = work / f"{name}-keep{keep:g}"
             _compress(model, out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
+            beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
+            add_results(out, markdown(beside))
     return Comparison(model=directory.name, cells=cells)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdserve.compression.calibration import calibration_tokens, check_calibration
-from svdserve.compression.card import model_card
+from svdserve.compression.card import CARD_FILE, model_card
 from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoint, read_json
 from svdserve.compression.distillation import Distillation, Targets
 from svdserve.compression.errors import UserError
@@ -30,7 +30,7 @@ from svdserve.compression.progress import bar
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.training import LOG, State, Trainer
-from svdserve.compression.workdir import WorkDirectory, parameters_of, save_tensors, summation
+from svdserve.compression.workdir import WorkDirectory, save_tensors, summation
 
 _TEXT = ("calibration", "tokens", "seq_len", "seed")
 
@@ -173,6 +173,4 @@ class _Refiner:
 
     def _describe(self, recipe: Recipe, final: Path) -> None:
         (final / "recipe.yaml").write_text(dump_recipe(recipe))
-        modules = self.config.modules
-        card = model_card(self.config.base_model, recipe, modules, *parameters_of(modules))
-        (final / "README.md").write_text(card)
+        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), recipe))
