@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, save_model
+from svdserve.compression.calibration import calibration_tokens
 from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.job import compress
@@ -137,11 +138,10 @@ def test_last_blocks_are_searched_by_the_error_at_the_final_block(tmp_path: Path
 
 def test_final_error_is_that_of_the_models(tmp_path: Path, calibration: str):
     model = save_model("llama", tmp_path / "model")
-    compress(str(model), tmp_path / "out", recipe_for(calibration, tokens=64), QUIET)
+    recipe = recipe_for(calibration, tokens=64, precision="float32")
+    compress(str(model), tmp_path / "out", recipe, QUIET)
     log = (tmp_path / "out" / LOG_FILE).read_text().splitlines()
-    from svdserve.compression.calibration import calibration_tokens
-
-    tokens = calibration_tokens(model, recipe_for(calibration, tokens=64))
+    tokens = calibration_tokens(model, recipe)
     states = []
     for directory in (model, tmp_path / "out"):
         loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -56,7 +56,7 @@ def test_numbers_are_split_into_digits(smollm2: Path) -> None:
 
 @pytest.mark.vllm
 def test_served_compressed_equals_its_dense_product(smollm2: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(method="svd", keep=0.9, dtype="float32")
+    recipe = make_recipe(method="svd", allocator="uniform", keep=0.9, dtype="float32")
     compress(str(smollm2), tmp_path / "small", recipe, Run(progress=False))
     checkpoint = open_checkpoint(tmp_path / "small")
     dense = multiplied_out(checkpoint, tmp_path / "dense")
