@@ -5,7 +5,7 @@ block they advance group by group (q,k,v → o → gate,up → down), so that th
 are taken after all earlier groups of the same block are already replaced in the student. The
 block's own forward is run each time, stopped at the group in hand, with the attention or MLP
 container replayed from its stored output: attention and every linear are computed once for each
-stream, only norms and residual additions are repeated.
+stream, only norms, residual additions and the student's gate and up are repeated.
 """
 
 import copy
@@ -266,15 +266,10 @@ class BlockPass:
         if self.walk.uses_student:
             for rows in self.walk.batches:
                 with torch.no_grad():
-                    replay = {} if refined else self._stored_outputs(rows)
+                    # The MLP is run again, as its widest activations would be the largest stream.
+                    replay = {} if refined else {"o_proj": streams.read("student_attention", rows)}
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
-        streams.drop("teacher_attention", "student_attention", "student_hidden")
-
-    def _stored_outputs(self, rows: slice) -> dict[str, Tensor]:
-        mlp = self._linear(self.student, "down_proj")(
-            self.walk.streams.read("student_hidden", rows)
-        )
-        return {"o_proj": self.walk.streams.read("student_attention", rows), "down_proj": mlp}
+        streams.drop("teacher_attention", "student_attention")
 
     # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 
@@ -316,7 +311,6 @@ class BlockPass:
         if self.walk.uses_student:
             replay = {"o_proj": streams.read("student_attention", rows)}
             student = self._input(self.student, "student", rows, "down_proj", replay)
-            streams.write("student_hidden", rows, student)
         if self.walk.uses_teacher:
             replay = {"o_proj": streams.read("teacher_attention", rows)}
             seen: list[Tensor] = []
