@@ -167,12 +167,13 @@ def test_kfac_svd_is_the_truncation_between_symmetric_roots():
         assert two_sided_error(change, outer, inner) > least
 
 
-def test_saes_kfac_without_curvature_is_saes_svd():
+@pytest.mark.parametrize("beta", [0.4, "aces"])
+def test_saes_kfac_without_curvature_is_saes_svd(beta: float | str):
     """Shrunk wholly to the identity, the metric of the outputs drops out."""
     weight, x, x_f = problem()
     stats = statistics_of(x, x_f)
-    ours = get_method("saes-kfac").solve(weight, stats, R, {"shrinkage": 1.0})
-    reference = saes_svd(weight, stats, R)
+    ours = get_method("saes-kfac").solve(weight, stats, R, {"shrinkage": 1.0, "beta": beta})
+    reference = get_method("saes-svd").solve(weight, stats, R, {"beta": beta})
     assert ours.facts == reference.facts
     torch.testing.assert_close(ours.factors.dense(), reference.factors.dense(), rtol=0, atol=1e-9)
 
