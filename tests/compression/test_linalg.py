@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from svdserve.compression.linalg import left_subspace, relative_error, whiten
+from svdserve.compression.linalg import (
+    left_subspace,
+    relative_error,
+    shrunk,
+    shrunk_root,
+    squared_singular_values,
+    whiten,
+)
 
 
 def gram_of(kind: str, n: int = 24) -> torch.Tensor:
@@ -46,6 +53,18 @@ def test_singular_values_do_not_depend_on_the_root(kind: str):
         for cholesky in (True, False)
     ]
     torch.testing.assert_close(values[0], values[1])
+
+
+@pytest.mark.parametrize("kind", ["full", "dead", "deficient", "single token", "zero"])
+@pytest.mark.parametrize("columns", [9, 24, 60])
+def test_squared_singular_values_in_a_metric(kind: str, columns: int):
+    """Tall matrices need no root of the metric; wide ones take one."""
+    outer, matrix = shrunk(gram_of(kind), 0.3), torch.randn(24, columns, dtype=torch.float64)
+    plain, metric = squared_singular_values(matrix), squared_singular_values(matrix, outer)
+    torch.testing.assert_close(plain, torch.linalg.svdvals(matrix) ** 2)
+    root = shrunk_root(gram_of(kind), 0.3)
+    torch.testing.assert_close(root @ root.mT, outer)
+    torch.testing.assert_close(metric, torch.linalg.svdvals(root.mT @ matrix) ** 2)
 
 
 @pytest.mark.parametrize("shape", [(10, 30), (30, 10), (12, 12)])

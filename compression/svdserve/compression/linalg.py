@@ -71,8 +71,8 @@ def _triangular(root: Tensor, damping: float) -> Whitening:
     )
 
 
-def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
-    """A lower root C [m, m] of (1 − s) G + s · mean(diag G) · I, float64; I where G is zero.
+def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
+    """(1 − s) G + s · mean(diag G) · I [m, m], float64; I where G is zero.
 
     Shrinking towards a multiple of the identity (Ledoit and Wolf, 2004) keeps directions alive
     that few gradients have shown.
@@ -81,13 +81,26 @@ def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
     scale = float(gram.diagonal().mean())
     if scale <= 0:
         return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return whiten(_with_diagonal(gram, shrinkage * scale, 1 - shrinkage), 0.0).root
+    return _with_diagonal(gram, shrinkage * scale, 1 - shrinkage)
 
 
-def squared_singular_values(matrix: Tensor) -> Tensor:
-    """σ² of a matrix [m, n], descending [min(m, n)], from its smaller Gram matrix."""
+def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
+    """A lower root C [m, m] of ``shrunk``: C Cᵀ = G_s."""
+    return whiten(shrunk(gram, shrinkage), 0.0).root
+
+
+def squared_singular_values(matrix: Tensor, outer: Tensor | None = None) -> Tensor:
+    """σ² of a matrix M [m, n], or of Cᵀ M with C Cᵀ = ``outer`` [m, m], descending [min(m, n)].
+
+    From the smaller Gram matrix: where that is Mᵀ C Cᵀ M, no root C is needed.
+    """
     m, n = matrix.shape
-    values: Tensor = torch.linalg.eigvalsh(matrix.mT @ matrix if m > n else matrix @ matrix.mT)
+    if m > n:
+        squared = matrix.mT @ (matrix if outer is None else outer @ matrix)
+    else:
+        matrix = matrix if outer is None else whiten(outer, 0.0).root.mT @ matrix
+        squared = matrix @ matrix.mT
+    values: Tensor = torch.linalg.eigvalsh(squared)
     return values.clamp_min(0).flip(0)
 
 

@@ -1,5 +1,6 @@
 """What will be factored, and to which ranks."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def swept(
     tokens: Tensor,
     folder: Path,
     device: torch.device,
-    notify: Callable[[int], None],
+    notify: Callable[[int, float], None],
 ) -> tuple[BoundaryGradients, dict[str, Tensor]]:
     """The gradients at the block boundaries and the profile, if the recipe's allocator has one.
 
@@ -123,7 +124,7 @@ def swept(
         tokens: [N, L].
         folder: keeps both; what is there is not computed again.
         device: where blocks run.
-        notify: told the index of every block that is done.
+        notify: told the index of every block that is done, and the seconds its spectra took.
 
     Raises:
         UserError: hidden states or gradients are not finite.
@@ -138,9 +139,10 @@ def swept(
         profile = Profile(folder / recipe.grouping, groups)
 
     def done(index: int, block: nn.Module) -> None:
-        notify(index)
+        begun = time.perf_counter()
         if profile is not None:
             profile.finish(index, stacked_weights(block, skeleton.groups[index]))
+        notify(index, time.perf_counter() - begun)
         release()
 
     if not (gradients.complete and (profile is None or profile.complete)):

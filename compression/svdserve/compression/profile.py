@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdserve.compression.gradients import Flow
-from svdserve.compression.linalg import shrunk_root, squared_singular_values, whiten
+from svdserve.compression.linalg import shrunk, squared_singular_values, whiten
 from svdserve.compression.statistics import Accumulator, GradientAccumulator, Statistics
 from svdserve.compression.workdir import save_tensors
 
@@ -75,9 +75,9 @@ def _spectra(weight: Tensor, statistics: Statistics) -> dict[str, Tensor]:
     assert statistics.teacher_gram is not None
     assert statistics.gradient_gram is not None
     base = weight @ whiten(statistics.teacher_gram, _RIDGE).root
-    root = shrunk_root(statistics.gradient_gram, _SHRINKAGE)
+    outer = shrunk(statistics.gradient_gram, _SHRINKAGE)
     return {
         "energies": squared_singular_values(base),
         "curvature": statistics.gradient_gram.diagonal().double().mean(),
-        "losses": squared_singular_values(root.mT @ base) / 2,
+        "losses": squared_singular_values(base, outer) / 2,
     }

@@ -29,7 +29,8 @@ def bar(show: bool) -> bars.Progress:
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
-    Log lines: ``start`` (the recipe), ``group`` (module, rank, error, beta, seconds),
+    Log lines: ``start`` (the recipe), ``gradients`` (index, solve_seconds: of the spectra),
+    ``group`` (module, rank, error, beta, solve_seconds, pass_seconds),
     ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
     peak_bytes) and ``done``.
     """
@@ -71,8 +72,9 @@ class Progress:
         with self._path.open("a") as log:
             log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
 
-    def gradients(self, index: int) -> None:
+    def gradients(self, index: int, solve_seconds: float) -> None:
         """The gradients of a block are taken; they go from the last block to the first."""
+        self.event("gradients", index=index, solve_seconds=round(solve_seconds, 4))
         self._bar.update(self._task, description=f"gradients, block {index}")
 
     def group(self, index: int, path: str) -> None:
