@@ -2,7 +2,9 @@
 
 All engines are loaded at once and measured in turn, A B C, C B A, ..., so that whatever else the
 machine does strikes every model alike; a ratio compares two measurements that lie seconds apart.
-Medians are reported with the extremes of the rounds. Each engine is a process (bench_worker.py).
+Medians are reported with the extremes of the rounds, beside the ideal ratio: of the bytes that a
+decoding step reads, of the operations of prefill (ideal.py). Each engine is a process
+(bench_worker.py).
 """
 
 import json
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +32,7 @@ from svdserve.compression.machine import Machine, this_machine
 from svdserve.kernels.cpu import openmp_libraries
 from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around
+from svdserve.server.ideal import StepWork, model_work
 from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import check_model
 
@@ -54,6 +58,13 @@ class BenchOptions(BaseModel):
         """Names of what is measured, in order."""
         return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
 
+    def work(self, directory: Path) -> dict[str, StepWork]:
+        """By workload, what one step of the model must read and compute."""
+        model = model_work(directory, None if self.dtype == "auto" else getattr(torch, self.dtype))
+        context = self.prompt_len + self.output_len // 2  # halfway through
+        steps = [model.decode(batch, context) for batch in self.batch_sizes]
+        return dict(zip(self.workloads, [*steps, model.prefill(self.prefill_len)], strict=True))
+
 
 class ModelResult(BaseModel):
     """One model: its size, its memory after loading in bytes, and tokens per second by workload."""
@@ -65,6 +76,7 @@ class ModelResult(BaseModel):
     resident_bytes: int
     unique_bytes: int
     device_bytes: int | None
+    work: dict[str, StepWork]
     tokens_per_second: dict[str, list[float]] = Field(default_factory=dict)
 
     @property
@@ -78,7 +90,10 @@ class ModelResult(BaseModel):
 
 
 class Ratio(BaseModel):
-    """A model's tokens per second over the dense model's, round by round."""
+    """A model's tokens per second over the dense model's, round by round.
+
+    ``ideal`` is the dense model's bytes over this one's (decode), or its operations (prefill).
+    """
 
     directory: str
     workload: str
@@ -86,6 +101,7 @@ class Ratio(BaseModel):
     median: float
     lowest: float
     highest: float
+    ideal: float
 
 
 class BenchResult(BaseModel):
@@ -117,7 +133,14 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
         median=statistics.median(rounds),
         lowest=min(rounds),
         highest=max(rounds),
+        ideal=_ideal(model.work[workload], dense.work[workload], workload),
     )
+
+
+def _ideal(model: StepWork, dense: StepWork, workload: str) -> float:
+    if workload.startswith("decode"):
+        return dense.bytes / model.bytes
+    return dense.operations / model.operations
 
 
 def run_bench(options: BenchOptions) -> BenchResult:
@@ -140,7 +163,9 @@ def run_bench(options: BenchOptions) -> BenchResult:
             for directory in progress(directories, "loading")
         ]
         results = [
-            ModelResult(directory=str(d), facts=model_facts(d), **engine.description)
+            ModelResult(
+                directory=str(d), facts=model_facts(d), work=options.work(d), **engine.description
+            )
             for d, engine in zip(directories, engines, strict=True)
         ]
         order = list(zip(engines, results, strict=True))
@@ -165,7 +190,7 @@ def print_bench(result: BenchResult) -> None:
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
-        title=f"Tokens per second over dense: median and range of {options.pairs} rounds",
+        title=f"Tokens per second over dense: median, range of {options.pairs} rounds, and ideal",
         caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )
@@ -176,7 +201,9 @@ def print_bench(result: BenchResult) -> None:
     speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
     for model in others:
         ratios = (_ratio(model, dense, workload) for workload in options.workloads)
-        cells = (f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}" for r in ratios)
+        cells = (
+            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\nideal {r.ideal:.2f}" for r in ratios
+        )
         speeds.add_row(model.name, *cells)
     console = Console()
     console.print(sizes)

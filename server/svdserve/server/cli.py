@@ -30,8 +30,9 @@ def _recipe_defaults() -> dict[str, Any]:
 
 def _bench_defaults() -> dict[str, Any]:
     from svdserve.server.bench import BenchOptions
+    from svdserve.server.load_bench import LoadOptions
 
-    return _field_defaults(BenchOptions)
+    return {**_field_defaults(LoadOptions), **_field_defaults(BenchOptions)}
 
 
 def _eval_defaults() -> dict[str, Any]:
@@ -192,6 +193,15 @@ def bench(
     prompt_len: Annotated[int | None, typer.Option(help="Prompt tokens of decoding.")] = None,
     output_len: Annotated[int | None, typer.Option(help="Tokens decoded for a prompt.")] = None,
     prefill_len: Annotated[int | None, typer.Option(help="Prompt tokens of prefill.")] = None,
+    served: Annotated[
+        bool, typer.Option("--served", help="Through each model's server: TTFT, TPOT, ITL.")
+    ] = False,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Clients of a server; may be repeated.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Of each client in a round.")] = None,
+    max_len: Annotated[int | None, typer.Option(help="Tokens of a served request.")] = None,
+    starts: Annotated[int | None, typer.Option(help="Times that each server starts.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     eager: Annotated[
         bool | None, typer.Option("--eager/--compiled", help="Without or with compilation.")
@@ -199,9 +209,19 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all rounds to this JSON file too.")
     ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw what was --served into this .svg/.png.")
+    ] = None,
 ) -> None:
-    """Compare the speed and memory of models in vLLM, in interleaved rounds."""
+    """Compare the speed and memory of models in vLLM, in interleaved rounds.
+
+    In the engine, decoding and prefill apart, each beside its ideal ratio; or, with --served, as
+    clients of `svdserve serve` see it under the load of `vllm bench serve`.
+    """
     given = {name: value for name, value in locals().items() if value is not None}
+    if served:
+        study.bench_served([dense, *models], given, json_file, plot_file)
+        return
     from svdserve.server.bench import BenchOptions, print_bench, run_bench
 
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}

@@ -10,9 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svdserve.compression.checkpoint import TensorFiles
+from svdserve.server.launch import running
 from svdserve.server.serve import DEFAULT_HOST, check_port
 
 QUESTION = "What is the capital of France?"
@@ -33,7 +31,6 @@ GRADIENTS = ("--gradient-tokens", "4096")
 EVALUATION = ("--seq-len", "1024", "--max-chunks", "8")
 BENCH = ("--pairs", "2", "--batch-size", "1", "--batch-size", "8", "--output-len", "32")
 SERVING = ("--max-model-len", "2048", "--enforce-eager")
-START_SECONDS = 600
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -127,39 +124,13 @@ def _ask(url: str) -> str:
 
 @contextmanager
 def _server(model: Path, port: int) -> Iterator[str]:
-    """`svdserve serve`, ready; it ends with the context."""
-    command = _command("serve", str(model), "--port", str(port), *SERVING)
-    log = model.parent / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    url = f"http://{DEFAULT_HOST}:{port}"
-    try:
-        for _ in range(START_SECONDS):
-            if process.poll() is not None:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-                raise RuntimeError(f"the server ended with {process.returncode}:\n{tail}")
-            if _healthy(url):
-                break
-            time.sleep(1)
-        else:
-            raise RuntimeError(f"the server was not ready in {START_SECONDS} s; see {log}")
-        yield url
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        process.send_signal(signal.SIGINT)
+    """The URL of `svdserve serve`, ready; it ends with the context."""
+    console.print(f"[bold]$ svdserve serve {model} --port {port} {' '.join(SERVING)}[/bold]")
+    with running(model, DEFAULT_HOST, port, model.parent / "server.log", SERVING) as server:
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+            yield server.url
+        except KeyboardInterrupt:
+            console.print("stopping")
 
 
 def _svdserve(*arguments: str) -> None:

@@ -218,6 +218,22 @@ def compare(
     print_comparison(found)
 
 
+def bench_served(
+    models: list[Path], given: dict[str, Any], json_file: Path | None, plot_file: Path | None
+) -> None:
+    """`svdserve bench --served`, with the options of LoadOptions that ``given`` holds."""
+    from svdserve.server.load_bench import LoadOptions, Target, run_load
+    from svdserve.server.load_report import markdown, plot
+
+    chosen = {name: given[name] for name in LoadOptions.model_fields if name in given}
+    result = run_load([Target(model.name, model) for model in models], LoadOptions(**chosen))
+    if json_file is not None:
+        write_json(json_file, result.model_dump(mode="json"))
+    if plot_file is not None:
+        plot(result, plot_file)
+    Console().print(markdown(result), markup=False, highlight=False, soft_wrap=True)
+
+
 def write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2) + "\n")
