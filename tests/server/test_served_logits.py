@@ -149,3 +149,13 @@ def test_fused_kernel_rounds_no_worse_than_the_dense_product(tmp_path: Path) -> 
             for found in (served, dense)
         )
         assert ours <= 1.5 * theirs
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    """One key-value head for each rank; every rank loads its own slices only."""
+    case = Case("llama", "interpolative", True)
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
+    arguments = {"model": str(case.write(tmp_path, **changes)), "tensor_parallel_size": 4}
+    (served,) = run(tmp_path / "run", [arguments], PROMPTS)
+    assert_equals_dense(served, tmp_path / case.reference)
+    assert [report["layers"] for report in served.reports if report is not None] == [16] * 4
