@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import random_tokens, save_model
 from svdserve.compression.errors import UserError
-from svdserve.compression.tasks import task_scores
+from svdserve.compression.tasks import TaskScore, task_scores
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,26 @@ def test_equals_sums_by_hand(model: Path, tmp_path: Path) -> None:
     assert score.acc_norm == pytest.approx(right[1] / len(given))
     assert score.acc != score.acc_norm
     assert score.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("task", "acc", "acc_norm", "reported"),
+    [
+        ("hellaswag", 0.25, 0.5, 0.5),
+        ("openbookqa_val", 0.25, 0.5, 0.5),
+        ("piqa", 0.25, 0.5, 0.25),
+        ("arc_easy_val", 0.25, 0.5, 0.25),
+        ("copa", 0.25, None, 0.25),
+        ("hellaswag", 0.25, None, 0.25),
+        ("letters", None, 0.5, 0.5),
+        ("letters", None, None, 0.0),
+    ],
+)
+def test_reported_accuracy(
+    task: str, acc: float | None, acc_norm: float | None, reported: float
+) -> None:
+    score = TaskScore(task=task, items=4, acc=acc, acc_norm=acc_norm)
+    assert score.accuracy == reported
 
 
 def test_bad_lines_are_named(model: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Cell(BaseModel):
 
     @property
     def accuracy(self) -> float | None:
-        """Mean over the tasks of acc_norm where a task has it, else acc."""
+        """Mean over the tasks of what the literature reports (tasks.py)."""
         return None if self.scores is None else self.scores.accuracy
 
 

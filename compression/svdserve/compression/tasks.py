@@ -18,6 +18,9 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import file_sha256, load_model, load_tokenizer
 from svdserve.compression.machine import Machine, this_machine
 
+# Their choices are continuations or phrases of very different lengths.
+NORMALISED = ("hellaswag", "openbookqa", "arc_challenge")
+
 
 class TaskScore(BaseModel):
     """Accuracies of one task, from 0 to 1; None where the task does not define them."""
@@ -33,8 +36,14 @@ class TaskScore(BaseModel):
 
     @property
     def accuracy(self) -> float:
-        """acc_norm where the task has it, else acc; 0 where it has neither."""
-        return (self.acc if self.acc_norm is None else self.acc_norm) or 0.0
+        """The one that the literature reports: acc, but acc_norm for tasks of NORMALISED.
+
+        The other where the task has only that; 0 where it has neither.
+        """
+        first, second = self.acc, self.acc_norm
+        if self.task.startswith(NORMALISED):
+            first, second = second, first
+        return (second if first is None else first) or 0.0
 
 
 class TaskScores(BaseModel):
