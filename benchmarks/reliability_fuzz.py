@@ -10,6 +10,7 @@ check; and answers are kept short.
 
 import argparse
 import collections
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import httpx
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from reliability_client import Target, parse_arguments, serving, write_results
 from schemathesis import APIOperation, Case, GenerationMode
 
@@ -100,11 +102,7 @@ def fuzz(
     """Send so many cases of one operation, half of each mode."""
     name = f"{operation.method.upper()} {operation.path}"
     for mode in GenerationMode:
-        try:
-            strategy = operation.as_strategy(generation_mode=mode)
-        except Exception as error:  # Nothing can be broken in an operation without input.
-            print(f"{name}: no {mode} cases ({type(error).__name__})")
-            continue
+        strategy = operation.as_strategy(generation_mode=mode)
 
         @seed(chosen)
         @settings(
@@ -124,10 +122,8 @@ def fuzz(
                 status, answer = 0, f"{type(error).__name__}: {error}"
             tally.add(document, name, case, status, answer)
 
-        try:
+        with contextlib.suppress(Unsatisfiable):  # Without input there is nothing to break.
             one()
-        except Exception as error:
-            print(f"{name}: {mode} cases ended early ({type(error).__name__}: {error})"[:300])
 
 
 def main() -> int:

@@ -161,9 +161,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> LoadResult:
 def main() -> int:
     """Returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--dense", type=Path, help="the dense model, to compare greedy answers with"
-    )
+    parser.add_argument("--dense", type=Path, help="to compare greedy answers with")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=64)
     arguments = parse_arguments(parser, "reliability_load.json")

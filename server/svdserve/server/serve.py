@@ -27,6 +27,7 @@ PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_GRACE_SECONDS = 30
+MAX_N = 128  # Answers to one prompt; OpenAI's limit. vLLM's is 16,384.
 
 
 def serve(
@@ -56,6 +57,7 @@ def serve(
     arguments = server_arguments(directory, extra_args, guarded=keys.required)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
