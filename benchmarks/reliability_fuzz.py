@@ -29,15 +29,15 @@ from schemathesis import APIOperation, Case, GenerationMode
 LEFT_OUT = ("/scale_elastic_ep",)
 SHORT = 8
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
-KEPT = 20
 
 
 class Tally:
-    """Statuses by document and operation, and the first of the failures in full."""
+    """Statuses by document and operation, and all failures; the first of a kind is printed."""
 
     def __init__(self) -> None:
         self.statuses: dict[str, dict[str, collections.Counter[str]]] = {}
         self.failures: list[dict[str, Any]] = []
+        self._seen: set[tuple[str, int, str]] = set()
 
     def add(self, document: str, operation: str, case: Case, status: int, answer: str) -> None:
         counter = self.statuses.setdefault(document, {}).setdefault(
@@ -45,16 +45,17 @@ class Tally:
         )
         counter[str(status)] += 1
         if status >= 500 or status == 0:
-            if len(self.failures) < KEPT:
-                print(f"{operation}: {status} {answer[:300]}\n  {case.as_curl_command()[:1500]}")
-            self.failures.append(
-                {
-                    "operation": operation,
-                    "status": status,
-                    "answer": answer[:500],
-                    "request": case.as_curl_command()[:4000],
-                }
-            )
+            failure = {
+                "operation": operation,
+                "status": status,
+                "answer": answer[:500],
+                "request": case.as_curl_command()[:4000],
+            }
+            kind = (operation, status, answer[:100])
+            if kind not in self._seen:
+                print(json.dumps(failure, indent=2), flush=True)
+                self._seen.add(kind)
+            self.failures.append(failure)
 
     def cases(self) -> int:
         return sum(counter.total() for one in self.statuses.values() for counter in one.values())
@@ -78,15 +79,22 @@ def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
             yield operation
 
 
-def shortened(body: Any, model: str | None) -> Any:
-    """The body with the served model's name, if one is given, and with small lengths."""
+def shortened(body: Any, path: str, model: str | None) -> Any:
+    """The body with small lengths; with the served model's name, if one is given.
+
+    What has that name may pass all checks, so it gets a length even if it asks for none.
+    """
     if not isinstance(body, dict):
         return body
-    changes = {
+    changes: dict[str, Any] = {
         name: SHORT for name in LENGTHS if isinstance(body.get(name), int) and body[name] > SHORT
     }
-    if model is not None and "model" in body:
-        changes["model"] = model
+    if model is not None:
+        if "model" in body:
+            changes["model"] = model
+        length = "max_output_tokens" if "responses" in path else "max_tokens"
+        if body.get(length) is None:
+            changes[length] = SHORT
     return {**body, **changes}
 
 
@@ -114,7 +122,7 @@ def fuzz(
         )
         @given(case=strategy, named=st.booleans())
         def one(case: Case, named: bool) -> None:
-            case.body = shortened(case.body, target.model if named else None)
+            case.body = shortened(case.body, operation.path, target.model if named else None)
             try:
                 response = case.call(base_url=base, timeout=300)
                 status, answer = response.status_code, response.text

@@ -26,6 +26,8 @@ CLIENT = Path(__file__).with_name("openai_client.mjs")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl, to make a certificate")
     folder = tmp_path_factory.mktemp("guarded")
     dense = save_model("llama", folder / "dense")
     write_checkpoint(dense, folder / "model", layout="interpolative", shared=True)

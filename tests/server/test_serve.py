@@ -29,7 +29,7 @@ from servers import (
     wait_until,
 )
 from svdserve.compression.errors import UserError
-from svdserve.server import security, shutdown
+from svdserve.server import errors, security, shutdown
 from svdserve.server.serve import allowed_plugins, check_model, server_arguments
 from svdserve.server.worker import EXTENSION
 
@@ -230,7 +230,9 @@ def test_bad_ports_are_refused(models: Models, port: str) -> None:
 def test_given_flags_are_kept(models: Models) -> None:
     given = ["--host=localhost", "--port", str(free_port()), "--worker-extension-cls", "own.Class"]
     given += ["--served-model-name", "own", "--shutdown-timeout=0"]
-    middleware = ["--middleware", security.MIDDLEWARE, "--middleware", shutdown.MIDDLEWARE]
+    middleware = []
+    for module in (errors, security, shutdown):
+        middleware += ["--middleware", module.MIDDLEWARE]
     assert server_arguments(str(models.factored), given) == given + middleware
     defaults = ["--served-model-name", "factored", "--shutdown-timeout", "30"]
     ours = server_arguments(str(models.factored), ["--uds", "socket"])
