@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -184,13 +185,29 @@ def test_token_rates_rise_under_load_and_return_to_zero(server: Server) -> None:
     wait_until(lambda: rates() == {"generation": 0, "prompt": 0})
 
 
-def test_sigterm_ends_the_server_and_its_children(server: Server) -> None:
-    """Last of the tests of this server."""
+def test_a_second_sigterm_ends_the_server_and_its_children_at_once(server: Server) -> None:
+    """Last of the tests of this server: what still runs is cut off, and nothing stays behind."""
     tree = living_tree(server.process.pid)
     assert len(tree) >= 3
-    server.process.terminate()
+    request = {"model": NAME, "prompt": "w7", "max_tokens": 240, "n": 100, "stream": True}
+    with (
+        server.http() as client,
+        client.stream("POST", "/v1/completions", json={**request, "ignore_eos": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.terminate()
+        wait_until(lambda: health(server) == 503)
+        server.process.terminate()
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
     assert server.process.wait(120) == 0
     wait_until(lambda: not any(is_alive(process) for process in tree))
+
+
+def health(server: Server) -> int:
+    with server.http() as client:
+        return client.get("/health").status_code
 
 
 def test_plain_vllm_serves_the_same_checkpoint(models: Models, tmp_path: Path) -> None:
