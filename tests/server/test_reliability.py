@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,14 +60,14 @@ def test_generated_requests_get_no_5xx(server: Server, model: Path, tmp_path: Pa
     done = subprocess.run(
         [
             *(sys.executable, ROOT / "benchmarks" / "reliability_fuzz.py", "--model", model),
-            *("--url", server.url, "--cases", "300", "--json", result, *documents),
+            *("--url", server.url, "--cases", "200", "--json", result, *documents),
         ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = json.loads(result.read_text())
-    assert found["cases"] >= 300
+    assert found["cases"] >= 200
     answered = found["statuses"]["server"]["POST /v1/completions"]
     assert {"200", "400"} <= set(answered)
     assert httpx.get(f"{server.url}/health").status_code == 200
@@ -102,7 +103,7 @@ def test_load_with_cancelled_and_bad_requests(model: Path, tmp_path: Path) -> No
         ],
         capture_output=True,
         text=True,
-        env={**ENVIRONMENT, "PATH": "/usr/bin:/bin"},
+        env={**os.environ, **ENVIRONMENT},
     )
     found = json.loads(result.read_text()) if result.exists() else {}
     assert found, done.stdout[-3000:] + done.stderr[-3000:]
@@ -119,7 +120,7 @@ def test_too_little_memory_for_vllm_ends_in_one_line(model: Path) -> None:
     The last line says where to look, and vLLM's error above it has the bytes.
     """
     arguments = [*command(model), *FLAGS, "--port", "0", "--gpu-memory-utilization", "1.0"]
-    environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "", "PATH": "/usr/bin:/bin"}
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": ""}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     log = done.stdout + done.stderr

@@ -121,7 +121,7 @@ def test_browsers_of_other_origins_get_no_permission(server: Server) -> None:
             client.options("/v1/completions", headers=asked),
             client.get("/v1/models", headers=asked),
         ):
-            assert not [name for name in answer.headers if name.startswith("access-control-allow")]
+            assert "access-control-allow-origin" not in answer.headers
 
 
 def test_no_answer_tells_paths_or_traces(server: Server, folder: Path) -> None:
