@@ -170,16 +170,40 @@ app.command()(study.compare)
 def serve(
     ctx: typer.Context,
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model directory; first.")],
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SVDSERVE_API_KEYS_FILE",
+            help="API keys, one a line; read again when it changes. Without any, nobody is asked.",
+        ),
+    ] = None,
+    metrics_auth: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SVDSERVE_METRICS_AUTH",
+            help="key (default) or none: whether /metrics and /dashboard need a key, too.",
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None,
+        typer.Option(envvar="SVDSERVE_MAX_BODY_BYTES", help="Longest request; 8 MiB by default."),
+    ] = None,
 ) -> None:
     """Serve a model with vLLM's OpenAI-compatible server.
 
     Every flag of `vllm serve` may follow DIR, such as `--port 8001 --max-model-len 4096`;
     `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
-    otherwise. A dense model is served as it is.
+    otherwise. A dense model is served as it is. Keys may also come from SVDSERVE_API_KEYS, parted
+    by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
+    from svdserve.server.security import SecurityOptions
     from svdserve.server.serve import serve as run_server
 
-    raise typer.Exit(run_server(directory, ctx.args))
+    names = ("api_keys_file", "metrics_auth", "max_body_bytes")
+    given = {name: value for name, value in locals().items() if name in names and value is not None}
+    base = SecurityOptions.from_environment()
+    chosen = SecurityOptions(**{**base.model_dump(), **given})
+    raise typer.Exit(run_server(directory, ctx.args, chosen))
 
 
 @app.command(cls=_Command)
