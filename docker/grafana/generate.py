@@ -5,11 +5,11 @@ Grafana reads is generated, never edited.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, prometheus, stat, table, timeseries
 from grafana_foundation_sdk.builders import dashboard as dashboards
-from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.common import StackingMode, TooltipDisplayMode
@@ -18,7 +18,6 @@ from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
     DynamicConfigValue,
-    Panel,
     VariableRefresh,
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
@@ -60,6 +59,7 @@ def lines(
         .min(0)
         .span(THIRD)
         .height(8)
+        .legend(common.VizLegendOptions().show_legend(True))
         .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     )
     if limit:
@@ -110,7 +110,7 @@ def _queries(queries: Iterable[Query]) -> Iterator[prometheus.Dataquery]:
         yield query.legend_format(legend)
 
 
-SECTIONS: dict[str, list[Builder[Panel]]] = {
+SECTIONS: dict[str, list[stat.Panel | timeseries.Panel | table.Panel]] = {
     "Now": [
         number("Servers up", units.Short, f"sum(up{HTTP})", "Targets that answer."),
         number(
@@ -297,10 +297,11 @@ def build() -> Dashboard:
             .include_all(True)
             .all_value(".+")
         )
+    numbers = count(1)
     for name, panels in SECTIONS.items():
-        dashboard.with_row(dashboards.Row(name))
+        dashboard.with_row(dashboards.Row(name).id(next(numbers)))
         for panel in panels:
-            dashboard.with_panel(panel)
+            dashboard.with_panel(panel.id(next(numbers)))
     return dashboard.build()
 
 
