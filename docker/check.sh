@@ -44,7 +44,7 @@ fi
 say "docker/cpu.Dockerfile, every instruction"
 # Docker's format, since OCI's has no health check.
 # shellcheck disable=SC2086
-buildah bud --isolation chroot --format docker --layers --build-arg "BASE=$local_base" \
+buildah bud --isolation chroot --format docker --build-arg "BASE=$local_base" \
   ${BUILD_ARGS:-} --file docker/cpu.Dockerfile --tag svdserve:cpu .
 
 say "the image"

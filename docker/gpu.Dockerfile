@@ -18,11 +18,14 @@ LABEL org.opencontainers.image.title="svdserve" \
       org.opencontainers.image.description="Models made smaller with SVD, served by vLLM on GPUs" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/vllm/vllm-openai:v0.32.0"
+# For more than one machine, which vLLM's own image has no Ray for: ray[cgraph]==2.60.0
+ARG PACKAGES=
 # The constraints keep every package that the base brings at the base's version.
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip list --format=freeze > /tmp/base.txt \
- && python3 -m pip install --quiet --no-cache-dir --constraint /tmp/base.txt /wheel/*.whl \
+ && python3 -m pip install --quiet --no-cache-dir --constraint /tmp/base.txt \
+      /wheel/*.whl ${PACKAGES} \
  && rm /tmp/base.txt \
  && useradd --uid 10001 --user-group --no-create-home --home-dir /cache svdserve \
  && install --directory --owner=svdserve --group=svdserve /cache /models
