@@ -119,18 +119,19 @@ def test_every_pod_is_confined(target: str) -> None:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] == 10001
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        (container,) = spec["containers"]
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert container["resources"]["requests"]["memory"]
-        assert container["resources"]["limits"]["memory"]
-        assert not container["image"].endswith(":latest")
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        assert set(volumes) >= {mount["name"] for mount in container["volumeMounts"]}
-        assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["requests"]["memory"]
+            assert container["resources"]["limits"]["memory"]
+            assert not container["image"].endswith(":latest")
+            assert volumes >= {mount["name"] for mount in container["volumeMounts"]}
+        mounts = [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]]
+        assert {"/cache", "/models", "/tmp"} <= set(mounts)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
