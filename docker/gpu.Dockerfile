@@ -24,7 +24,7 @@ ARG PACKAGES=
 RUN --mount=type=bind,from=build,source=/wheel,target=/wheel \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip list --format=freeze > /tmp/base.txt \
- && python3 -m pip install --quiet --no-cache-dir --constraint /tmp/base.txt \
+ && python3 -m pip install --quiet --no-cache-dir --break-system-packages --constraint /tmp/base.txt \
       /wheel/*.whl ${PACKAGES} \
  && rm /tmp/base.txt \
  && useradd --uid 10001 --user-group --no-create-home --home-dir /cache svdserve \
