@@ -37,7 +37,6 @@ ENV TORCH_EXTENSIONS_DIR=/opt/svdserve/extensions
 RUN if [ "$(uname -m)" = x86_64 ]; then \
       python -c 'from svdserve.kernels.cpu import library; print(library())'; \
     fi \
- && python -m compileall -q /opt/svdserve/lib \
  && pip uninstall --quiet --yes pip
 
 FROM python
