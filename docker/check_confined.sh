@@ -40,7 +40,7 @@ inside=(
 "${inside[@]}" sh -c 'id; grep -E "CapEff|CapBnd|NoNewPrivs" /proc/self/status; ! touch /opt/x'
 # shellcheck disable=SC2086
 "${inside[@]}" svdserve compress /models/dense --out /models/small --resume ${COMPRESS_ARGS:-}
-"${inside[@]}" svdserve serve /models/small --host 0.0.0.0 --enforce-eager --max-model-len 1024 \
+"${inside[@]}" svdserve serve /models/small --host 0.0.0.0 --enforce-eager \
   > "$work/server.log" 2>&1 &
 server=$!
 health="from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"
