@@ -254,6 +254,7 @@ def _started(
     """A server that has answered with its first token; notes how long that took."""
     flags = [
         *("--dtype", options.dtype),
+        *("--served-model-name", target.directory.name),
         *("--max-model-len", str(options.max_len)),
         *("--max-num-seqs", str(max(options.concurrency))),
         *("--kv-cache-memory-bytes", str(options.kv_cache_bytes)),
@@ -265,7 +266,7 @@ def _started(
     serving = running(target.directory, DEFAULT_HOST, port, log, flags, command=target.command)
     with serving as server:
         result.ready_seconds.append(time.perf_counter() - server.started)
-        _first_token(server.url, str(target.directory))
+        _first_token(server.url, target.directory.name)
         result.first_token_seconds.append(time.perf_counter() - server.started)
         yield server
 

@@ -9,10 +9,9 @@ docs/security.md has the threat model.
 
 import base64
 import binascii
-import json
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from svdserve.server.errors import send_error
 from svdserve.server.keys import ApiKeys, digest_of
 
 ENV_KEYS = "SVDSERVE_API_KEYS"
@@ -188,23 +188,6 @@ async def _refuse_key(scope: Scope, send: Send) -> None:
         "invalid_api_key",
         {"www-authenticate": f'{scheme} realm="svdserve"'},
     )
-
-
-async def send_error(
-    send: Send, status: HTTPStatus, message: str, code: str, headers: Mapping[str, str]
-) -> None:
-    """Answer in the shape of OpenAI's errors."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    fields: Sequence[tuple[str, str]] = (
-        ("content-type", "application/json"),
-        ("content-length", str(len(body))),
-        *headers.items(),
-    )
-    raw = [(name.encode(), value.encode()) for name, value in fields]
-    await send({"type": "http.response.start", "status": int(status), "headers": raw})
-    await send({"type": "http.response.body", "body": body})
 
 
 def _hide_model_path(state: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
 from svdserve.compression.errors import UserError
-from svdserve.server import security, shutdown
+from svdserve.server import errors, security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.keys import ApiKeys, digest_of
@@ -27,6 +27,7 @@ PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_GRACE_SECONDS = 30
+MAX_N = 128  # Answers to one prompt; OpenAI's limit. vLLM's is 16,384.
 
 
 def serve(
@@ -56,6 +57,7 @@ def serve(
     arguments = server_arguments(directory, extra_args, guarded=keys.required)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
@@ -155,8 +157,8 @@ def server_arguments(
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
-    # The last is the outermost.
-    arguments += ["--middleware", security.MIDDLEWARE, "--middleware", shutdown.MIDDLEWARE]
+    for module in (errors, security, shutdown):  # The last is the outermost.
+        arguments += ["--middleware", module.MIDDLEWARE]
     if serves_on_cpu() and given.config is None and given.nnodes == 1:
         workers = given.tensor_parallel_size or 1
         check_memory(Path(directory), given.dtype, given.kv_cache_memory_bytes, workers)

@@ -17,9 +17,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from svdserve.server.security import is_monitoring, route_path, send_error
+from svdserve.server.errors import send_error
+from svdserve.server.security import is_monitoring, route_path
 
 MIDDLEWARE = f"{__name__}.GracefulShutdown"
+ENGINE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _engine_died = False
 
@@ -85,11 +87,14 @@ class GracefulShutdown:
         self._keep(self._watch(engine))
 
     def _noted(self, shutdown: Callable[..., None]) -> Callable[..., None]:
-        """The engine's method of that name; also notes that it was asked to stop."""
+        """The engine's method of that name, which says that it was asked to stop.
 
-        def shut_down(*args: Any, **kwargs: Any) -> None:
+        The requests are over by then, so all that it may wait for is the engine's own end.
+        """
+
+        def shut_down(timeout: float | None = None) -> None:
             self._stopping = True
-            shutdown(*args, **kwargs)
+            shutdown(timeout=ENGINE_SECONDS if timeout is None else min(timeout, ENGINE_SECONDS))
 
         return shut_down
 
