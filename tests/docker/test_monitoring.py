@@ -9,7 +9,6 @@ import math
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -28,6 +27,7 @@ import yaml
 
 from checkpoints import write_checkpoint
 from models import save_model
+from servers import free_port
 from svdserve.server.launch import running
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -121,12 +121,6 @@ class Prometheus:
         numbers = [float(one["value"][1]) for one in series]
         assert any(math.isfinite(number) for number in numbers), f"no data: {promql}"
         return numbers
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
