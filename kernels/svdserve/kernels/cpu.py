@@ -90,14 +90,14 @@ def unsupported() -> str | None:
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this processor has no {', '.join(lacking)}"
     try:
-        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"{SOURCE.name} did not compile: {error}"
     torch.library.register_fake("svdserve::lowrank", _fake)
     return None
 
 
-def _library() -> Path:
+def library() -> Path:
     """The compiled library; compiled now where it is missing or older than its source."""
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
