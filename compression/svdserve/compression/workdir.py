@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,7 +125,10 @@ class WorkDirectory:
         path = self.block(index)
         fields = read_json(path.with_suffix(".json"))
         specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
-        return load_file(path), specs
+        try:
+            return load_file(path), specs
+        except SafetensorError as error:
+            raise UserError(f"{path}: is damaged; remove it and resume ({error})") from None
 
     def final(self) -> Path:
         """An empty folder for the complete checkpoint."""
