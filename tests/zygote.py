@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def zygote(folder: Path) -> Iterator[Zygote]:
 
 
 def _serve() -> None:
+    for module in ("job", "refine"):  # which the commands import when they run
+        import_module(f"svdserve.compression.{module}")
     from svdserve.server.cli import main
 
     for line in sys.stdin:
