@@ -128,10 +128,11 @@ def commands() -> dict[str, set[str]]:
 @cache
 def vllm_options() -> set[str]:
     """Of `vllm serve`, as its own parser has them."""
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return set(make_arg_parser(FlexibleArgumentParser())._option_string_actions)
+    parser = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())
+    return set(parser._option_string_actions)
 
 
 @cache

@@ -87,7 +87,6 @@ def test_kills_in_the_last_steps(
         ended = svdserve.run(arguments)
         assert ended.code == 0 or "nothing to resume" in ended.errors
         assert contents(out) == expected
-        shutil.rmtree(tmp_path / "out.done", ignore_errors=True)  # removed by the next job
         assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert states == {(False, True), (True, True), (True, False)}
 

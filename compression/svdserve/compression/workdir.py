@@ -48,6 +48,7 @@ class WorkDirectory:
         if self._resume and (self.path / _PUBLISHED).exists():
             return
         if self._resume and not self.path.exists():
+            shutil.rmtree(self._done, ignore_errors=True)
             raise UserError(
                 f"{self.out}: nothing to resume, this directory is complete; add --force without "
                 "--resume to make it again"
@@ -55,6 +56,11 @@ class WorkDirectory:
         raise UserError(
             f"{self.out}: is not empty; give another --out or add --force to replace it"
         )
+
+    @property
+    def _done(self) -> Path:
+        """What the work directory is called while it is removed."""
+        return self.path.with_name(self.path.name + ".done")
 
     @property
     def log(self) -> Path:
@@ -79,7 +85,7 @@ class WorkDirectory:
             UserError: unfinished work without ``resume``, or of another signature.
         """
         job = self.path / _JOB
-        shutil.rmtree(self.out.with_name(self.out.name + ".done"), ignore_errors=True)
+        shutil.rmtree(self._done, ignore_errors=True)
         if self._force and not self._resume:
             shutil.rmtree(self.path, ignore_errors=True)
         if not job.exists():
@@ -143,7 +149,7 @@ class WorkDirectory:
         A kill between any two steps leaves either the whole work directory, and resuming publishes
         again, or none.
         """
-        old, done = (self.out.with_name(self.out.name + end) for end in (".replaced", ".done"))
+        old, done = self.out.with_name(self.out.name + ".replaced"), self._done
         write_sums(final)
         save_json({}, self.path / _PUBLISHED)
         for rest in (old, done):
