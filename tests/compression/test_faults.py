@@ -157,6 +157,15 @@ def test_a_full_disk(root: Path, svdserve: Zygote, expected: dict[str, bytes], d
     assert contents(out) == expected
 
 
+def test_a_full_disk_for_the_hidden_streams(
+    root: Path, svdserve: Zygote, disk: Path, tmp_path: Path
+) -> None:
+    """They are mapped into memory; writing to a hole of the file would end in SIGBUS."""
+    subprocess.run(["mount", "-o", "remount,size=64k", disk], check=True)
+    arguments = [*commands(root)["compress"], "--out", tmp_path / "out"]
+    refused(svdserve.run([*arguments, "--offload", disk / "streams"]), tmp_path)
+
+
 def test_a_limit_of_the_file_size(
     root: Path, svdserve: Zygote, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
