@@ -57,7 +57,7 @@ def kill_and_resume(
         first, killed = None, 0
         while True:
             wanted = killed == 0 or generator.random() < 1 / 3
-            at = generator.randint(1, whole.changes) if index % 2 and wanted else 0
+            at = generator.randint(1, len(whole.changes)) if index % 2 and wanted else 0
             delay = generator.uniform(0, seconds)
             run = zygote.start(arguments, kill_at=at)
             if wanted and not at:
@@ -69,7 +69,7 @@ def kill_and_resume(
                 assert contents(out) == expected
             if ended.code == -signal.SIGKILL:
                 killed += 1
-                moment = f"change {at} of {whole.changes}" if at else f"{delay / seconds:.2f}"
+                moment = f"change {at} of {len(whole.changes)}" if at else f"{delay / seconds:.2f}"
                 blocks = len(list(partial.glob("block-*.safetensors")))
                 first = first or Kill(moment, 0, blocks, out.exists())
                 continue
@@ -84,7 +84,7 @@ def kill_and_resume(
         records.append(Kill(first.moment, killed, first.blocks, first.published))
     return {
         "seconds": round(seconds, 3),
-        "changes": whole.changes,
+        "changes": len(whole.changes),
         "files": sorted(expected),
         "kills": [asdict(record) for record in records],
     }

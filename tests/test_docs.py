@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other on a busy machine take minutes
     "COLUMNS": "160",
 }
 WORDS = "The quick brown fox jumps over the lazy dog; {0} is the number of this line.\n"

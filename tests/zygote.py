@@ -49,11 +49,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit code (or minus the signal), standard error, and changes of the file system."""
+    """Exit code (or minus the signal), standard error, and changes of the file system.
+
+    A change is one letter: r for a rename, d for anything else.
+    """
 
     code: int
     errors: str
-    changes: int
+    changes: str
 
 
 class Zygote:
@@ -117,7 +120,7 @@ def _serve() -> None:
         _, status = os.waitpid(pid, 0)
         with os.fdopen(report) as stream:
             changes = stream.read()
-        print(json.dumps([status, len(changes)]), flush=True)
+        print(json.dumps([status, changes]), flush=True)
 
 
 def _become(
@@ -141,7 +144,7 @@ def _become(
             count += 1
             if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            os.write(answer, b".")
+            os.write(answer, b"r" if event == "os.rename" else b"d")
 
     sys.addaudithook(hook)
     if file_limit is not None:
