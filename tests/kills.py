@@ -81,6 +81,7 @@ def kill_and_resume(
             break
         assert contents(out) == expected
         assert not partial.exists()
+        print(f"kill {index + 1} of {kills}", flush=True)
         records.append(Kill(first.moment, killed, first.blocks, first.published))
     return {
         "seconds": round(seconds, 3),
