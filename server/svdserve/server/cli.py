@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperOption
 
 from svdserve.compression.errors import UserError
 from svdserve.server import options, study
+from svdserve.server.resumable import resumable
 
 
 def _recipe_defaults() -> dict[str, Any]:
@@ -138,18 +139,24 @@ def compress(
     The checkpoint is a Hugging Face directory that transformers, vLLM and `svdserve serve` load.
     An interrupted run leaves DIR.partial and goes on with `--resume`.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
+    with resumable(out):
+        _compress(given)
+
+
+def _compress(given: dict[str, Any]) -> None:
     from svdserve.compression.recipe import Recipe, Run, load_recipe, make_recipe, make_run
 
-    fields = load_recipe(recipe) if recipe else {}
-    given = {name: value for name, value in locals().items() if value is not None}
+    fields = load_recipe(given["recipe"]) if "recipe" in given else {}
     fields |= {name: given[name] for name in Recipe.model_fields if name in given}
-    if beta is not None:
-        fields["parameters"] = {**fields.get("parameters", {}), "beta": _number_or_name(beta)}
+    if "beta" in given:
+        beta = _number_or_name(given["beta"])
+        fields["parameters"] = {**fields.get("parameters", {}), "beta": beta}
     checked = make_recipe(**fields)
     run = make_run(**{name: given[name] for name in Run.model_fields if name in given})
     from svdserve.compression.job import compress as run_job
 
-    report = run_job(model, out, checked, run)
+    report = run_job(given["model"], given["out"], checked, run)
     typer.echo(
         f"{report.directory}: {report.stored_parameters:,} of {report.dense_parameters:,} "
         f"parameters of the blocks' linears kept, {report.seconds:.0f} s, "
@@ -259,10 +266,18 @@ def bench(
 def inspect_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file and compare it with SHA256SUMS.")
+    ] = False,
 ) -> None:
     """Show what a compressed model stores: rank, bytes, error and β of every module."""
     from svdserve.compression.inspection import inspect_checkpoint, print_inspection
 
+    if verify:
+        from svdserve.compression.integrity import verify as compare_digests
+
+        count = compare_digests(directory)
+        typer.echo(f"{directory}: {count} files have the digests of SHA256SUMS", err=True)
     inspection = inspect_checkpoint(directory)
     if as_json:
         typer.echo(json.dumps(inspection.model_dump(mode="json"), indent=2))
