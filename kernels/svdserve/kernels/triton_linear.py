@@ -1,0 +1,294 @@
+"""The low-rank linear on GPUs: prepares factors for the Triton kernels, chooses and launches them.
+
+A few rows are one launch (``triton_kernels.shrink_expand``), more are two. Which configuration
+runs depends on the dtype and the number of rows only and is never tuned at run time, so a CUDA
+graph captures what will run. The configurations were chosen by arithmetic and by what the compiler
+reports (``python -m svdserve.kernels.aot``); ``svdserve bench --kernels`` measures them.
+
+Importing this module imports Triton.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from svdserve.kernels import triton_kernels as kernels
+from svdserve.kernels.parts import Part, check_bias, check_input, other_channels
+
+ALIGNMENT = 16  # Rows of every matrix begin at multiples of it; see triton_kernels.py.
+_LARGEST = 2**31  # Offsets within one factor are 32 bits.
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels run for up to ``rows`` rows of x (None: for any number)."""
+
+    rows: int | None
+    block_rows: int
+    block_columns: int
+    block_depth: int
+    warps: int
+    stages: int
+    single_launch: bool = False
+
+
+# Decoding is bound by the bytes of the weights: small tiles keep all processors busy, deep stages
+# keep enough loads under way. Prefill is bound by arithmetic: tiles that tensor cores like.
+_HALF = (
+    Config(16, 16, 16, 256, warps=2, stages=4, single_launch=True),
+    Config(64, 64, 32, 128, warps=4, stages=4, single_launch=True),
+    Config(None, 128, 128, 64, warps=8, stages=3),
+)
+_SINGLE = (
+    Config(16, 16, 32, 32, warps=4, stages=3, single_launch=True),
+    Config(None, 64, 64, 32, warps=4, stages=3),
+)
+CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
+    torch.bfloat16: _HALF,
+    torch.float16: _HALF,
+    torch.float32: _SINGLE,
+}
+
+
+def config_for(dtype: torch.dtype, rows: int) -> Config:
+    """The configuration for so many rows of x."""
+    return next(c for c in CONFIGS[dtype] if c.rows is None or rows <= c.rows)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of tl.dot: float32 is multiplied as such, not rounded to TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU (TRITON_INTERPRET=1)."""
+    return not isinstance(kernels.shrink, triton.runtime.JITFunction)
+
+
+class TritonFactors(nn.Module):
+    """One or several low-rank linears of the same x; their outputs side by side.
+
+    Attributes:
+        stored_bytes: of the factors before they are padded.
+    """
+
+    inner: Tensor
+    outer: Tensor
+    channels: Tensor
+    pivots: Tensor
+    groups: Tensor
+    counters: Tensor
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Copy the factors, except where one part has the layout of the kernels already.
+
+        Args:
+            parts: each with its own rank; shapes as in ``lowrank_linear``, checked by the caller.
+
+        Raises:
+            ValueError: a factor of 2³¹ elements or more.
+        """
+        super().__init__()
+        device = parts[0].factor_in.device
+        self.in_features = parts[0].in_features
+        self.ranks = [_padded(part.rank) for part in parts]
+        self.outputs = [part.outputs for part in parts]
+        # Several groups share the gathering kernel: a pair is then the case without pivots.
+        self.gather = len(parts) > 1 or parts[0].pivots is not None
+        inner = [_aligned(part.factor_in, rows=True) for part in parts]
+        outer = [_aligned(part.factor_out, rows=True) for part in parts]
+        if max(factor.numel() for factor in (*inner, *outer)) >= _LARGEST:
+            raise ValueError(f"a factor of {_LARGEST:,} elements or more; the kernels count to that")
+        widths = [factor.shape[1] for factor in inner]
+        chosen = [_chosen(part) for part in parts]
+        table = _table(tuple(self.ranks), tuple(widths), tuple(self.outputs), device)
+        buffers = {
+            "inner": _flat(inner),
+            "outer": _flat(outer),
+            "channels": _flat([_indices(rest, width) for (_, rest), width in zip(chosen, widths)]),
+            "pivots": _flat([_indices(own, rank) for (own, _), rank in zip(chosen, self.ranks)]),
+            "groups": table,
+            "counters": torch.zeros(kernels.COUNTERS, dtype=torch.int32, device=device),
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.stored_bytes = sum(p.factor_in.nbytes + p.factor_out.nbytes for p in parts)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., sum of m] of x [..., n]; bias [sum of m] or None."""
+        return torch.ops.svdserve.lowrank_triton(  # type: ignore[no-any-return]
+            x,
+            self.inner,
+            self.outer,
+            self.channels,
+            self.pivots,
+            self.groups,
+            self.counters,
+            self.in_features,
+            self.ranks,
+            self.outputs,
+            self.gather,
+            bias,
+        )
+
+
+def _run(
+    x: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    channels: Tensor,
+    pivots: Tensor,
+    groups: Tensor,
+    counters: Tensor,
+    in_features: int,
+    ranks: Sequence[int],
+    outputs: Sequence[int],
+    gather: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    check_input(x, in_features, inner)
+    check_bias(bias, sum(outputs), x)
+    rows = x.numel() // in_features
+    padded = [_padded(size) for size in outputs]
+    y = x.new_empty(rows, sum(padded))
+    if rows:
+        whole = _aligned(x.reshape(rows, in_features))
+        z = x.new_empty(rows, sum(ranks))
+        shared = (rows, whole.stride(0) // ALIGNMENT, z.stride(0) // ALIGNMENT)
+        config = config_for(x.dtype, rows)
+        shrink_tiles, expand_tiles = (
+            sum(triton.cdiv(size, config.block_columns) for size in sizes)
+            for sizes in (ranks, padded)
+        )
+        added = y if bias is None else _side_by_side_padded(bias, outputs)
+        has_bias = int(bias is not None)
+        first = (whole, inner, channels, pivots, z)
+        second = (outer, added, y, groups)
+        y_blocks = y.stride(0) // ALIGNMENT
+        options = dict(_options(config, x.dtype), WIDEN=interpreted())
+        with torch.cuda.device_of(x):
+            if config.single_launch:
+                tiles = shrink_tiles + expand_tiles
+                sizes = (*shared, y_blocks, len(ranks), has_bias, shrink_tiles, tiles)
+                kernels.shrink_expand[(tiles,)](*first, *second, counters, *sizes, **options)
+            else:
+                row_blocks = triton.cdiv(rows, config.block_rows)
+                sizes = (*shared, len(ranks), shrink_tiles)
+                grid = (row_blocks * shrink_tiles,)
+                kernels.shrink[grid](*first, groups, *sizes, GATHER=gather, **options)
+                sizes = (rows, shared[2], y_blocks, len(ranks), has_bias, expand_tiles)
+                kernels.expand[(row_blocks * expand_tiles,)](z, *second, *sizes, **options)
+    if padded != list(outputs):
+        own = [block[:, :size] for block, size in zip(y.split(padded, 1), outputs, strict=True)]
+        y = torch.cat(own, dim=1)
+    return y.reshape(*x.shape[:-1], sum(outputs))
+
+
+def _options(config: Config, dtype: torch.dtype) -> dict[str, object]:
+    """Compile-time arguments of every kernel of a configuration."""
+    return {
+        "PRECISION": precision(dtype),
+        "BT": config.block_rows,
+        "BN": config.block_columns,
+        "BK": config.block_depth,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _fake(
+    x: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    channels: Tensor,
+    pivots: Tensor,
+    groups: Tensor,
+    counters: Tensor,
+    in_features: int,
+    ranks: Sequence[int],
+    outputs: Sequence[int],
+    gather: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    del inner, outer, channels, pivots, groups, counters, in_features, ranks, gather, bias
+    return x.new_empty(*x.shape[:-1], sum(outputs))
+
+
+_library = torch.library.Library("svdserve", "FRAGMENT")
+_library.define(
+    "lowrank_triton(Tensor x, Tensor inner, Tensor outer, Tensor channels, Tensor pivots, "
+    "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] outputs, bool gather, "
+    "Tensor? bias) -> Tensor"
+)
+_library.impl("lowrank_triton", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("svdserve::lowrank_triton", _fake, lib=_library)
+
+
+def _padded(size: int) -> int:
+    return triton.cdiv(size, ALIGNMENT) * ALIGNMENT  # type: ignore[no-any-return]
+
+
+def _aligned(matrix: Tensor, rows: bool = False) -> Tensor:
+    """The matrix, zero padded to whole blocks of columns (and rows); no copy where it fits."""
+    height, width = matrix.shape
+    missing = _padded(width) - width, (_padded(height) - height) if rows else 0
+    if any(missing):
+        return pad(matrix, (0, missing[0], 0, missing[1]))
+    dense = matrix.is_contiguous() if rows else matrix.stride(1) == 1
+    fits = matrix.stride(0) % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
+    return matrix if dense and fits else matrix.contiguous()
+
+
+def _side_by_side_padded(bias: Tensor, outputs: Sequence[int]) -> Tensor:
+    """The bias of all groups, each group's padded to whole blocks; no copy where it fits."""
+    if all(size % ALIGNMENT == 0 for size in outputs):
+        fits = bias.data_ptr() % ALIGNMENT == 0 and bias.is_contiguous()
+        return bias if fits else bias.clone(memory_format=torch.contiguous_format)
+    return torch.cat([pad(own, (0, -len(own) % ALIGNMENT)) for own in bias.split(list(outputs))])
+
+
+def _chosen(part: Part) -> tuple[Tensor, Tensor]:
+    """The pivots of a part and its other channels; all channels and no pivots for a pair."""
+    if part.pivots is None:
+        everything = torch.arange(part.in_features, device=part.factor_in.device)
+        return everything[:0], everything
+    return part.pivots, other_channels(part.pivots, part.in_features)
+
+
+def _indices(channels: Tensor, size: int) -> Tensor:
+    return pad(channels.to(torch.int32), (0, size - len(channels)), value=-1)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+@lru_cache(maxsize=4096)
+def _table(
+    ranks: tuple[int, ...], widths: tuple[int, ...], outputs: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """The table of groups; kept, as copying it to the device cannot be a part of a CUDA graph."""
+    padded = [_padded(size) for size in outputs]
+    columns = (
+        ranks,
+        widths,
+        padded,
+        _starts(rank * width for rank, width in zip(ranks, widths, strict=True)),
+        _starts(size * rank for size, rank in zip(padded, ranks, strict=True)),
+        _starts(widths),
+        _starts(ranks),
+        _starts(padded),
+    )
+    table = torch.tensor(columns).T.contiguous() // ALIGNMENT
+    return table.to(device=device, dtype=torch.int32)
+
+
+def _starts(sizes: Iterator[int] | Sequence[int]) -> list[int]:
+    return list(accumulate(sizes, initial=0))[:-1]
