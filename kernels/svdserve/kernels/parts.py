@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Part(NamedTuple):
@@ -27,15 +27,27 @@ class Part(NamedTuple):
         return self.factor_in.shape[1] + (0 if self.pivots is None else len(self.pivots))
 
 
-def other_channels(pivots: Tensor, in_features: int) -> Tensor:
-    """The channels [n - r] (int64, ascending) that are not pivots.
+class PreparedFactors(nn.Module):
+    """One or several low-rank linears of the same x, as one implementation likes their factors.
 
-    By a stable sort, as its shape is known beforehand: no wait for the device, and no break of a
-    graph.
+    Called with x [..., n] and a bias [sum of m] or None, it gives y [..., sum of m], the outputs of
+    the parts side by side.
+
+    Attributes:
+        stored_bytes: of the factors as they were given.
     """
-    taken = torch.zeros(in_features, dtype=torch.int8, device=pivots.device)
-    taken[pivots.long()] = 1
-    return taken.argsort(stable=True)[: in_features - len(pivots)]
+
+    stored_bytes: int
+
+
+def other_channels(pivots: Tensor, in_features: int) -> Tensor:
+    """The channels [n - r] (int64, ascending) that are not pivots."""
+    taken = torch.zeros(in_features, dtype=torch.bool, device=pivots.device)
+    taken[pivots.long()] = True
+    if pivots.device.type == "cpu":
+        return taken.logical_not().nonzero().squeeze(1)
+    # A stable sort knows its shape beforehand: no wait for the device, no break of a CUDA graph.
+    return taken.to(torch.int8).argsort(stable=True)[: in_features - len(pivots)]
 
 
 def check_factors(part: Part) -> None:

@@ -57,14 +57,18 @@ def _gathered(x_rows, channels, k0, width, inside, BK: tl.constexpr):
     k = k0 + tl.arange(0, BK)
     channel = tl.load(channels + k, mask=k < width, other=-1)
     # Padding is -1 and not a channel of weight zero: zero times an infinite x is not a number.
-    return tl.load(x_rows + channel[None, :], mask=inside[:, None] & (channel >= 0)[None, :], other=0.0)
+    return tl.load(
+        x_rows + channel[None, :], mask=inside[:, None] & (channel >= 0)[None, :], other=0.0
+    )
 
 
 @triton.jit
 def _weights(rows, k0, width, inside, BK: tl.constexpr):
     """Columns k0 .. k0 + BK of the BN rows of a factor, transposed."""
     k = k0 + tl.arange(0, BK)
-    return tl.trans(tl.load(rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0))
+    return tl.trans(
+        tl.load(rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
+    )
 
 
 @triton.jit
@@ -78,10 +82,9 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 @triton.jit
 def _rounded(sums, dtype: tl.constexpr, WIDEN: tl.constexpr):
     """The sums in dtype, to nearest even; the interpreter cuts bfloat16 off, so it adds first."""
-    if WIDEN:
-        if dtype == tl.bfloat16:
-            bits = sums.to(tl.int32, bitcast=True)
-            sums = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if WIDEN and dtype == tl.bfloat16:
+        bits = sums.to(tl.int32, bitcast=True)
+        sums = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return sums.to(dtype)
 
 

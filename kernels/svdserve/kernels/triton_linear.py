@@ -15,13 +15,15 @@ from itertools import accumulate
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from svdserve.kernels import triton_kernels as kernels
-from svdserve.kernels.parts import Part, check_bias, check_input, other_channels
+from svdserve.kernels.operations import define
+from svdserve.kernels.parts import Part, PreparedFactors, check_bias, check_input, other_channels
 
 ALIGNMENT = 16  # Rows of every matrix begin at multiples of it; see triton_kernels.py.
+TENSORS = tuple(name for name in kernels.shrink_expand.arg_names if name.endswith("_ptr"))
 _LARGEST = 2**31  # Offsets within one factor are 32 bits.
 
 
@@ -71,12 +73,8 @@ def interpreted() -> bool:
     return not isinstance(kernels.shrink, triton.runtime.JITFunction)
 
 
-class TritonFactors(nn.Module):
-    """One or several low-rank linears of the same x; their outputs side by side.
-
-    Attributes:
-        stored_bytes: of the factors before they are padded.
-    """
+class TritonFactors(PreparedFactors):
+    """See PreparedFactors; the factors padded and side by side."""
 
     inner: Tensor
     outer: Tensor
@@ -104,16 +102,17 @@ class TritonFactors(nn.Module):
         inner = [_aligned(part.factor_in, rows=True) for part in parts]
         outer = [_aligned(part.factor_out, rows=True) for part in parts]
         if max(factor.numel() for factor in (*inner, *outer)) >= _LARGEST:
-            raise ValueError(f"a factor of {_LARGEST:,} elements or more; the kernels count to that")
+            raise ValueError(
+                f"a factor of {_LARGEST:,} elements or more; the kernels count to that"
+            )
         widths = [factor.shape[1] for factor in inner]
         chosen = [_chosen(part) for part in parts]
-        table = _table(tuple(self.ranks), tuple(widths), tuple(self.outputs), device)
         buffers = {
             "inner": _flat(inner),
             "outer": _flat(outer),
-            "channels": _flat([_indices(rest, width) for (_, rest), width in zip(chosen, widths)]),
-            "pivots": _flat([_indices(own, rank) for (own, _), rank in zip(chosen, self.ranks)]),
-            "groups": table,
+            "channels": _indices([rest for _, rest in chosen], widths),
+            "pivots": _indices([own for own, _ in chosen], self.ranks),
+            "groups": _table(tuple(self.ranks), tuple(widths), tuple(self.outputs), device),
             "counters": torch.zeros(kernels.COUNTERS, dtype=torch.int32, device=device),
         }
         for name, tensor in buffers.items():
@@ -158,39 +157,54 @@ def _run(
     padded = [_padded(size) for size in outputs]
     y = x.new_empty(rows, sum(padded))
     if rows:
-        whole = _aligned(x.reshape(rows, in_features))
         z = x.new_empty(rows, sum(ranks))
-        shared = (rows, whole.stride(0) // ALIGNMENT, z.stride(0) // ALIGNMENT)
+        whole = _aligned(x.reshape(rows, in_features))
+        added = y if bias is None else _aligned_bias(bias, outputs)
         config = config_for(x.dtype, rows)
-        shrink_tiles, expand_tiles = (
+        tiles = [
             sum(triton.cdiv(size, config.block_columns) for size in sizes)
             for sizes in (ranks, padded)
-        )
-        added = y if bias is None else _side_by_side_padded(bias, outputs)
-        has_bias = int(bias is not None)
-        first = (whole, inner, channels, pivots, z)
-        second = (outer, added, y, groups)
-        y_blocks = y.stride(0) // ALIGNMENT
-        options = dict(_options(config, x.dtype), WIDEN=interpreted())
-        with torch.cuda.device_of(x):
-            if config.single_launch:
-                tiles = shrink_tiles + expand_tiles
-                sizes = (*shared, y_blocks, len(ranks), has_bias, shrink_tiles, tiles)
-                kernels.shrink_expand[(tiles,)](*first, *second, counters, *sizes, **options)
-            else:
-                row_blocks = triton.cdiv(rows, config.block_rows)
-                sizes = (*shared, len(ranks), shrink_tiles)
-                grid = (row_blocks * shrink_tiles,)
-                kernels.shrink[grid](*first, groups, *sizes, GATHER=gather, **options)
-                sizes = (rows, shared[2], y_blocks, len(ranks), has_bias, expand_tiles)
-                kernels.expand[(row_blocks * expand_tiles,)](z, *second, *sizes, **options)
+        ]
+        sizes = {
+            "rows": rows,
+            "x_blocks": whole.stride(0) // ALIGNMENT,
+            "z_blocks": z.shape[1] // ALIGNMENT,
+            "y_blocks": y.shape[1] // ALIGNMENT,
+            "groups": len(ranks),
+            "has_bias": int(bias is not None),
+            "GATHER": gather,
+        }
+        tensors = (whole, inner, channels, pivots, z, outer, added, y, groups, counters)
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            _launch(tensors, sizes, tiles, config)
     if padded != list(outputs):
-        own = [block[:, :size] for block, size in zip(y.split(padded, 1), outputs, strict=True)]
-        y = torch.cat(own, dim=1)
+        blocks = torch.split(y, padded, dim=1)
+        y = torch.cat([b[:, :size] for b, size in zip(blocks, outputs, strict=True)], dim=1)
     return y.reshape(*x.shape[:-1], sum(outputs))
 
 
-def _options(config: Config, dtype: torch.dtype) -> dict[str, object]:
+def _launch(
+    tensors: tuple[Tensor, ...], sizes: dict[str, int], tiles: Sequence[int], config: Config
+) -> None:
+    """One launch or two; ``tiles`` of z and of y in one block of rows."""
+    named = dict(zip(TENSORS, tensors, strict=True)) | sizes
+    options = compile_options(config, tensors[0].dtype) | {"WIDEN": interpreted()}
+    if config.single_launch:
+        counts = {"shrink_tiles": tiles[0], "tiles": sum(tiles)}
+        steps = [(kernels.shrink_expand, sum(tiles), counts)]
+    else:
+        row_blocks = triton.cdiv(sizes["rows"], config.block_rows)
+        steps = [
+            (kernel, row_blocks * count, {"tiles": count})
+            for kernel, count in zip((kernels.shrink, kernels.expand), tiles, strict=True)
+        ]
+    for kernel, programs, counts in steps:
+        given = named | counts
+        taken = {name: given[name] for name in kernel.arg_names if name in given}
+        kernel[(programs,)](**taken, **options)
+
+
+def compile_options(config: Config, dtype: torch.dtype) -> dict[str, object]:
     """Compile-time arguments of every kernel of a configuration."""
     return {
         "PRECISION": precision(dtype),
@@ -220,14 +234,13 @@ def _fake(
     return x.new_empty(*x.shape[:-1], sum(outputs))
 
 
-_library = torch.library.Library("svdserve", "FRAGMENT")
-_library.define(
+define(
     "lowrank_triton(Tensor x, Tensor inner, Tensor outer, Tensor channels, Tensor pivots, "
     "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] outputs, bool gather, "
-    "Tensor? bias) -> Tensor"
+    "Tensor? bias) -> Tensor",
+    _run,
+    _fake,
 )
-_library.impl("lowrank_triton", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("svdserve::lowrank_triton", _fake, lib=_library)
 
 
 def _padded(size: int) -> int:
@@ -245,12 +258,13 @@ def _aligned(matrix: Tensor, rows: bool = False) -> Tensor:
     return matrix if dense and fits else matrix.contiguous()
 
 
-def _side_by_side_padded(bias: Tensor, outputs: Sequence[int]) -> Tensor:
+def _aligned_bias(bias: Tensor, outputs: Sequence[int]) -> Tensor:
     """The bias of all groups, each group's padded to whole blocks; no copy where it fits."""
     if all(size % ALIGNMENT == 0 for size in outputs):
         fits = bias.data_ptr() % ALIGNMENT == 0 and bias.is_contiguous()
         return bias if fits else bias.clone(memory_format=torch.contiguous_format)
-    return torch.cat([pad(own, (0, -len(own) % ALIGNMENT)) for own in bias.split(list(outputs))])
+    own = torch.split(bias, list(outputs))
+    return torch.cat([pad(block, (0, -len(block) % ALIGNMENT)) for block in own])
 
 
 def _chosen(part: Part) -> tuple[Tensor, Tensor]:
@@ -261,8 +275,13 @@ def _chosen(part: Part) -> tuple[Tensor, Tensor]:
     return part.pivots, other_channels(part.pivots, part.in_features)
 
 
-def _indices(channels: Tensor, size: int) -> Tensor:
-    return pad(channels.to(torch.int32), (0, size - len(channels)), value=-1)
+def _indices(channels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The channels of every part as int32, each part's padded to its size."""
+    padded = [
+        pad(own.to(torch.int32), (0, size - len(own)), value=-1)
+        for own, size in zip(channels, sizes, strict=True)
+    ]
+    return _flat(padded)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
