@@ -43,8 +43,8 @@ class Config:
 # Decoding is bound by the bytes of the weights: small tiles keep all processors busy, deep stages
 # keep enough loads under way. Prefill is bound by arithmetic: tiles that tensor cores like.
 _HALF = (
-    Config(16, 16, 16, 256, warps=2, stages=4, single_launch=True),
-    Config(64, 64, 32, 128, warps=4, stages=4, single_launch=True),
+    Config(16, 16, 16, 128, warps=2, stages=5, single_launch=True),
+    Config(64, 64, 32, 64, warps=4, stages=6, single_launch=True),
     Config(None, 128, 128, 64, warps=8, stages=3),
 )
 _SINGLE = (
@@ -213,6 +213,7 @@ def compile_options(config: Config, dtype: torch.dtype) -> dict[str, object]:
         "BK": config.block_depth,
         "num_warps": config.warps,
         "num_stages": config.stages,
+        "enable_fp_fusion": True,  # Triton's default changes between versions
     }
 
 
