@@ -17,6 +17,7 @@ KEEPS = (0.8, 0.6, 0.4)
 DECODE_ROWS = (1, 8, 32)
 PREFILL_ROWS = (512, 4096)
 ROWS = (*DECODE_ROWS, *PREFILL_ROWS)
+ROW_TITLES = " | ".join("1 row" if rows == 1 else f"{rows} rows" for rows in ROWS)
 ITEM = 2  # bytes of a bfloat16
 
 
@@ -228,7 +229,7 @@ def markdown(found: dict[str, object]) -> str:
         "Linears of all blocks and the output head; layers that lose at one row stay dense. "
         "Attention, norms and communication are left out: they dilute the gain.",
         "",
-        "| GPU | model | GPUs | κ | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |",
+        "| GPU | model | GPUs | κ | " + ROW_TITLES + " |",
         "|---|---|---|---|" + "---|" * len(ROWS),
     ]
     for one in found["models"]:  # type: ignore[attr-defined]
@@ -241,9 +242,7 @@ def markdown(found: dict[str, object]) -> str:
         "MB and MFLOP are those of one row, dense → low rank, on one GPU. Gains are with the fixed "
         "time of the phases; spare is at one row.",
         "",
-        "| GPU | model | GPUs | layer | κ | rank | MB | MFLOP | "
-        + " | ".join(f"{rows} rows" for rows in ROWS)
-        + " | spare, µs | |",
+        "| GPU | model | GPUs | layer | κ | rank | MB | MFLOP | " + ROW_TITLES + " | spare, µs | |",
         "|---|---|---|---|---|---|---|---|" + "---|" * (len(ROWS) + 2),
     ]
     for one in found["layers"]:  # type: ignore[attr-defined]
@@ -254,8 +253,8 @@ def markdown(found: dict[str, object]) -> str:
         verdict = "**stays dense**" if one["dense"] else ""
         lines.append(
             f"| {one['gpu']} | {one['model']} | {one['gpus']} | {one['name']} "
-            f"[{one['outputs']}, {one['inputs']}] | {one['keep']} | {one['rank']} | {size} | {work} "
-            f"| {gains} | {first['spare_microseconds']:.1f} | {verdict} |"
+            f"[{one['outputs']}, {one['inputs']}] | {one['keep']} | {one['rank']} | {size} "
+            f"| {work} | {gains} | {first['spare_microseconds']:.1f} | {verdict} |"
         )
     lines += [
         "",

@@ -183,10 +183,7 @@ def main() -> int:
     if arguments.json:
         report = {
             "triton": triton.__version__,
-            "ptxas": {
-                tool: getattr(triton.knobs.nvidia, tool).version
-                for tool in ("ptxas", "ptxas_blackwell")
-            },
+            "ptxas": triton.knobs.nvidia.ptxas.version,
             "shared_limit_bytes": {sm: kib * 1024 for sm, kib in SHARED_KIB.items()},
             "kernels": [asdict(one) for one in found],
         }
