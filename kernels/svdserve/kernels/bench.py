@@ -188,20 +188,19 @@ def _measure(
     pivots = order[:rank].sort().values.to(torch.int32)
     kept = rank * (layer.outputs + layer.inputs - rank) * dtype.itemsize
     copies = min(-(-_NO_CACHE_HOLDS // kept), _MOST_COPIES)
-    parts = [
-        Part(random(rank, layer.inputs - rank), random(layer.outputs, rank), pivots)
-        for _ in range(copies)
-    ]
+    inner, outer = random(rank, layer.inputs - rank), random(layer.outputs, rank)
+    parts = [Part(inner.clone(), outer.clone(), pivots) for _ in range(copies)]
     request = Request.of(parts[:1], prepared=True)
     able = [i.name for i in IMPLEMENTATIONS if i.reason_against(request) is None]
     prepared = {n: [prepare([part], implementation=n) for part in parts] for n in able}
-    weights = [_product(random(layer.outputs, layer.inputs)) for _ in range(copies)]
+    weight = random(layer.outputs, layer.inputs)
+    weights = [_product(weight.clone()) for _ in range(copies)]
     pairs = [(_product(part.factor_in), _product(part.factor_out)) for part in parts]
     for rows in options.rows:
         x = random(rows, layer.inputs)
         rest = x[:, rank:].contiguous()
         contenders: dict[str, list[Call]] = {
-            DENSE: [partial(weight, x) for weight in weights],
+            DENSE: [partial(product, x) for product in weights],
             PRODUCTS: [partial(_both, inner, outer, rest) for inner, outer in pairs],
         }
         for name, modules in prepared.items():
