@@ -2,7 +2,7 @@
 
 ``python -m svdserve.kernels.aot --json results/triton_kernels.json`` writes what the compiler and
 the disassembler say: registers, spills, shared memory, 128-bit loads, tensor-core instructions.
-Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm, and no GPU.
+Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's compiler, and no GPU.
 """
 
 import argparse
@@ -28,34 +28,70 @@ from triton.compiler import ASTSource
 from svdserve.kernels import triton_kernels as kernels
 from svdserve.kernels.triton_linear import CONFIGS, Config, compile_options, interpreted
 
-# Most shared memory of one block in KiB: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability".
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
-# In SASS: HMMA is mma.sync, HGMMA is wgmma, UTC.MMA is tcgen05.mma.
-_TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA")
-_LOAD = re.compile(r"LDG(STS)?\b")
-_WIDE_LOAD = re.compile(r"(LDG|LDGSTS)\.(\w+\.)*128")
-_LOCAL = re.compile(r"(LDL|STL)\b")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+@dataclass(frozen=True)
+class Target:
+    """A family of GPUs to compile for.
+
+    Attributes:
+        gpu: as Triton names it.
+        shared_limit: most bytes of shared memory that a block can have.
+        tensor_core: names of the instructions that multiply matrices.
+        load, wide_load: of those that read global memory; of 128 bits.
+        spill: of those that reach the memory where registers go that found no place.
+    """
+
+    gpu: GPUTarget
+    shared_limit: int
+    tensor_core: str
+    load: str
+    wide_load: str
+    spill: str
+
+    @classmethod
+    def nvidia(cls, capability: int, shared_kib: int) -> "Target":
+        # HMMA is mma.sync, HGMMA is wgmma, UTC.MMA is tcgen05.mma.
+        names = "HMMA|HGMMA|UTC.*MMA", r"LDG(STS)?\b", r"LDG(STS)?\..*128", r"(LDL|STL)\b"
+        return cls(GPUTarget("cuda", capability, 32), shared_kib * 1024, *names)
+
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD
+# Instinct MI300 Instruction Set Architecture, local data share.
+TARGETS = {
+    "sm_80": Target.nvidia(80, 163),
+    "sm_90": Target.nvidia(90, 227),
+    "sm_100": Target.nvidia(100, 227),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64),
+        64 * 1024,
+        "v_mfma",
+        "(global|buffer)_load",
+        "(global|buffer)_load_dwordx4",
+        "scratch_",
+    ),
+}
+_SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_AMDGCN = re.compile(r"^\s+([a-z]\w*)", re.MULTILINE)
 _POINTERS = {"channels_ptr": "i32", "pivots_ptr": "i32", "groups_ptr": "i32", "counters_ptr": "i32"}
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled at run time, for one compute capability (80 is sm_80)."""
+    """One kernel as it is compiled at run time, for one of ``TARGETS``."""
 
     kernel: str
     dtype: torch.dtype
     config: Config
     gather: bool | None
-    capability: int
+    target: str
 
     @property
     def fixed(self) -> dict[str, object]:
         """The arguments that are known when it is compiled."""
         gather = {} if self.gather is None else {"GATHER": self.gather}
-        return compile_options(self.config, self.dtype) | gather
+        on_amd = TARGETS[self.target].gpu.backend == "hip"
+        return compile_options(self.config, self.dtype, on_amd) | gather
 
 
 @dataclass(frozen=True)
@@ -65,18 +101,18 @@ class Compiled:
     Attributes:
         fixed: dtype and compile-time arguments of the launch.
         loads, wide_loads: instructions that read global memory; those of 128 bits.
-        local_instructions: reads and writes of local memory, which is where registers spill to.
+        stack_bytes, spills: memory for registers that found no place, and instructions that use it.
     """
 
     kernel: str
-    capability: int
+    target: str
     dtype: str
     config: dict[str, object]
     fixed: dict[str, object]
     registers: int
     shared_bytes: int
     stack_bytes: int
-    local_instructions: int
+    spills: int
     loads: int
     wide_loads: int
     tensor_core: dict[str, int]
@@ -84,15 +120,15 @@ class Compiled:
 
 def variants() -> Iterator[Variant]:
     """Everything that triton_linear.py can launch."""
-    for capability in SHARED_KIB:
+    for target in TARGETS:
         for dtype, configs in CONFIGS.items():
             for config in configs:
                 if config.single_launch:
-                    yield Variant("shrink_expand", dtype, config, None, capability)
+                    yield Variant("shrink_expand", dtype, config, None, target)
                 else:
-                    yield Variant("shrink", dtype, config, True, capability)
-                    yield Variant("shrink", dtype, config, False, capability)
-                    yield Variant("expand", dtype, config, None, capability)
+                    yield Variant("shrink", dtype, config, True, target)
+                    yield Variant("shrink", dtype, config, False, target)
+                    yield Variant("expand", dtype, config, None, target)
 
 
 def compile_all() -> list[Compiled]:
@@ -125,38 +161,52 @@ def compile_one(variant: Variant) -> Compiled:
             signature[name] = "i32"  # never specialised: triton_kernels._CALL_SIZES
     constants = {name: value for name, value in fixed.items() if name in signature}
     source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", variant.capability, 32)
-    binary = triton.compile(source, target=target, options=launch)
+    binary = triton.compile(source, target=TARGETS[variant.target].gpu, options=launch)
     return _read(variant, binary)
 
 
 def _read(variant: Variant, binary: Any) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        code = _output(triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name)
-    instructions = Counter(_INSTRUCTION.findall(code))
+    target = TARGETS[variant.target]
+    if target.gpu.backend == "cuda":
+        registers, stack, instructions = _nvidia(binary.asm["cubin"])
+    else:
+        registers, stack, instructions = _amd(binary.asm["amdgcn"])
 
-    def count(pattern: re.Pattern[str]) -> int:
-        return sum(times for name, times in instructions.items() if pattern.match(name))
+    def count(pattern: str) -> dict[str, int]:
+        return {n: times for n, times in sorted(instructions.items()) if re.match(pattern, n)}
 
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     dtype = str(variant.dtype).removeprefix("torch.")
     return Compiled(
         kernel=variant.kernel,
-        capability=variant.capability,
+        target=variant.target,
         dtype=dtype,
         config=asdict(variant.config),
         fixed={"dtype": dtype, **variant.fixed},
-        registers=int(numbers["REG"]),
+        registers=registers,
         shared_bytes=binary.metadata.shared,
-        stack_bytes=int(numbers["STACK"]),
-        local_instructions=count(_LOCAL),
-        loads=count(_LOAD),
-        wide_loads=count(_WIDE_LOAD),
-        tensor_core={n: times for n, times in sorted(instructions.items()) if _TENSOR.match(n)},
+        stack_bytes=stack,
+        spills=sum(count(target.spill).values()),
+        loads=sum(count(target.load).values()),
+        wide_loads=sum(count(target.wide_load).values()),
+        tensor_core=count(target.tensor_core),
     )
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
+    """Registers, bytes of stack and instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _output(triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return int(numbers["REG"]), int(numbers["STACK"]), Counter(_SASS.findall(code))
+
+
+def _amd(code: str) -> tuple[int, int, Counter[str]]:
+    numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code))
+    stack = int(numbers["private_segment_fixed_size"])
+    return int(numbers["vgpr_count"]), stack, Counter(_AMDGCN.findall(code))
 
 
 def _output(*command: str) -> str:
@@ -169,22 +219,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     found = compile_all()
-    print(
-        "kernel         dtype     rows  gather  sm   registers  shared  spills  wide  tensor core"
-    )
+    print("kernel         dtype     rows  gather  target  registers  shared  spills  wide  matrix")
     for one in found:
-        cores = ", ".join(f"{times} {name}" for name, times in one.tensor_core.items()) or "none"
+        matrix = ", ".join(f"{times} {name}" for name, times in one.tensor_core.items()) or "none"
         print(
             f"{one.kernel:14} {one.dtype:9} {one.config['rows'] or 'any':>4}  "
-            f"{one.fixed.get('GATHER', '')!s:6}  "
-            f"{one.capability:<3}  {one.registers:9}  {one.shared_bytes:6}  "
-            f"{one.local_instructions:5}  {one.wide_loads:4}  {cores}"
+            f"{one.fixed.get('GATHER', '')!s:6}  {one.target:6}  {one.registers:9}  "
+            f"{one.shared_bytes:6}  {one.spills:6}  {one.wide_loads:4}  {matrix}"
         )
     if arguments.json:
         report = {
             "triton": triton.__version__,
             "ptxas": triton.knobs.nvidia.ptxas.version,
-            "shared_limit_bytes": {sm: kib * 1024 for sm, kib in SHARED_KIB.items()},
+            "shared_limit_bytes": {name: one.shared_limit for name, one in TARGETS.items()},
             "kernels": [asdict(one) for one in found],
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,8 @@ def _launch(
 ) -> None:
     """One launch or two; ``tiles`` of z and of y in one block of rows."""
     named = dict(zip(TENSORS, tensors, strict=True)) | sizes
-    options = compile_options(config, tensors[0].dtype) | {"WIDEN": interpreted()}
+    on_amd = torch.version.hip is not None
+    options = compile_options(config, tensors[0].dtype, on_amd) | {"WIDEN": interpreted()}
     if config.single_launch:
         counts = {"shrink_tiles": tiles[0], "tiles": sum(tiles)}
         steps = [(kernels.shrink_expand, sum(tiles), counts)]
@@ -204,7 +205,7 @@ def _launch(
         kernel[(programs,)](**taken, **options)
 
 
-def compile_options(config: Config, dtype: torch.dtype) -> dict[str, object]:
+def compile_options(config: Config, dtype: torch.dtype, on_amd: bool) -> dict[str, object]:
     """Compile-time arguments of every kernel of a configuration."""
     return {
         "PRECISION": precision(dtype),
@@ -212,7 +213,8 @@ def compile_options(config: Config, dtype: torch.dtype) -> dict[str, object]:
         "BN": config.block_columns,
         "BK": config.block_depth,
         "num_warps": config.warps,
-        "num_stages": config.stages,
+        # AMD's compiler keeps loads under way in registers, and two stages are what it plans for.
+        "num_stages": min(config.stages, 2) if on_amd else config.stages,
         "enable_fp_fusion": True,  # Triton's default changes between versions
     }
 
