@@ -22,13 +22,17 @@ from svdserve.kernels import Part, lowrank_linear, prepare
 
 @dataclass(frozen=True)
 class Job:
-    """One call; several shapes are several parts. ``prepared`` False is the public operation."""
+    """One call; several shapes are several parts.
+
+    ``prepared`` False is the public operation; ``compiled`` is through torch.compile.
+    """
 
     shapes: tuple[Shape, ...]
     rows: int
     dtype: torch.dtype
     bias: bool = True
     prepared: bool = True
+    compiled: bool = False
 
     def parts(self) -> list[Part]:
         return [shape.part(self.dtype, seed) for seed, shape in enumerate(self.shapes)]
@@ -99,7 +103,9 @@ def _main(folder: Path) -> None:
         job = Job(shapes, **(plain | {"dtype": getattr(torch, plain["dtype"])}))
         x, bias = job.arguments()
         if job.prepared:
-            module = prepare(job.parts(), implementation="triton")
+            module: Any = prepare(job.parts(), implementation="triton")
+            if job.compiled:
+                module = torch.compile(module, fullgraph=True, backend="aot_eager")
             outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)
         else:
             (part,) = job.parts()

@@ -39,6 +39,7 @@ JOBS += [
     for rows in (3, 70)
     for dtype in DTYPES
 ]
+JOBS.append(Job((Shape(20, 64, 9), Shape(33, 64, 12)), 5, torch.float32, compiled=True))
 
 
 @pytest.fixture(scope="module")
