@@ -258,7 +258,7 @@ def _aligned(matrix: Tensor, rows: bool = False) -> Tensor:
         return pad(matrix, (0, missing[0], 0, missing[1]))
     dense = matrix.is_contiguous() if rows else matrix.stride(1) == 1
     fits = matrix.stride(0) % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
-    return matrix if dense and fits else matrix.contiguous()
+    return matrix if dense and fits else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned_bias(bias: Tensor, outputs: Sequence[int]) -> Tensor:
