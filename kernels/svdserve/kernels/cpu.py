@@ -14,7 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from svdserve.kernels.parts import PreparedFactors
 
 SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
@@ -23,7 +25,7 @@ NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
 _WORD = 32  # channels in one word of the mask
 
 
-class PackedFactors(nn.Module):
+class PackedFactors(PreparedFactors):
     """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
 
     Attributes:
