@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from test_served_logits import PROMPTS, Case, assert_equals_dense
 
 from checkpoints import write_checkpoint
 from models import save_model
 from svdserve.compression.checkpoint import SINGLE_FILE, read_json
 from svdserve.compression.errors import UserError
-from test_served_logits import PROMPTS, Case, assert_equals_dense
 from vllm_run import run
 
 pytestmark = pytest.mark.vllm
