@@ -8,10 +8,10 @@ layer sum m outputs, or the rank r where the layer is factored.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,21 @@ def expected_bytes(directory: Path) -> int:
 
 
 def measure(directory: Path, ranks: int) -> dict[str, Any]:
-    """Count in a process of its own, which prints the answer as its last line."""
-    command = [sys.executable, __file__, "--count", str(ranks), str(directory)]
-    # A function is sent to the workers; it comes from this file.
-    environment = os.environ | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{directory} on {ranks} ranks:\n{done.stderr[-2000:]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
+    """Count in a process of its own."""
+    environment = {
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of this file goes to the workers
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM asks for more cores than ranks
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "count.json"
+        command = [sys.executable, __file__, str(directory), "--json", str(answer)]
+        command += ["--ranks", str(ranks), "--count"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode:
+            log = (done.stdout + done.stderr)[-4000:]
+            raise RuntimeError(f"{directory} on {ranks} ranks:\n{log}")
+        measured = read_json(answer)
     return {
         "directory": str(directory),
         "all_reduces_per_step": measured["calls"] / OUTPUT,
@@ -104,11 +111,11 @@ def main() -> int:
     parser.add_argument("models", type=Path, nargs="+", help="the dense one first")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("results/serving_allreduce.json"))
-    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work_around()
     if arguments.count:
-        print(json.dumps(count(str(arguments.models[0]), arguments.count)))
+        write_json(arguments.json, count(str(arguments.models[0]), arguments.ranks))
         return 0
     found = [measure(directory, arguments.ranks) for directory in arguments.models]
     for model in found:
