@@ -69,20 +69,16 @@ class PackedFactors(PreparedFactors):
         self.register_buffer("packed_out", pack(factor_out), persistent=False)
         self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
         self.stored_bytes = factor_in.nbytes + factor_out.nbytes
+        # A small layer costs a few microseconds; looking all this up on every call would double it.
+        self._operation = torch.ops.svdserve.lowrank.default
+        self._operands = (
+            *(self.packed_in, self.packed_out, self.mask),
+            *(self.pivots, self.rank, self.outputs),
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
-        return torch.ops.svdserve.lowrank(  # type: ignore[no-any-return]
-            x,
-            self.packed_in,
-            self.packed_out,
-            self.mask,
-            self.pivots,
-            self.rank,
-            self.outputs,
-            bias,
-            self.amx,
-        )
+        return self._operation(x, *self._operands, bias, self.amx)  # type: ignore[no-any-return]
 
 
 @cache
