@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import random_tokens, save_model
+from ports import free_port
 from svdserve.compression.errors import UserError
 from svdserve.server.serve import allowed_plugins, check_model, server_arguments
 from svdserve.server.worker import EXTENSION
@@ -83,12 +84,6 @@ class Server:
                     label = sample.labels.get("kind") or sample.labels.get("process") or ""
                     found.setdefault(sample.name, {})[label] = sample.value
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 // Polls /metrics and shows what it tells; everything is relative to the page's own address.
 
 import { Chart } from "./charts.js";
-import { bytes, clock, count, percent, rate, seconds } from "./format.js";
+import { bytes, clock, count, percent, rate, ratio, seconds, secondsTick } from "./format.js";
 import { showGroups } from "./groups.js";
 import { showMemory, split } from "./memory.js";
 import { buckets, gained, parse, quantile, sum } from "./metrics.js";
@@ -18,26 +18,30 @@ const HISTOGRAMS = {
 
 const byId = (id) => document.getElementById(id);
 const latency = {
-  unit: "seconds",
-  note: `over the last ${WINDOW_SECONDS} s`,
   series: Object.keys(QUANTILES),
   format: seconds,
-  tick: seconds,
+  tick: secondsTick,
   least: 0.01,
 };
 const charts = Object.fromEntries(
   [
     {
-      id: "throughput", title: "Throughput", unit: "tokens/s",
-      note: `over the last ${WINDOW_SECONDS} s`,
+      id: "throughput", title: "Throughput",
+      note: `tokens/s, mean of the last ${WINDOW_SECONDS} s`,
       series: ["generated", "prompt"], format: rate, tick: count, least: 10,
     },
     {
-      id: "requests", title: "Requests", unit: "requests", note: "at each moment",
+      id: "requests", title: "Requests", note: "in the engine",
       series: ["running", "waiting"], format: count, tick: count, least: 4,
     },
-    { id: "ttft", title: "Time to first token", ...latency },
-    { id: "itl", title: "Inter-token latency", ...latency },
+    {
+      id: "ttft", title: "Time to first token",
+      note: `requests of the last ${WINDOW_SECONDS} s`, ...latency,
+    },
+    {
+      id: "itl", title: "Inter-token latency",
+      note: `tokens of the last ${WINDOW_SECONDS} s`, ...latency,
+    },
   ].map((spec) => [spec.id, new Chart(byId("charts"), spec)]),
 );
 
@@ -137,7 +141,7 @@ function showFacts({ served, groups }) {
   byId("model").textContent = name;
   byId("facts").textContent = [
     model.method === "dense" ? "dense" : `${model.method}, ${model.layout}`,
-    `κ = ${model.keep_ratio}`,
+    `κ = ${ratio(model.keep_ratio)}`,
     `${bytes(stored)} of weights, ${share} of dense`,
     ...(loading === null ? [] : [`loaded in ${seconds(loading)}`]),
   ].join(" · ");

@@ -22,8 +22,8 @@ class History {
 export class Chart {
   /**
    * @param {HTMLElement} host receives the card.
-   * @param {{id, title, unit, note, series: string[], format, tick}} spec `unit` stands beside the
-   *   title, `format` writes a value and `tick` one of the axis.
+   * @param {{id, title, note, series: string[], format, tick, least}} spec `note` stands beside
+   *   the title, `format` writes a value and `tick` one of the axis, which reaches `least`.
    */
   constructor(host, spec) {
     this.spec = spec;
@@ -50,7 +50,7 @@ export class Chart {
   }
 
   #card() {
-    const { id, title, unit, note, series, format } = this.spec;
+    const { id, title, note, series, format } = this.spec;
     this.values = series.map(() => element("span", { class: "value" }, format(null)));
     this.when = element("span", { class: "when muted" });
     const legend = element("ul", { class: "legend" });
@@ -74,7 +74,7 @@ export class Chart {
       "section", { class: "card", id, "aria-labelledby": `${id}-title` },
       element("div", { class: "card-head" },
         element("h2", { id: `${id}-title` }, title),
-        element("p", { class: "muted" }, `${unit}, ${note}`)),
+        element("p", { class: "muted" }, note)),
       element("div", { class: "legend-row" }, legend, this.when),
       this.box,
       this.table,
@@ -117,17 +117,18 @@ export class Chart {
       label,
       stroke: colour(`series-${index}`),
       width: 2,
-      dash: DASHES[index],
+      dash: DASHES[index].map((length) => length * devicePixelRatio),
       points: { show: true, size: 5, fill: colour(`series-${index}`), filter: lonely },
     }));
+    const { least } = this.spec;
     this.plot = new uPlot({
       ...this.#size(),
       padding: [8, 8, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, Math.max(high ?? 0, this.spec.least) * 1.1] } },
+      scales: { x: { time: true }, y: { range: (_, low, high) => [0, 1.1 * Math.max(high ?? 0, least)] } },
       axes: [
-        { ...axis, space: 70, values: (_, times) => times.map((time) => clock(time).slice(0, 5)),
+        { ...axis, size: 26, space: 70, values: (_, times) => times.map((time) => clock(time).slice(0, 5)),
           incrs: [60, 120, 300] },
         { ...axis, size: 56, space: 36, values: (_, values) => values.map(this.spec.tick) },
       ],

@@ -13,15 +13,25 @@ export const rate = (value) => (value === null ? NONE : value === 0 ? "0" : digi
 export const percent = (ratio) => (ratio === null ? NONE : `${(ratio * 100).toFixed(1)} %`);
 export const error = (value) => (value === null ? NONE : value.toFixed(4));
 
+export const ratio = (value) => String(Number(value.toFixed(3)));
+
 export function seconds(value) {
   if (value === null) return NONE;
   return value < 1 ? `${digits(value * 1000)} ms` : `${digits(value)} s`;
 }
 
+/** The same for an axis, whose ticks are round numbers. */
+export function secondsTick(value) {
+  if (value === 0) return "0";
+  const milliseconds = Number((value * 1000).toPrecision(3));
+  return milliseconds < 1000 ? `${milliseconds} ms` : `${milliseconds / 1000} s`;
+}
+
 export function bytes(value) {
   if (value === null) return NONE;
+  if (value === 0) return "0";
   for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20]]) {
-    if (value >= size) return `${digits(value / size)} ${unit}`;
+    if (value >= size * 0.97) return `${digits(value / size)} ${unit}`; // No "1,023 MiB".
   }
   return `${digits(value / 1024)} KiB`;
 }

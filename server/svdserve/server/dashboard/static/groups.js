@@ -2,14 +2,56 @@
 
 import { count, element, error, percent } from "./format.js";
 
+/** What is dense has full rank. */
+const rankOf = (row) => row.rank ?? row.full_rank;
+
+// On a phone `wide` columns, `more` and `bar` are left out. A column is sorted by its `key`.
 const COLUMNS = [
-  { name: "Layer", key: (row) => row.layer ?? -1, text: (row) => (row.layer === null ? "" : String(row.layer)), number: true },
-  { name: "Module", key: (row) => row.index, text: (row) => row.name },
-  { name: "Layout", key: (row) => row.layout, text: (row) => row.layout + (row.dtype === "int8" ? ", int8" : ""), wide: true },
-  { name: "Rank", key: (row) => row.rank ?? row.full_rank, text: (row) => `${count(row.rank ?? row.full_rank)} of ${count(row.full_rank)}`, number: true },
-  { name: "Parameters", key: (row) => row.parameters, text: (row) => count(row.parameters), number: true, wide: true },
-  { name: "Kept", key: (row) => row.kept, text: (row) => percent(row.kept), number: true, bar: (row) => row.kept },
-  { name: "Error", key: (row) => row.error ?? -1, text: (row) => error(row.error), number: true, bar: (row, most) => (row.error ?? 0) / most },
+  {
+    name: "Layer",
+    key: (row) => row.layer ?? -1,
+    text: (row) => (row.layer === null ? "" : String(row.layer)),
+    number: true,
+  },
+  {
+    name: "Module",
+    key: (row) => row.index,
+    text: (row) => row.name,
+  },
+  {
+    name: "Layout",
+    key: (row) => row.layout,
+    text: (row) => row.layout + (row.dtype === "int8" ? ", int8" : ""),
+    wide: true,
+  },
+  {
+    name: "Rank",
+    key: rankOf,
+    text: (row) => count(rankOf(row)),
+    more: (row) => ` of ${count(row.full_rank)}`,
+    number: true,
+  },
+  {
+    name: "Parameters",
+    key: (row) => row.parameters,
+    text: (row) => count(row.parameters),
+    number: true,
+    wide: true,
+  },
+  {
+    name: "Kept",
+    key: (row) => row.kept,
+    text: (row) => percent(row.kept),
+    number: true,
+    bar: (row) => row.kept,
+  },
+  {
+    name: "Error",
+    key: (row) => row.error ?? -1,
+    text: (row) => error(row.error),
+    number: true,
+    bar: (row, most) => row.error && row.error / most,
+  },
 ];
 
 /** Fill the table from the answer of /svdserve/groups; null where there is none. */
@@ -69,9 +111,11 @@ function cells(row, most) {
     const head = index === 1;
     const cell = element(head ? "th" : "td", { class: classes(column) }, column.text(row));
     if (head) cell.setAttribute("scope", "row");
-    if (column.bar) {
+    if (column.more) cell.append(element("span", { class: "wide" }, column.more(row)));
+    const share = column.bar?.(row, most) ?? null;
+    if (share !== null) {
       const mark = element("span", { class: "mark", "aria-hidden": "true" }, element("span"));
-      mark.firstChild.style.width = `${100 * column.bar(row, most)}%`;
+      mark.firstChild.style.width = `${100 * share}%`;
       cell.append(mark);
     }
     return cell;

@@ -42,7 +42,7 @@ export function showMemory({ parts, cacheUsed, onDevice }) {
   const byId = (id) => document.getElementById(id);
   byId("memory-bars").replaceChildren(
     bar("This server", parts, "now", Math.max(now, dense)),
-    bar("If it were dense", parts, "dense", Math.max(now, dense)),
+    bar("If dense", parts, "dense", Math.max(now, dense)),
   );
   const row = (name, id, values) => {
     const swatch = element("span", { class: `swatch part-${id}`, "aria-hidden": "true" });
@@ -53,13 +53,14 @@ export function showMemory({ parts, cacheUsed, onDevice }) {
     ...parts.map((part) => row(part.name, part.id, [part.now, part.dense])),
     row("Total", "total", [now, dense]),
   );
-  const saved = dense - now;
+  const weights = (column) => parts[0][column] + parts[1][column];
+  const saved = 1 - weights("now") / weights("dense");
   byId("memory-saving").textContent =
-    saved > 0 ? `${bytes(saved)} less than the dense model, ${percent(saved / dense)}` : "";
+    parts[0].now > 0 ? `weights ${percent(saved)} smaller than dense` : "";
   byId("memory-note").textContent =
     `${cacheUsed === null ? "" : `KV cache in use: ${percent(cacheUsed)}. `}` +
-    `The dense column is computed: same KV cache and same rest. ` +
-    (onDevice ? "Accelerator memory of all workers." : "Resident memory of all processes.");
+    (onDevice ? "Accelerator memory of all workers. " : "Resident memory of all processes. ") +
+    "If dense: computed, with the same KV cache and the same rest.";
 }
 
 function bar(name, parts, column, full) {
