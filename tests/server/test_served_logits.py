@@ -107,6 +107,7 @@ def test_every_group_is_served_low_rank(
     (dense,) = served[case.reference].reports
     assert dense is not None
     assert dense["layers"] == 0
+    assert dense["seconds"] > 0
     assert dense["stored"]["dense"] == dense["stored"]["dense_equivalent"]
     assert dense["stored"]["dense_equivalent"] == stored["dense_equivalent"]
 

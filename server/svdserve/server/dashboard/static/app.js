@@ -150,7 +150,8 @@ function showFacts({ served, groups }) {
 
 /** Say plainly why nothing is shown. */
 function explain(failure) {
-  const since = lastAnswer === null ? "" : ` Its last answer came at ${clock(lastAnswer)}.`;
+  const since = lastAnswer === null ? ""
+    : ` Its last answer came at ${clock(lastAnswer)}; memory and groups are of that time.`;
   if (failure.status === 401 || failure.status === 403) {
     const refused = sessionStorage.getItem(KEY) !== null;
     const title = refused ? "The server refuses this API key" : "The server asks for an API key";
@@ -161,7 +162,8 @@ function explain(failure) {
     setState("failing", "The server answers with an error", `/metrics: ${failure.message}.${since}`);
   } else {
     setState("unreachable", "The server is unreachable",
-      `It does not answer.${since} Trying again every ${PERIOD_SECONDS} s.`);
+      `It does not answer.${since} ` +
+        `Trying again every ${PERIOD_SECONDS} s.`);
   }
 }
 

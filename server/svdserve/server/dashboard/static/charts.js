@@ -4,6 +4,7 @@ import { clock, element } from "./format.js";
 
 export const SPAN_SECONDS = 300;
 const HEIGHT = 180;
+const GAP_SECONDS = 8; // Between later samples nothing is known: a pause, or a sleeping computer.
 const DASHES = [[], [6, 3], [2, 3]]; // Series differ by dash as well as by colour.
 
 /** The samples of the last SPAN_SECONDS: one array of times, one for each series. */
@@ -13,9 +14,17 @@ class History {
   }
 
   add(time, values) {
-    [time, ...values].forEach((value, index) => this.columns[index].push(value));
     const [times] = this.columns;
+    const last = times.at(-1);
+    if (last !== undefined && time - last > GAP_SECONDS) {
+      this.#push(last + GAP_SECONDS / 2, values.map(() => null));
+    }
+    this.#push(time, values);
     while (times[0] < time - SPAN_SECONDS) this.columns.forEach((column) => column.shift());
+  }
+
+  #push(...row) {
+    row.flat().forEach((value, index) => this.columns[index].push(value));
   }
 }
 
@@ -123,7 +132,7 @@ export class Chart {
     const { least } = this.spec;
     this.plot = new uPlot({
       ...this.#size(),
-      padding: [8, 8, 0, 0],
+      padding: [8, 18, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
       scales: { x: { time: true }, y: { range: (_, low, high) => [0, 1.1 * Math.max(high ?? 0, least)] } },
