@@ -323,6 +323,13 @@ def test_every_series_is_drawn_in_its_colour(views: dict[str, View], name: str) 
     assert {key: pixels for key, pixels in drawn.items() if pixels < 10} == {}
 
 
+def test_charts_follow_a_change_of_the_colour_scheme(views: dict[str, View]) -> None:
+    page = views["phone"].page
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(PIXELS, ["throughput", 0]) >= 10  # The probe has the new colour.
+    page.emulate_media(color_scheme="light")
+
+
 def test_a_chart_is_also_a_table(views: dict[str, View]) -> None:
     """Opened with the keyboard; the newest row is the legend."""
     page = views["light"].page

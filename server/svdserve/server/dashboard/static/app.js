@@ -159,7 +159,8 @@ function explain(failure) {
   } else if (failure.status === 404) {
     setState("off", "Metrics are switched off", "The server answers, but not at /metrics.");
   } else if (failure instanceof Refused) {
-    setState("failing", "The server answers with an error", `/metrics: ${failure.message}.${since}`);
+    const text = `/metrics: ${failure.message}.${since}`;
+    setState("failing", "The server answers with an error", text);
   } else {
     setState("unreachable", "The server is unreachable",
       `It does not answer.${since} ` +
@@ -167,7 +168,7 @@ function explain(failure) {
   }
 }
 
-/** One short status that screen readers hear when it changes, and a notice for all but good news. */
+/** One short status, which screen readers hear when it changes; a notice for all but good news. */
 function setState(state, title, text = null) {
   const status = byId("status");
   if (status.textContent !== title) status.textContent = title;

@@ -105,7 +105,8 @@ export class Chart {
     this.body.replaceChildren(
       ...times.map((time, index) =>
         element("tr", {}, element("th", { scope: "row" }, clock(time)),
-          ...columns.map((column) => element("td", {}, this.spec.format(column[index]))))).reverse(),
+          ...columns.map((column) => element("td", {}, this.spec.format(column[index])))),
+      ).reverse(),
     );
   }
 
@@ -135,14 +136,21 @@ export class Chart {
       padding: [8, 18, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { size: 7 } },
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, 1.1 * Math.max(high ?? 0, least)] } },
+      scales: {
+        x: { time: true },
+        y: { range: (_, low, high) => [0, 1.1 * Math.max(high ?? 0, least)] },
+      },
       axes: [
-        { ...axis, size: 26, space: 70, values: (_, times) => times.map((time) => clock(time).slice(0, 5)),
-          incrs: [60, 120, 300] },
+        {
+          ...axis, size: 26, space: 70, incrs: [60, 120, 300],
+          values: (_, times) => times.map((time) => clock(time).slice(0, 5)),
+        },
         { ...axis, size: 56, space: 36, values: (_, values) => values.map(this.spec.tick) },
       ],
       series: [{}, ...series],
-      hooks: { setCursor: [(plot) => this.history.columns[0].length && this.#legend(plot.cursor.idx)] },
+      hooks: {
+        setCursor: [({ cursor }) => this.history.columns[0].length && this.#legend(cursor.idx)],
+      },
     }, this.history.columns, this.box);
     const latest = this.history.columns[0].at(-1) ?? Date.now() / 1000;
     this.plot.setScale("x", { min: latest - SPAN_SECONDS, max: latest });

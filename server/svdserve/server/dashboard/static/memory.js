@@ -47,7 +47,8 @@ export function showMemory({ parts, cacheUsed, onDevice }) {
   const row = (name, id, values) => {
     const swatch = element("span", { class: `swatch part-${id}`, "aria-hidden": "true" });
     const cells = values.map((value) => element("td", { class: "number" }, bytes(value)));
-    return element("tr", { "data-part": id }, element("th", { scope: "row" }, swatch, name), ...cells);
+    const head = element("th", { scope: "row" }, swatch, name);
+    return element("tr", { "data-part": id }, head, ...cells);
   };
   byId("memory").tBodies[0].replaceChildren(
     ...parts.map((part) => row(part.name, part.id, [part.now, part.dense])),
