@@ -139,7 +139,7 @@ def test_several_api_servers_merge(tmp_path: Path) -> None:
 ROOT = Path(__file__).parents[2]
 NAME = "pico"
 ONLY_ON_ACCELERATORS = {"svdserve_device_memory_bytes"}
-DOCUMENTED_ROW = re.compile(r"\| `((?:svdserve_|vllm:)\w+)` \| (\w+) \| [^|]+ \| ([^|]*) \| .+ \|")
+DOCUMENTED_ROW = re.compile(r"\| `((?:svdserve_|vllm:)\w+)` \| (\w+) \| [^|]+ \|([^|]*)\| .+ \|")
 
 
 @dataclass(frozen=True)
