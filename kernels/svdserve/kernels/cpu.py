@@ -69,20 +69,16 @@ class PackedFactors(PreparedFactors):
         self.register_buffer("packed_out", pack(factor_out), persistent=False)
         self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
         self.stored_bytes = factor_in.nbytes + factor_out.nbytes
+        # A small layer costs a few microseconds; looking all this up on every call would double it.
+        self._operation = torch.ops.svdserve.lowrank.default
+        self._operands = (
+            *(self.packed_in, self.packed_out, self.mask),
+            *(self.pivots, self.rank, self.outputs),
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
-        return torch.ops.svdserve.lowrank(  # type: ignore[no-any-return]
-            x,
-            self.packed_in,
-            self.packed_out,
-            self.mask,
-            self.pivots,
-            self.rank,
-            self.outputs,
-            bias,
-            self.amx,
-        )
+        return self._operation(x, *self._operands, bias, self.amx)  # type: ignore[no-any-return]
 
 
 @cache
@@ -92,14 +88,14 @@ def unsupported() -> str | None:
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this processor has no {', '.join(lacking)}"
     try:
-        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"{SOURCE.name} did not compile: {error}"
     torch.library.register_fake("svdserve::lowrank", _fake)
     return None
 
 
-def _library() -> Path:
+def library() -> Path:
     """The compiled library; compiled now where it is missing or older than its source."""
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")

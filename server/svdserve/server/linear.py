@@ -21,7 +21,7 @@ in any order (``input_order`` of the one layer is ``row_order`` of the other).
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -79,6 +79,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.parts = parts
         self.stored: StoredBytes | None = None
+        self._product: Callable[..., Tensor] | None = None  # of the whole layer, if one computes it
 
     def create_weights(
         self,
@@ -210,6 +211,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored += StoredBytes(lowrank=fused.stored_bytes)
                 products.append(fused)
         layer.products = nn.ModuleList(products)
+        if len(products) == 1:
+            # Finding and calling it as modules would take longer than a small product.
+            self._product = products[0].forward
         self.stored = stored
         return stored
 
@@ -305,10 +309,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """y [.., m] of x [.., n] for this rank's m and n."""
         if self.reduces_rank and not layer.skip_bias_add:
             bias = layer.bias  # vLLM passes it on rank 0 only, expecting a sum over the ranks
-        products = layer.products
-        if len(products) == 1:
-            return products[0](x, bias)  # type: ignore[no-any-return]
-        y = torch.cat([product(x) for product in products], dim=-1)
+        if self._product is not None:
+            return self._product(x, bias)
+        y = torch.cat([product(x) for product in layer.products], dim=-1)
         return y if bias is None else y.add_(bias)
 
 
