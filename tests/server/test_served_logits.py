@@ -104,7 +104,12 @@ def test_every_group_is_served_low_rank(
     assert report["layers"] == 3 * 4
     stored = report["stored"]
     assert 0 < stored["lowrank"] + stored["dense"] < stored["dense_equivalent"]
-    assert served[case.reference].reports == [None]
+    (dense,) = served[case.reference].reports
+    assert dense is not None
+    assert dense["layers"] == 0
+    assert dense["seconds"] > 0
+    assert dense["stored"]["dense"] == dense["stored"]["dense_equivalent"]
+    assert dense["stored"]["dense_equivalent"] == stored["dense_equivalent"]
 
 
 def test_two_ranks_with_biases_and_replicated_heads(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ class LoadReport:
     """What one worker loaded, kept for metrics.
 
     Attributes:
-        seconds: from the first check of the files to the last packed factor.
-        layers: factored vLLM layers.
-        stored: bytes of weights on this rank.
+        seconds: from the first check of the files to the last packed weight.
+        layers: factored vLLM layers; none of a dense model.
+        stored: bytes of weights on this rank, in the dtype that is served.
     """
 
     seconds: float
@@ -64,7 +64,7 @@ _reports: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
 
 
 def load_report(model: nn.Module) -> LoadReport | None:
-    """The report of a model that this process loaded; None for a model without svdserve."""
+    """The report of a model that this process loaded; None if another loader did."""
     return _reports.get(model)
 
 
@@ -122,15 +122,28 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         """Raises UserError for a bad checkpoint, before the model takes memory."""
+        started = time.perf_counter()
         if model_config.quantization == QUANT_METHOD:
             _require_compiled_pipeline(vllm_config)
-            self._started = time.perf_counter()
             self._checkpoint = self._open(model_config)
         elif self.explicit:
             raise UserError(
                 f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
             )
-        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[no-any-return]
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
+        _reports[model] = LoadReport(seconds, layers, self._stored)
+        if layers:
+            logger.info(
+                "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
+                "(all dense: %.1f MiB)",
+                layers,
+                seconds,
+                self._stored.lowrank / 2**20,
+                self._stored.dense / 2**20,
+                self._stored.dense_equivalent / 2**20,
+            )
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load everything but the factored layers as vLLM does, then those one by one.
@@ -141,6 +154,9 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """
         if model_config.quantization != QUANT_METHOD:
             super().load_weights(model, model_config)
+            # Before vLLM packs the layers, which empties their parameters.
+            nbytes = sum(p.nbytes for p in model.parameters())
+            self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
             return
         layers = lowrank_layers(model)
         methods = [method for _, method in layers]
@@ -159,15 +175,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         orders = _gated_orders(model, self._checkpoint)
         for layer, method in layers:
             stored += method.load(layer, self._checkpoint, **orders.get(layer, {}))
-        report = LoadReport(time.perf_counter() - self._started, len(layers), stored)
-        _reports[model] = report
-        logger.info(
-            "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
-            "(all dense: %.1f MiB)",
-            report.layers,
-            report.seconds,
-            *(n / 2**20 for n in (stored.lowrank, stored.dense, stored.dense_equivalent)),
-        )
+        self._stored = stored
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
