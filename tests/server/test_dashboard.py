@@ -103,7 +103,12 @@ def server(
 def open_view(browser: Browser, url: str, **context: Any) -> View:
     page = browser.new_context(**context).new_page()
     view = View(page)
-    page.on("console", lambda message: view.console.append(f"{message.type}: {message.text}"))
+
+    def note(message: str) -> None:
+        if "willReadFrequently" not in message:  # Tests read the pixels, the page does not.
+            view.console.append(message)
+
+    page.on("console", lambda message: note(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: view.console.append(f"error: {error}"))
     page.on("request", lambda request: view.requests.append(request.url))
     page.on("response", lambda r: view.scrapes.append(r) if r.url.endswith("/metrics") else None)
@@ -336,6 +341,7 @@ def test_a_chart_is_also_a_table(views: dict[str, View]) -> None:
     page.locator("#throughput summary").focus()
     page.keyboard.press("Enter")
     table = page.locator("#throughput table")
+    table.locator("tbody tr").first.wait_for()
     rows = table.locator("tbody tr").all()
     assert rows[0].locator("td").all_inner_texts() == list(shown(page, "throughput").values())
     # Gaps have rows, too.
