@@ -3,15 +3,16 @@
     python benchmarks/reliability_fuzz.py --model DIR --openai openapi.json
 
 Schemathesis generates the cases from two documents: the one that the server publishes, every route;
-and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. Where a
-case has a model's name, every second one gets the one that is served, or none would pass that
-check; and answers are kept short.
+and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. About
+every second body is then cut to the essential fields and two others, with the name of the served
+model, since with all fields at once some value is refused nearly always. Answers are kept short.
 """
 
 import argparse
 import collections
 import contextlib
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from schemathesis import APIOperation, Case, GenerationMode
 # Would change how many engines run, which is what it is there for.
 LEFT_OUT = ("/scale_elastic_ep",)
 SHORT = 8
+# Without these a request asks for nothing.
+ESSENTIAL = {"model", "messages", "prompt", "input", "query", "items", "label_token_ids", "tokens"}
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 
 
@@ -79,23 +82,30 @@ def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
             yield operation
 
 
-def shortened(body: Any, path: str, model: str | None) -> Any:
-    """The body with small lengths; with the served model's name, if one is given.
+def shortened(body: Any) -> Any:
+    """The body with small lengths."""
+    if not isinstance(body, dict):
+        return body
+    changes = {
+        name: SHORT for name in LENGTHS if isinstance(body.get(name), int) and body[name] > SHORT
+    }
+    return {**body, **changes}
 
-    What has that name may pass all checks, so it gets a length even if it asks for none.
+
+def plausible(body: Any, path: str, model: str, source: random.Random) -> Any:
+    """The same body with the served model's name, what is essential, and two more of its fields.
+
+    It may pass all checks, so it gets a length even if it asks for none.
     """
     if not isinstance(body, dict):
         return body
-    changes: dict[str, Any] = {
-        name: SHORT for name in LENGTHS if isinstance(body.get(name), int) and body[name] > SHORT
-    }
-    if model is not None:
-        if "model" in body:
-            changes["model"] = model
-        length = "max_output_tokens" if "responses" in path else "max_tokens"
-        if body.get(length) is None:
-            changes[length] = SHORT
-    return {**body, **changes}
+    others = sorted(set(body) - ESSENTIAL)
+    chosen = ESSENTIAL | set(source.sample(others, min(2, len(others))))
+    kept = {name: value for name, value in body.items() if name in chosen}
+    if "model" in body:
+        kept["model"] = model
+    length = "max_output_tokens" if "responses" in path else "max_tokens"
+    return kept if kept.get(length) is not None else {**kept, length: SHORT}
 
 
 def fuzz(
@@ -120,9 +130,12 @@ def fuzz(
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(case=strategy, named=st.booleans())
-        def one(case: Case, named: bool) -> None:
-            case.body = shortened(case.body, operation.path, target.model if named else None)
+        @given(case=strategy, edit=st.none() | st.integers(0, 1 << 32))
+        def one(case: Case, edit: int | None) -> None:
+            if edit is not None:
+                source = random.Random(edit)
+                case.body = plausible(case.body, operation.path, target.model, source)
+            case.body = shortened(case.body)
             try:
                 response = case.call(base_url=base, timeout=300)
                 status, answer = response.status_code, response.text
