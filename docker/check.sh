@@ -52,6 +52,7 @@ if [ ! "${REUSE:-}" ]; then
 fi
 
 say "the image"
+buildah rm --all > /dev/null
 container=$(buildah from --pull-never svdserve:cpu)
 root=$(buildah mount "$container")
 buildah inspect --type image --format \
