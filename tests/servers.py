@@ -1,7 +1,6 @@
 """Servers of pico models in processes of their own, and what tests ask of them."""
 
 import os
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import httpx
 import openai
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from ports import free_port
 
 BIN = Path(sys.executable).parent
 NAME = "pico"
@@ -81,12 +82,6 @@ class Server:
                     label = sample.labels.get("kind") or sample.labels.get("process") or ""
                     found.setdefault(sample.name, {})[label] = sample.value
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import yaml
 
 from checkpoints import write_checkpoint
 from models import save_model
-from servers import free_port
+from ports import free_port
 from svdserve.server.launch import running
 
 DOCKER = Path(__file__).parents[2] / "docker"

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import random_tokens, save_model
+from ports import free_port
 from servers import (
     BIN,
     CHAT_TEMPLATE,
     DEADLINE,
     NAME,
     Server,
-    free_port,
     is_alive,
     living_tree,
     refusal,

@@ -1,6 +1,7 @@
 """`svdserve inspect`: what a checkpoint stores, module by module."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
+from svdserve.compression.factors import parameters
 from svdserve.compression.schema import GROUPS
 
 _DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
@@ -29,6 +32,10 @@ class ModuleFacts(BaseModel):
     rank: int | None
     dtype: str
     """Of the stored weights; bytes include the scales of int8."""
+    full_rank: int
+    parameters: int
+    dense_parameters: int
+    """Weights only: the pivots and scales that a module also stores are no parameters."""
     nbytes: int
     dense_nbytes: int
     error: float | None
@@ -74,19 +81,20 @@ def print_inspection(inspection: Inspection) -> None:
     """A table of the modules and one line of totals."""
     title = f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}"
     int8 = any(row.dtype == "int8" for row in inspection.modules)
-    table = Table(title=f"{title}, int8" if int8 else title)
+    # Text: names come out of the checkpoint, and Table would take [red] in them as markup.
+    table = Table(title=Text(f"{title}, int8" if int8 else title))
     table.add_column("module", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     for heading in ("rank", "bytes", "dense bytes", "kept", "error", "β"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in inspection.modules:
         table.add_row(
-            row.module,
+            Text(row.module),
             row.layout,
             _cell(row.rank, "d"),
             f"{row.nbytes:,}",
             f"{row.dense_nbytes:,}",
-            f"{row.nbytes / row.dense_nbytes:.1%}",
+            f"{row.nbytes / max(row.dense_nbytes, 1):.1%}",
             _cell(row.error, ".4f"),
             _cell(row.beta, ".2f"),
         )
@@ -111,6 +119,9 @@ def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterato
             layout=spec.layout,
             rank=spec.rank,
             dtype=_dtype(checkpoint, f"{name}.factor_in"),
+            full_rank=min(spec.stacked, spec.in_features),
+            parameters=parameters(spec.layout, spec.stacked, spec.in_features, spec.rank),
+            dense_parameters=spec.stacked * spec.in_features,
             nbytes=nbytes,
             dense_nbytes=dense_nbytes,
             error=logged.get("error"),
@@ -120,7 +131,7 @@ def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterato
 
 def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
     """The linears that could have been factored and were kept."""
-    for name in checkpoint.files.info:
+    for name, info in checkpoint.files.info.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight" and module.rpartition(".")[2] in _DENSE_LINEARS:
             nbytes, dense_nbytes = checkpoint.bytes_of(module)
@@ -129,6 +140,9 @@ def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
                 layout="dense",
                 rank=None,
                 dtype=_dtype(checkpoint, name),
+                full_rank=min(info.shape),
+                parameters=math.prod(info.shape),
+                dense_parameters=math.prod(info.shape),
                 nbytes=nbytes,
                 dense_nbytes=dense_nbytes,
                 error=None,
@@ -145,13 +159,16 @@ def _log(path: Path) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return entries
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and entry.get("event") == "group" and "module" in entry:
-            entries[entry["module"]] = entry
+        if not isinstance(entry, dict) or entry.get("event") != "group":
+            continue
+        numbers = {key: entry.get(key) for key in ("error", "beta")}
+        if all(value is None or isinstance(value, int | float) for value in numbers.values()):
+            entries[str(entry.get("module"))] = numbers
     return entries
 
 

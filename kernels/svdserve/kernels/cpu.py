@@ -14,7 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from svdserve.kernels.parts import PreparedFactors
 
 SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
@@ -23,7 +25,7 @@ NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
 _WORD = 32  # channels in one word of the mask
 
 
-class PackedFactors(nn.Module):
+class PackedFactors(PreparedFactors):
     """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
 
     Attributes:
@@ -67,20 +69,16 @@ class PackedFactors(nn.Module):
         self.register_buffer("packed_out", pack(factor_out), persistent=False)
         self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
         self.stored_bytes = factor_in.nbytes + factor_out.nbytes
+        # A small layer costs a few microseconds; looking all this up on every call would double it.
+        self._operation = torch.ops.svdserve.lowrank.default
+        self._operands = (
+            *(self.packed_in, self.packed_out, self.mask),
+            *(self.pivots, self.rank, self.outputs),
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
-        return torch.ops.svdserve.lowrank(  # type: ignore[no-any-return]
-            x,
-            self.packed_in,
-            self.packed_out,
-            self.mask,
-            self.pivots,
-            self.rank,
-            self.outputs,
-            bias,
-            self.amx,
-        )
+        return self._operation(x, *self._operands, bias, self.amx)  # type: ignore[no-any-return]
 
 
 @cache

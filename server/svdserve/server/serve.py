@@ -13,7 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
+from svdserve.compression.checkpoint import (
+    TensorFiles,
+    check_sizes,
+    is_checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from svdserve.compression.errors import UserError
 from svdserve.server import errors, security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
@@ -88,8 +94,13 @@ def check_model(directory: Path) -> bool:
     if is_checkpoint(directory):
         open_checkpoint(directory)
         return True
-    read_json(directory / "config.json")
-    TensorFiles(directory)
+    config, files = read_json(directory / "config.json"), TensorFiles(directory)
+    check_sizes(files, config)
+    if any(name.endswith(".factor_in") for name in files.info):
+        raise UserError(
+            f"{directory}: has low-rank factors, but config.json does not say that they are "
+            "svdserve's; copy the whole checkpoint again"
+        )
     return False
 
 
