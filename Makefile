@@ -2,8 +2,8 @@
 # and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
-# On a GPU machine: make EXTRAS=gpu,eval,demo,dev
-EXTRAS ?= cpu,eval,demo,dev
+# On a GPU machine: make EXTRAS=gpu,eval,demo,dev,docker
+EXTRAS ?= cpu,eval,demo,dev,docker
 # Where the CPU build of torch is found if pip's own indexes lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: demo test lint install audit lock clean
+.PHONY: demo test lint docker-check install audit lock clean
 demo: $(STAMP)
 	$(BIN)/python -m svdserve.server.demo
 
@@ -31,6 +31,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds the CPU image and serves from it, as root with Debian's buildah, crun and debootstrap.
+MODEL ?= work/demo/SmolLM2-135M-Instruct
+docker-check:
+	docker/check.sh $(MODEL)
 
 install: $(STAMP)
 

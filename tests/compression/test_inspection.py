@@ -33,6 +33,10 @@ def test_counts_equal_the_files(checkpoint: Path) -> None:
     for row in facts.modules:
         prefix = f"{row.module}."
         assert row.nbytes == sum(size for name, size in sizes.items() if name.startswith(prefix))
+        own = {k: t for k, t in tensors.items() if k.startswith(prefix) and t.ndim == 2}
+        assert row.parameters == sum(tensor.numel() for tensor in own.values())
+        assert row.rank is None or row.rank < row.full_rank
+        assert (row.parameters < row.dense_parameters) == (row.rank is not None)
     dense = load_file(checkpoint.parent / "dense" / "model.safetensors")
     assert facts.dense_equivalent_nbytes == sum(tensor.nbytes for tensor in dense.values())
 

@@ -1,6 +1,7 @@
 """`svdserve inspect`: what a checkpoint stores, module by module."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
+from svdserve.compression.factors import parameters
 from svdserve.compression.schema import GROUPS
 
 _DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
@@ -30,6 +32,10 @@ class ModuleFacts(BaseModel):
     rank: int | None
     dtype: str
     """Of the stored weights; bytes include the scales of int8."""
+    full_rank: int
+    parameters: int
+    dense_parameters: int
+    """Weights only: the pivots and scales that a module also stores are no parameters."""
     nbytes: int
     dense_nbytes: int
     error: float | None
@@ -113,6 +119,9 @@ def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterato
             layout=spec.layout,
             rank=spec.rank,
             dtype=_dtype(checkpoint, f"{name}.factor_in"),
+            full_rank=min(spec.stacked, spec.in_features),
+            parameters=parameters(spec.layout, spec.stacked, spec.in_features, spec.rank),
+            dense_parameters=spec.stacked * spec.in_features,
             nbytes=nbytes,
             dense_nbytes=dense_nbytes,
             error=logged.get("error"),
@@ -122,7 +131,7 @@ def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterato
 
 def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
     """The linears that could have been factored and were kept."""
-    for name in checkpoint.files.info:
+    for name, info in checkpoint.files.info.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight" and module.rpartition(".")[2] in _DENSE_LINEARS:
             nbytes, dense_nbytes = checkpoint.bytes_of(module)
@@ -131,6 +140,9 @@ def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
                 layout="dense",
                 rank=None,
                 dtype=_dtype(checkpoint, name),
+                full_rank=min(info.shape),
+                parameters=math.prod(info.shape),
+                dense_parameters=math.prod(info.shape),
                 nbytes=nbytes,
                 dense_nbytes=dense_nbytes,
                 error=None,

@@ -1,14 +1,16 @@
 """Our part of vLLM's API server: the plug-in that its ``vllm.endpoint_plugins`` group loads.
 
-The application, its OpenAI routes and /metrics stay vLLM's own. This adds GET /svdserve/model and
-starts the gauges of metrics.py. The contract is vllm/plugins/endpoint_plugins/interface.py; vLLM
-loads such plug-ins only when VLLM_PLUGINS names them, which serve.py sees to.
+The application, its OpenAI routes and /metrics stay vLLM's own. This adds GET /svdserve/model,
+/svdserve/groups and /dashboard, and starts the gauges of metrics.py. The contract is
+vllm/plugins/endpoint_plugins/interface.py; vLLM loads such plug-ins only when VLLM_PLUGINS names
+them, which serve.py sees to.
 """
 
 import asyncio
 import logging
 import os
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 
+from svdserve.compression.checkpoint import is_checkpoint
 from svdserve.compression.errors import UserError
+from svdserve.compression.inspection import ModuleFacts, inspect_checkpoint
+from svdserve.server.dashboard import attach_dashboard
 from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
 
@@ -32,6 +37,22 @@ class ServedModel(BaseModel):
     load_seconds: float | None
 
 
+class Groups(BaseModel):
+    """Answer of GET /svdserve/groups: what compression did, module by module; empty if dense."""
+
+    model_name: str
+    keep_ratio: float
+    modules: tuple[ModuleFacts, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """What the routes answer from."""
+
+    model: ServedModel
+    groups: Groups
+
+
 class EndpointPlugin:
     """Routes and state; one instance lives in every API server process."""
 
@@ -44,12 +65,21 @@ class EndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Called by vLLM once its own routes are attached."""
 
+        def state(request: Request) -> State:
+            known: State | None = getattr(request.app.state, NAME, None)
+            if known is None:
+                raise HTTPException(404, "the served model is no local directory of safetensors")
+            return known
+
         @app.get("/svdserve/model")
         def served_model(request: Request) -> ServedModel:
-            served: ServedModel | None = getattr(request.app.state, NAME, None)
-            if served is None:
-                raise HTTPException(404, "the served model is no local directory of safetensors")
-            return served
+            return state(request).model
+
+        @app.get("/svdserve/groups")
+        def groups(request: Request) -> Groups:
+            return state(request).groups
+
+        attach_dashboard(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Called by vLLM before the server listens; the model is loaded by then.
@@ -59,8 +89,10 @@ class EndpointPlugin:
         if engine_client is None:
             return
         config = engine_client.vllm_config
+        directory = Path(config.model_config.model)
         try:
-            facts = model_facts(Path(config.model_config.model))
+            facts = model_facts(directory)
+            modules = inspect_checkpoint(directory).modules if is_checkpoint(directory) else ()
         except UserError as error:
             logger.warning("svdserve gauges are off: %s", error)
             return
@@ -70,20 +102,26 @@ class EndpointPlugin:
             reports = [WorkerReport.model_validate(answer) for answer in answers]
         name = (args.served_model_name or [args.model])[0]
         load_seconds = slowest_load(reports)
-        setattr(state, NAME, ServedModel(name=name, model=facts, load_seconds=load_seconds))
-        roles = pids(max(0, config.parallel_config._api_process_rank), reports)
+        model = ServedModel(name=name, model=facts, load_seconds=load_seconds)
+        groups = Groups(model_name=name, keep_ratio=facts.keep_ratio, modules=modules)
+        setattr(state, NAME, State(model, groups))
+        parallel = config.parallel_config
+        roles = pids(max(0, parallel._api_process_rank), parallel._api_process_count, reports)
         metrics = ServerMetrics(name, facts, partial(resident_bytes, roles), reports)
         self._watch = asyncio.create_task(metrics.watch())
 
 
-def pids(api_server: int, reports: list[WorkerReport]) -> dict[str, int]:
+def pids(api_server: int, api_servers: int, reports: list[WorkerReport]) -> dict[str, int]:
     """Process ids by role: this API server, the engine core, each worker of this machine.
 
-    Where vLLM runs its only worker inside the engine core (one GPU), that process is the worker's
-    entry alone, so that a sum over the roles counts nothing twice.
+    Several API servers are children of a launcher, which is told too. Where vLLM runs its only
+    worker inside the engine core (one GPU), that process is the worker's entry alone, so that a sum
+    over the roles counts nothing twice.
     """
     local = [report for report in reports if report.local]
     roles = {f"api_server_{api_server}": os.getpid()}
+    if api_servers > 1:
+        roles["launcher"] = os.getppid()
     roles |= {f"worker_{report.rank}": report.pid for report in local}
     # An API server is the parent of its engine core; with several, all have the launcher as parent.
     for parent in {report.parent_pid for report in local} - {os.getpid(), os.getppid()}:

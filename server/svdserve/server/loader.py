@@ -16,14 +16,22 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import vllm
 from torch import Tensor, nn
-from vllm.config import LoadConfig, ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config import (
+    CompilationMode,
+    LoadConfig,
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config,
+)
 from vllm.logger import init_logger
 from vllm.model_executor import model_loader
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.platforms import current_platform
 
 from svdserve.compression.checkpoint import Checkpoint, check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
@@ -42,9 +50,9 @@ class LoadReport:
     """What one worker loaded, kept for metrics.
 
     Attributes:
-        seconds: from the first check of the files to the last packed factor.
-        layers: factored vLLM layers.
-        stored: bytes of weights on this rank.
+        seconds: from the first check of the files to the last packed weight.
+        layers: factored vLLM layers; none of a dense model.
+        stored: bytes of weights on this rank, in the dtype that is served.
     """
 
     seconds: float
@@ -56,7 +64,7 @@ _reports: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
 
 
 def load_report(model: nn.Module) -> LoadReport | None:
-    """The report of a model that this process loaded; None for a model without svdserve."""
+    """The report of a model that this process loaded; None if another loader did."""
     return _reports.get(model)
 
 
@@ -114,14 +122,28 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         """Raises UserError for a bad checkpoint, before the model takes memory."""
+        started = time.perf_counter()
         if model_config.quantization == QUANT_METHOD:
-            self._started = time.perf_counter()
+            _require_compiled_pipeline(vllm_config)
             self._checkpoint = self._open(model_config)
         elif self.explicit:
             raise UserError(
                 f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
             )
-        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[no-any-return]
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
+        _reports[model] = LoadReport(seconds, layers, self._stored)
+        if layers:
+            logger.info(
+                "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
+                "(all dense: %.1f MiB)",
+                layers,
+                seconds,
+                self._stored.lowrank / 2**20,
+                self._stored.dense / 2**20,
+                self._stored.dense_equivalent / 2**20,
+            )
+        return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load everything but the factored layers as vLLM does, then those one by one.
@@ -132,6 +154,9 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """
         if model_config.quantization != QUANT_METHOD:
             super().load_weights(model, model_config)
+            # Before vLLM packs the layers, which empties their parameters.
+            nbytes = sum(p.nbytes for p in model.parameters())
+            self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
             return
         layers = lowrank_layers(model)
         methods = [method for _, method in layers]
@@ -150,15 +175,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         orders = _gated_orders(model, self._checkpoint)
         for layer, method in layers:
             stored += method.load(layer, self._checkpoint, **orders.get(layer, {}))
-        report = LoadReport(time.perf_counter() - self._started, len(layers), stored)
-        _reports[model] = report
-        logger.info(
-            "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
-            "(all dense: %.1f MiB)",
-            report.layers,
-            report.seconds,
-            *(n / 2**20 for n in (stored.lowrank, stored.dense, stored.dense_equivalent)),
-        )
+        self._stored = stored
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -185,6 +202,21 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         checkpoint = open_checkpoint(Path(directory))
         check_finite(checkpoint)
         return checkpoint
+
+
+def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:
+    """Refuse what would end the engine at its first request, of dense models too.
+
+    The CPU engine of vLLM 0.32 allocates what a later pipeline stage receives only while it warms
+    up compiled code (CPUModelRunner.warming_up_model in vllm/v1/worker/cpu_model_runner.py).
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+    if current_platform.is_cpu() and eager and stages > 1:
+        raise UserError(
+            f"--enforce-eager with {stages} pipeline stages does not run on the CPU engine of "
+            f"vLLM {vllm.__version__}; leave --enforce-eager away, or use --tensor-parallel-size"
+        )
 
 
 def _require_all_used(

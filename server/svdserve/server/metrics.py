@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from pydantic import BaseModel, ConfigDict
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.server.capacity import available_bytes
 from svdserve.server.worker import WorkerReport, slowest_load
 
 WINDOW_SECONDS = 10
@@ -98,7 +99,7 @@ class ServerMetrics:
         name: the served model name, a label of every gauge.
         facts: of the model.
         processes: resident bytes of each process by its role, read anew on every call.
-        reports: of the workers; their load time and device memory do not change any more.
+        reports: of the workers; what they tell does not change any more.
         counters: the registry that holds vLLM's counters of this process.
     """
 
@@ -125,7 +126,12 @@ class ServerMetrics:
         self._resident = _gauge(
             "svdserve_process_resident_bytes", "Resident memory of a process.", "process"
         )
+        self._available = _gauge(
+            "svdserve_memory_available_bytes",
+            "Memory that the server could still get: of its control groups and of the machine.",
+        )
         self._set_facts(facts, reports)
+        self._set_reports(reports)
 
     def _set_facts(self, facts: ModelFacts, reports: list[WorkerReport]) -> None:
         labels = ("method", "format_version", "layout", "base_model")
@@ -147,13 +153,39 @@ class ServerMetrics:
         if load_seconds is not None:
             load = _gauge("svdserve_model_load_seconds", "Loading of the weights, slowest worker.")
             load.labels(self._name).set(load_seconds)
-        on_device = {r.rank: r.device_bytes for r in reports if r.device_bytes is not None}
-        if on_device:
-            device = _gauge(
-                "svdserve_device_memory_bytes", "Accelerator memory reserved at start-up.", "worker"
+
+    def _set_reports(self, reports: list[WorkerReport]) -> None:
+        """Memory of each worker: with tensor parallelism the sum exceeds what the files store."""
+        self._set_by_worker(
+            "svdserve_kv_cache_bytes",
+            "Memory allocated for the KV cache.",
+            {r.rank: r.kv_cache_bytes for r in reports},
+        )
+        self._set_by_worker(
+            "svdserve_device_memory_bytes",
+            "Accelerator memory reserved at start-up.",
+            {r.rank: r.device_bytes for r in reports if r.device_bytes is not None},
+        )
+        loaded = {r.rank: r.weights for r in reports if r.weights is not None}
+        self._set_by_worker(
+            "svdserve_worker_dense_equivalent_bytes",
+            "Bytes of the weights in a worker if all were dense.",
+            {rank: weights.dense_equivalent for rank, weights in loaded.items()},
+        )
+        if loaded:
+            held = _gauge(
+                "svdserve_worker_weights_bytes", "Weights in a worker's memory.", "worker", "kind"
             )
-            for rank, reserved in on_device.items():
-                device.labels(self._name, str(rank)).set(reserved)
+            for rank, weights in loaded.items():
+                held.labels(self._name, str(rank), "lowrank").set(weights.lowrank)
+                held.labels(self._name, str(rank), "dense").set(weights.dense)
+
+    def _set_by_worker(self, name: str, text: str, values: dict[int, int]) -> None:
+        """A gauge by rank; where nobody has a value there is no gauge."""
+        if values:
+            gauge = _gauge(name, text, "worker")
+            for rank, value in values.items():
+                gauge.labels(self._name, str(rank)).set(value)
 
     def update(self, seconds: float) -> None:
         """Set the moving gauges; ``seconds`` is a monotonic clock."""
@@ -167,6 +199,7 @@ class ServerMetrics:
             self._tokens_per_second[kind].labels(self._name).set(rate.add(seconds, totals[kind]))
         for process, resident in self._processes().items():
             self._resident.labels(self._name, process).set(resident)
+        self._available.labels(self._name).set(available_bytes())
 
     async def watch(self, period: float = 1.0) -> None:
         """Update for ever, every ``period`` seconds."""

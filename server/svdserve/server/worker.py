@@ -8,6 +8,8 @@ benchmark ask once, after the model has loaded, and watch the worker's memory fr
 import gc
 import os
 import socket
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -20,8 +22,21 @@ EXTENSION = "svdserve.server.worker.WorkerExtension"
 METHOD = "svdserve_report"
 
 
+class WorkerWeights(BaseModel):
+    """Bytes of weights that one worker holds: its shards, and what every rank repeats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lowrank: int
+    dense: int
+    dense_equivalent: int
+
+
 class WorkerReport(BaseModel):
-    """One worker after it has loaded its model; memory in bytes."""
+    """One worker after it has loaded its model; memory in bytes.
+
+    ``load_seconds`` and ``weights`` are None where another loader than svdserve's has loaded.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,6 +45,8 @@ class WorkerReport(BaseModel):
     pid: int
     parent_pid: int
     load_seconds: float | None
+    weights: WorkerWeights | None
+    kv_cache_bytes: int
     device_bytes: int | None
 
     @property
@@ -66,16 +83,25 @@ class WorkerExtension:
 
         gc.collect()
         release()  # Loading frees as much as it keeps.
-        loaded = load_report(self.model_runner.get_model())  # None for a dense model.
+        loaded = load_report(self.model_runner.get_model())
         report = WorkerReport(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             parent_pid=os.getppid(),
             load_seconds=None if loaded is None else loaded.seconds,
+            weights=None if loaded is None else WorkerWeights(**asdict(loaded.stored)),
+            kv_cache_bytes=_allocated_bytes(self.model_runner.kv_caches),
             device_bytes=_device_bytes(),
         )
         return report.model_dump()
+
+
+def _allocated_bytes(caches: Iterable[torch.Tensor | list[torch.Tensor]]) -> int:
+    """Bytes behind the KV caches: layers are views of one allocation, or of a few."""
+    tensors = (t for cache in caches for t in (cache if isinstance(cache, list) else [cache]))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _device_bytes() -> int | None:

@@ -1,0 +1,45 @@
+"""GET /dashboard: one page that draws the server's own /metrics, live.
+
+The page is plain ES modules and one chart library (static/vendor, see server/vendor). It asks this
+host only, which its content-security policy enforces, and by relative addresses, so that it also
+works behind a proxy that serves the API below a path.
+"""
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import RedirectResponse
+from starlette.staticfiles import StaticFiles
+
+STATIC = Path(__file__).with_name("static")
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # Asks each time whether the file has changed: an ETag decides.
+}
+
+
+def attach_dashboard(app: FastAPI) -> None:
+    """Add the page and its files; they are static and tell nothing about the model."""
+    files = StaticFiles(directory=STATIC)
+
+    async def answer(path: str, request: Request) -> Response:
+        response = await files.get_response(path, request.scope)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.get("/dashboard", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        return await answer("index.html", request)
+
+    @app.get("/dashboard/", include_in_schema=False)
+    async def without_slash() -> Response:
+        return RedirectResponse("../dashboard")
+
+    @app.get("/dashboard/{path:path}", include_in_schema=False)
+    async def asset(path: str, request: Request) -> Response:
+        return await answer(path, request)
