@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from svdserve.kernels import reference
 from svdserve.kernels.implementations import Request, choose
@@ -123,9 +124,17 @@ def _fake(
     return x.new_empty(*x.shape[:-1], factor_out.shape[0])
 
 
+def _operations(
+    x: torch.Size, factor_in: torch.Size, factor_out: torch.Size, *_: object, **__: object
+) -> int:
+    """Floating-point operations, for FlopCounterMode, which does not look into the operation."""
+    return 2 * x[:-1].numel() * (factor_in.numel() + factor_out.numel())
+
+
 define(
     "lowrank_linear(Tensor x, Tensor factor_in, Tensor factor_out, Tensor? pivots, Tensor? bias, "
     "str? implementation) -> Tensor",
     _run,
     _fake,
 )
+register_flop_formula(torch.ops.svdserve.lowrank_linear)(_operations)
