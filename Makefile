@@ -1,11 +1,16 @@
-# make demo | test | lint. Each does its whole set-up in .venv; needs Python >= 3.11 (< 3.15), make
+# make demo | test | lint | audit | lock. Each does its whole set-up in .venv; needs Python >= 3.11 (< 3.15), make
 # and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
-# On a GPU machine: make EXTRAS=gpu,eval,demo,dev
-EXTRAS ?= cpu,eval,demo,dev
+# On a GPU machine: make EXTRAS=gpu,eval,demo,dev,docker
+EXTRAS ?= cpu,eval,demo,dev,docker
 # Where the CPU build of torch is found if pip's own indexes lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Not empty: exactly the versions of requirements/, whose digests are checked (CPU).
+LOCKED ?=
+# How uv finds the CPU build of torch for `make lock`.
+LOCK_FLAGS ?= --torch-backend cpu
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.svdserve-installed
@@ -15,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docker-check install audit lock clean
 demo: $(STAMP)
 	$(BIN)/python -m svdserve.server.demo
 
@@ -27,7 +32,39 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds the CPU image and serves from it, as root with Debian's buildah, crun and debootstrap.
+MODEL ?= work/demo/SmolLM2-135M-Instruct
+docker-check:
+	docker/check.sh $(MODEL)
+
 install: $(STAMP)
+
+# The advisories of PyPI. --strict: what could not be asked about is a failure, not a pass.
+audit: $(STAMP)
+	$(PIP) install --quiet 'pip-audit>=2.9'
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/cpu.txt
+
+lock: $(STAMP)
+	$(PIP) install --quiet 'uv>=0.9'
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
+	  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header $(LOCK_FLAGS) --quiet \
+	  --output-file requirements/torch.txt
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
+	  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header $(LOCK_FLAGS) --quiet \
+	  --generate-hashes --no-emit-package torch --output-file requirements/cpu.txt
+	sed -i -n '/^torch==/p' requirements/torch.txt
+
+# torch has no digest in the lock: each platform gets another build of it, from PyTorch's own index.
+define INSTALL
+$(PIP) install --quiet -e '.[$(EXTRAS)]' || \
+  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRAS)]'
+endef
+define INSTALL_LOCKED
+{ $(PIP) install --quiet -r requirements/torch.txt || \
+  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt; } && \
+$(PIP) install --quiet --no-deps --require-hashes -r requirements/cpu.txt && \
+$(PIP) install --quiet --no-deps -e .
+endef
 
 # An old pip backtracks for minutes over vLLM's requirements, so it is upgraded first. The second
 # index is asked only after a failure: where it cannot be reached pip would wait for it.
@@ -36,8 +73,7 @@ $(STAMP): pyproject.toml compression/svdserve_startup.py compression/svdserve_st
 	  { echo "$(PYTHON) is no Python 3.11 to 3.14; name one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet -e '.[$(EXTRAS)]' || \
-	  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRAS)]'
+	$(if $(LOCKED),$(INSTALL_LOCKED),$(INSTALL))
 	$(BIN)/python -m svdserve.server.cpu_install
 	$(BIN)/python -m svdserve.kernels.cpu
 	touch $@

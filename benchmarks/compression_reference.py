@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from svdserve.compression.calibration import calibration_tokens
 from svdserve.compression.checkpoint import read_json
-from svdserve.compression.evaluate import file_sha256, perplexity
+from svdserve.compression.evaluate import perplexity
+from svdserve.compression.integrity import file_sha256
 from svdserve.compression.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from svdserve.server.study import write_json
 

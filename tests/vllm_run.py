@@ -162,11 +162,11 @@ def _serve(
 def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from dataclasses import asdict
 
-    from svdserve.kernels.cpu import PackedFactors
+    from svdserve.kernels.parts import PreparedFactors
     from svdserve.server.loader import load_report
 
     report = load_report(model)
-    fused = sum(isinstance(module, PackedFactors) for module in model.modules())
+    fused = sum(isinstance(module, PreparedFactors) for module in model.modules())
     return None if report is None else asdict(report) | {"fused": fused}
 
 

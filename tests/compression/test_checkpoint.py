@@ -15,12 +15,12 @@ from svdserve.compression.checkpoint import (
     SINGLE_FILE,
     TensorFiles,
     check_finite,
-    merge_shards,
     open_checkpoint,
 )
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import LAYOUTS
 from svdserve.compression.schema import CheckpointConfig, parse_config
+from svdserve.compression.shards import merge_shards
 
 MODULE = "model.layers.1.self_attn.qkv_proj"
 

@@ -131,6 +131,7 @@ def test_several_api_servers_merge(tmp_path: Path) -> None:
     assert values["svdserve_generation_tokens_per_second", None] == 30
     assert values["svdserve_prompt_tokens_per_second", None] == 2
     assert values["svdserve_keep_ratio", None] == 1
+    assert 0 < values["svdserve_memory_available_bytes", None] <= psutil.virtual_memory().total
     assert values["svdserve_weights_bytes", "dense"] == file_bytes(directory)["dense"]
     resident = {role: v for (name, role), v in values.items() if "resident" in name}
     assert resident == {"api_server_0": 1000, "api_server_1": 1001, "worker_0": 5000}

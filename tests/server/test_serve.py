@@ -1,46 +1,40 @@
 """`svdserve serve` and plain `vllm serve` of a factored checkpoint, as a client sees them."""
 
-import os
 import re
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import httpx
 import openai
-import psutil
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import random_tokens, save_model
 from ports import free_port
+from servers import (
+    BIN,
+    CHAT_TEMPLATE,
+    DEADLINE,
+    NAME,
+    Server,
+    is_alive,
+    living_tree,
+    refusal,
+    running,
+    wait_until,
+)
 from svdserve.compression.errors import UserError
+from svdserve.server import errors, security, shutdown
 from svdserve.server.serve import allowed_plugins, check_model, server_arguments
 from svdserve.server.worker import EXTENSION
 
 pytestmark = pytest.mark.vllm
-
-BIN = Path(sys.executable).parent
-NAME = "pico"
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
-FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-DEADLINE = 300
 
 
 @dataclass(frozen=True)
@@ -49,95 +43,6 @@ class Models:
 
     factored: Path
     reference: Path
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server and clients of it."""
-
-    process: "subprocess.Popen[bytes]"
-    port: int
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return self.make_client(strict=True)
-
-    def make_client(self, *, strict: bool) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1",
-            api_key="none",
-            max_retries=0,
-            _strict_response_validation=strict,
-        )
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as response:
-            return str(response.read().decode())
-
-    def gauges(self) -> dict[str, dict[str, float]]:
-        """Our metrics: values by name and by the label that is not the model's name."""
-        found: dict[str, dict[str, float]] = {}
-        for family in text_string_to_metric_families(self.get("/metrics")):
-            for sample in family.samples:
-                if sample.name.startswith("svdserve_"):
-                    assert sample.labels["model_name"] == NAME
-                    label = sample.labels.get("kind") or sample.labels.get("process") or ""
-                    found.setdefault(sample.name, {})[label] = sample.value
-        return found
-
-
-@contextmanager
-def running(command: list[str | Path], log: Path) -> Iterator[Server]:
-    """A server, from its first healthy answer; its whole process tree ends with the context."""
-    port = free_port()
-    arguments = [*command, *FLAGS, "--port", str(port), "--served-model-name", NAME]
-    with log.open("wb") as output:
-        environment = {**os.environ, **ENVIRONMENT}
-        process = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment)
-    server = Server(process, port)
-    try:
-        wait_until(lambda: healthy(server), log)
-        yield server
-    finally:
-        for child in living_tree(process.pid):
-            child.kill()
-        process.wait()
-
-
-def healthy(server: Server) -> bool:
-    assert server.process.poll() is None, "the server ended"
-    try:
-        server.get("/health")
-    except OSError:
-        return False
-    return True
-
-
-def wait_until(condition: Callable[[], bool], log: Path | None = None) -> None:
-    end = time.monotonic() + DEADLINE
-    try:
-        while not condition():
-            assert time.monotonic() < end, "the deadline has passed"
-            time.sleep(0.3)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{log.read_text()[-3000:] if log else ''}") from None
-
-
-def living_tree(pid: int) -> list[psutil.Process]:
-    """The process and its descendants that still run."""
-    try:
-        root = psutil.Process(pid)
-        tree = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-    return [process for process in tree if is_alive(process)]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +92,11 @@ def served_tokens(server: Server, prompt: list[int], tokens: int) -> list[int]:
     return choice.token_ids  # type: ignore[attr-defined, no-any-return]
 
 
-def test_the_model_is_listed(server: Server, models: Models) -> None:
+def test_the_model_is_listed(server: Server) -> None:
     (listed,) = server.client.models.list().data
     assert (listed.id, listed.object) == (NAME, "model")
     assert listed.model_extra
-    assert listed.model_extra["root"] == str(models.factored)
+    assert listed.model_extra["root"] == NAME  # not the directory, which is the server's own affair
 
 
 def test_completions_are_the_greedy_tokens_of_the_product(server: Server, models: Models) -> None:
@@ -280,13 +185,29 @@ def test_token_rates_rise_under_load_and_return_to_zero(server: Server) -> None:
     wait_until(lambda: rates() == {"generation": 0, "prompt": 0})
 
 
-def test_sigterm_ends_the_server_and_its_children(server: Server) -> None:
-    """Last of the tests of this server."""
+def test_a_second_sigterm_ends_the_server_and_its_children_at_once(server: Server) -> None:
+    """Last of the tests of this server: what still runs is cut off, and nothing stays behind."""
     tree = living_tree(server.process.pid)
     assert len(tree) >= 3
-    server.process.terminate()
-    assert server.process.wait(60) in (0, -15)
+    request = {"model": NAME, "prompt": "w7", "max_tokens": 240, "n": 100, "stream": True}
+    with (
+        server.http() as client,
+        client.stream("POST", "/v1/completions", json={**request, "ignore_eos": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.terminate()
+        wait_until(lambda: health(server) == 503)
+        server.process.terminate()
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    assert server.process.wait(120) == 0
     wait_until(lambda: not any(is_alive(process) for process in tree))
+
+
+def health(server: Server) -> int:
+    with server.http() as client:
+        return client.get("/health").status_code
 
 
 def test_plain_vllm_serves_the_same_checkpoint(models: Models, tmp_path: Path) -> None:
@@ -294,21 +215,6 @@ def test_plain_vllm_serves_the_same_checkpoint(models: Models, tmp_path: Path) -
         prompt = random_tokens(1, 9)[0].tolist()
         assert served_tokens(server, prompt, 12) == expected_tokens(models, prompt, 12)
         assert server.gauges() == {}
-
-
-def refusal(*arguments: str | Path) -> str:
-    """The one line on standard error with which `svdserve serve` refuses."""
-    outcome = subprocess.run(
-        [BIN / "svdserve", "serve", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-        check=False,
-    )
-    assert outcome.returncode == 2
-    assert outcome.stdout == ""
-    (line,) = outcome.stderr.splitlines()
-    return line
 
 
 def test_a_refusal_is_one_line(models: Models, tmp_path: Path) -> None:
@@ -333,16 +239,22 @@ def test_bad_directories_are_refused(models: Models, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("port", ["https", "70000", "-1"])
-def test_bad_ports_are_refused(port: str) -> None:
+def test_bad_ports_are_refused(models: Models, port: str) -> None:
     with pytest.raises(UserError, match="--port"):
-        server_arguments(["--port", port])
+        server_arguments(str(models.factored), ["--port", port])
 
 
-def test_given_flags_are_kept() -> None:
+def test_given_flags_are_kept(models: Models) -> None:
     given = ["--host=localhost", "--port", str(free_port()), "--worker-extension-cls", "own.Class"]
-    assert server_arguments(given) == given
-    ours = server_arguments(["--uds", "socket"])
-    assert ours == ["--uds", "socket", "--worker-extension-cls", EXTENSION]
+    given += ["--served-model-name", "own", "--shutdown-timeout=0"]
+    middleware = []
+    for module in (errors, security, shutdown):
+        middleware += ["--middleware", module.MIDDLEWARE]
+    assert server_arguments(str(models.factored), given) == given + middleware
+    defaults = ["--served-model-name", "factored", "--shutdown-timeout", "30"]
+    ours = server_arguments(str(models.factored), ["--uds", "socket"])
+    extension = ["--worker-extension-cls", EXTENSION]
+    assert ours == ["--uds", "socket", *defaults, *extension, *middleware]
 
 
 def test_the_allow_list_takes_no_plugin_away() -> None:

@@ -164,3 +164,17 @@ def test_four_ranks(tmp_path: Path) -> None:
     (served,) = run(tmp_path / "run", [arguments], PROMPTS)
     assert_equals_dense(served, tmp_path / case.reference)
     assert [report["layers"] for report in served.reports if report is not None] == [16] * 4
+
+
+def test_triton_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    """What a GPU would run, on CPU: the same layers, one operation for all parts where it can."""
+    pytest.importorskip("triton")
+    cases = [Case("llama", "interpolative", True), Case("qwen2", "interpolative", False)]
+    models = [{"model": str(case.write(tmp_path))} for case in cases]
+    environment = {"TRITON_INTERPRET": "1", "SVDSERVE_KERNEL": "triton"}
+    found = run(tmp_path / "run", models, PROMPTS, **environment)
+    # Of a block: four groups; or q and v beside a dense k, o, gate and up at once, and down.
+    for case, served, fused in zip(cases, found, (4, 5), strict=True):
+        assert_equals_dense(served, tmp_path / case.reference)
+        assert served.reports[0] is not None
+        assert served.reports[0]["fused"] == 3 * fused

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdserve.compression.card import CARD_FILE, model_card
-from svdserve.compression.checkpoint import LOG_FILE, merge_shards, open_checkpoint, read_json
+from svdserve.compression.checkpoint import LOG_FILE, open_checkpoint, read_json
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.schema import (
     FLOAT_VERSION,
@@ -18,6 +18,7 @@ from svdserve.compression.schema import (
     ModuleSpec,
     linears_of,
 )
+from svdserve.compression.shards import merge_shards
 from svdserve.compression.skeleton import Skeleton
 from svdserve.compression.workdir import WorkDirectory, save_tensors
 

@@ -1,4 +1,4 @@
-"""Reading, checking and writing the files of an svdserve checkpoint (see FORMAT.md).
+"""Reading and checking the files of an svdserve checkpoint (see FORMAT.md).
 
 A checkpoint is a Hugging Face directory whose config.json carries a ``quantization_config`` block
 (schema.py) and whose safetensors hold ``<module>.factor_in``, ``<module>.factor_out`` and, for the
@@ -6,10 +6,6 @@ interpolative layout, ``<module>.pivots``; int8 matrices have their scales under
 Everything else keeps its original name.
 """
 
-import json
-import os
-import shutil
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +18,12 @@ from torch import Tensor
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
 from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of, parse_config
+from svdserve.compression.untrusted import check_entries
+from svdserve.compression.untrusted import read_json as read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LOG_FILE = "svdserve_log.jsonl"
-MAX_SHARD_BYTES = 5_000_000_000
 SCALE = "_scale"
 SUFFIXES = (
     "factor_in",
@@ -53,6 +50,22 @@ _DTYPES = {
 }
 FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_DIMENSIONS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "vocab_size",
+    "head_dim",
+)
+_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+_MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -71,13 +84,14 @@ class TensorFiles:
     """The tensors of a model directory, by name; headers are read at once, data on demand.
 
     Raises:
-        UserError: no safetensors, a broken header, an index that disagrees with the files, or that
-            names a file outside the directory.
+        UserError: no safetensors, a broken header, a tensor that is stored twice, an index that
+            disagrees with the files, or an entry that leads out of the directory.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.info: dict[str, TensorInfo] = {}
+        check_entries(directory)
         weight_map = _weight_map(directory)
         for file in _files(directory, weight_map):
             try:
@@ -87,6 +101,9 @@ class TensorFiles:
                         dtype = _DTYPES.get(piece.get_dtype())
                         if dtype is None:
                             raise UserError(f"{file}: {name} has dtype {piece.get_dtype()}")
+                        if name in self.info:
+                            other = self.info[name].file.name
+                            raise UserError(f"{file}: {name} is stored in {other} as well")
                         self.info[name] = TensorInfo(file, tuple(piece.get_shape()), dtype)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
@@ -135,24 +152,11 @@ def _files(directory: Path, weight_map: dict[str, str] | None) -> list[Path]:
         if not files:
             raise UserError(f"{directory}: no *.safetensors file; svdserve reads safetensors only")
         return files
-    files = [directory / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{directory / INDEX_FILE}: {file.name} is missing")
-    return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``; UserError when it is missing or no object."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
+    present = {file.name for file in directory.iterdir() if file.is_file()}
+    for name in weight_map.values():
+        if name not in present:
+            raise UserError(f"{directory / INDEX_FILE}: {name} is missing")
+    return [directory / name for name in sorted(set(weight_map.values()))]
 
 
 @dataclass(frozen=True)
@@ -219,11 +223,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         UserError: names the module and tensor that is missing, surplus, or of a wrong shape, dtype
             or value. Call ``check_finite`` for the values of factors and scales.
     """
-    block = read_json(directory / "config.json").get("quantization_config")
+    whole = read_json(directory / "config.json")
+    block = whole.get("quantization_config")
     if not isinstance(block, dict):
         raise UserError(f"{directory}/config.json: no quantization_config; not a svdserve model")
     config = parse_config(block, f"{directory}/config.json")
     files = TensorFiles(directory)
+    _check_no_others(files)
+    check_sizes(files, whole)
     expected: set[str] = set()
     for name, spec in config.modules.items():
         expected |= _check_module(files, name, spec)
@@ -234,6 +241,42 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         if suffix in SUFFIXES and name not in expected:
             raise UserError(f"{directory}: {name} belongs to no module of config.json ({module})")
     return Checkpoint(directory, config, files)
+
+
+def _check_no_others(files: TensorFiles) -> None:
+    """vLLM reads every safetensors file where there is no index, transformers the single one."""
+    directory, known = files.directory, set(files.paths)
+    if not (directory / INDEX_FILE).exists() and known != {directory / SINGLE_FILE}:
+        raise UserError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    for file in sorted(directory.glob("*.safetensors")):
+        if file not in known:
+            raise UserError(f"{file}: does not belong to the checkpoint; remove it")
+
+
+def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
+    """Refuse a config.json of a model that is larger than what the files hold.
+
+    transformers and vLLM build the model that config.json describes before they look at weights.
+
+    Raises:
+        UserError: names the field, and the largest value that the tensors allow.
+    """
+    tensors = len(files.info)
+    largest = max((size for info in files.info.values() for size in info.shape), default=0)
+    limits = dict.fromkeys(_DIMENSIONS, largest) | dict.fromkeys(_COUNTS, max(tensors, largest))
+    limits |= {"num_hidden_layers": tensors, "max_position_embeddings": _MAX_POSITIONS}
+    text = config.get("text_config")
+    for part in (config, text) if isinstance(text, dict) else (config,):
+        values = {key: part.get(key) for key in limits}
+        heads, width = values["num_attention_heads"], values["head_dim"]
+        if isinstance(heads, int) and isinstance(width, int):
+            values["head_dim"] = heads * width
+        for key, value in values.items():
+            if isinstance(value, int | float) and not 0 <= value <= limits[key]:
+                raise UserError(
+                    f"{files.directory}/config.json: {key} makes {value}, and its tensors allow "
+                    f"at most {limits[key]}; config.json does not belong to these weights"
+                )
 
 
 def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
@@ -305,59 +348,3 @@ def check_finite(checkpoint: Checkpoint) -> None:
             raise UserError(f"{where} is not finite")
         if suffix.endswith(SCALE) and not bool(low > 0):
             raise UserError(f"{where} must be positive")
-
-
-def merge_shards(parts: list[Path], target: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Concatenate safetensors files into ``target``, in order and without loading a tensor.
-
-    Writes one model.safetensors, or shards of at most ``max_bytes`` and an index. A part is never
-    split, so a single part above the limit makes a shard of its own size.
-    """
-    headers = [_read_header(part) for part in parts]
-    shards: list[list[int]] = [[]]
-    filled = 0
-    for index, (_, _, size) in enumerate(headers):
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(index)
-        filled += size
-    names = (
-        [SINGLE_FILE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    weight_map: dict[str, str] = {}
-    for name, members in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        base = 0
-        for index in members:
-            tensors, _, size = headers[index]
-            for tensor, entry in tensors.items():
-                start, end = entry["data_offsets"]
-                header[tensor] = {**entry, "data_offsets": [start + base, end + base]}
-                weight_map[tensor] = name
-            base += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with (target / name).open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for index in members:
-                with parts[index].open("rb") as part:
-                    part.seek(headers[index][1])
-                    shutil.copyfileobj(part, out, 1 << 22)
-            out.flush()
-            os.fsync(out.fileno())
-    if len(shards) > 1:
-        total = sum(size for _, _, size in headers)
-        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / INDEX_FILE).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Tensor entries, offset of the data and its length."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length, path.stat().st_size - 8 - length

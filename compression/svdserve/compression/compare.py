@@ -17,7 +17,8 @@ from rich.console import Console
 from svdserve.compression.card import add_results
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import Perplexity, file_sha256, perplexity
+from svdserve.compression.evaluate import Perplexity, perplexity
+from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Recipe, Run, make_recipe
 from svdserve.compression.skeleton import resolve_model

@@ -4,7 +4,6 @@ The protocol of the SVD literature (SVD-LLM, arXiv 2403.07378): tokenise the who
 special tokens, cut it into chunks of equal length, average the token losses of all chunks, exp.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
 from svdserve.compression.errors import UserError
+from svdserve.compression.integrity import file_sha256
 from svdserve.compression.machine import Machine, this_machine
 
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
@@ -130,11 +130,6 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
         del decoder.forward
     assert isinstance(logits, Tensor)
     return logits
-
-
-def file_sha256(file: Path) -> str:
-    """Tells which data a result belongs to."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_tokenizer(model_dir: Path) -> Any:

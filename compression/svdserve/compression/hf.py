@@ -69,7 +69,13 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
         config: CheckpointConfig = self.quantization_config.checkpoint
         dtype = torch.get_default_dtype() if model.dtype is None else model.dtype
         if checkpoint_files:
-            check_finite(open_checkpoint(Path(checkpoint_files[0]).parent))
+            checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+            if {Path(file) for file in checkpoint_files} != set(checkpoint.files.paths):
+                raise UserError(
+                    f"{checkpoint.directory}: transformers chose {checkpoint_files}, which are not "
+                    "the checkpoint's files; leave variant and gguf_file away"
+                )
+            check_finite(checkpoint)
         for name, spec in config.modules.items():
             parent, leaf = _parent(model, name)
             replace_group(parent, leaf, spec, None, dtype, "meta")

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
 from svdserve.compression.factors import parameters
@@ -80,19 +81,20 @@ def print_inspection(inspection: Inspection) -> None:
     """A table of the modules and one line of totals."""
     title = f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}"
     int8 = any(row.dtype == "int8" for row in inspection.modules)
-    table = Table(title=f"{title}, int8" if int8 else title)
+    # Text: names come out of the checkpoint, and Table would take [red] in them as markup.
+    table = Table(title=Text(f"{title}, int8" if int8 else title))
     table.add_column("module", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     for heading in ("rank", "bytes", "dense bytes", "kept", "error", "β"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in inspection.modules:
         table.add_row(
-            row.module,
+            Text(row.module),
             row.layout,
             _cell(row.rank, "d"),
             f"{row.nbytes:,}",
             f"{row.dense_nbytes:,}",
-            f"{row.nbytes / row.dense_nbytes:.1%}",
+            f"{row.nbytes / max(row.dense_nbytes, 1):.1%}",
             _cell(row.error, ".4f"),
             _cell(row.beta, ".2f"),
         )
@@ -157,13 +159,16 @@ def _log(path: Path) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return entries
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and entry.get("event") == "group" and "module" in entry:
-            entries[entry["module"]] = entry
+        if not isinstance(entry, dict) or entry.get("event") != "group":
+            continue
+        numbers = {key: entry.get(key) for key in ("error", "beta")}
+        if all(value is None or isinstance(value, int | float) for value in numbers.values()):
+            entries[str(entry.get("module"))] = numbers
     return entries
 
 

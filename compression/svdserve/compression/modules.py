@@ -16,7 +16,8 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
 from svdserve.compression.int8 import dequantized
 from svdserve.compression.schema import ModuleSpec
-from svdserve.kernels.reference import lowrank_linear, project
+from svdserve.kernels import lowrank_linear
+from svdserve.kernels.reference import project
 
 
 class FactoredWeight(nn.Module):

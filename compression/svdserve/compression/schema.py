@@ -4,7 +4,7 @@ FORMAT.md in this folder describes the format in prose. This module imports pyda
 every reader (transformers, vLLM, tools) can share it.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -33,6 +33,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+
+
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=500)]
 
 
 class ModuleSpec(BaseModel):
@@ -92,8 +95,8 @@ class CheckpointConfig(BaseModel):
     format_version: Literal[1, 2] = 1
     base_model: str
     keep: float = Field(gt=0, le=1)
-    modules: dict[str, ModuleSpec]
-    int8_linears: tuple[str, ...] = ()
+    modules: dict[ModuleName, ModuleSpec]
+    int8_linears: tuple[ModuleName, ...] = ()
     """Dense linears whose weights are int8, by their full names."""
     recipe: dict[str, Any] = Field(default_factory=dict)
 

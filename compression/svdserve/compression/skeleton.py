@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from svdserve.compression.checkpoint import TensorFiles, read_json
+from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
 
@@ -60,6 +60,7 @@ class Skeleton:
                 f"{directory}: already quantised or compressed ({method}); give the original model"
             )
         self.files = TensorFiles(directory)
+        check_sizes(self.files, raw)
         try:
             self.config = AutoConfig.from_pretrained(directory)
             with _parameters_on_meta():

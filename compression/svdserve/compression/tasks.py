@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import file_sha256, load_model, load_tokenizer
+from svdserve.compression.evaluate import load_model, load_tokenizer
+from svdserve.compression.integrity import file_sha256
 from svdserve.compression.machine import Machine, this_machine
 
 # Their choices are continuations or phrases of very different lengths.

@@ -10,6 +10,7 @@ stream, only norms, residual additions and the student's gate and up are repeate
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -70,6 +71,9 @@ class Streams:
         path = self._folder / f"{name}.bin"
         path.unlink(missing_ok=True)
         size = self.rows * self.length * width
+        with path.open("wb") as file:
+            # A sparse file would end the process with SIGBUS where the disk is full.
+            os.posix_fallocate(file.fileno(), 0, size * self._dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=self._dtype).view(shape)
 
     def drop(self, *names: str) -> None:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svdserve.compression.checkpoint import LOG_FILE, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import parameters
+from svdserve.compression.integrity import write_sums
 from svdserve.compression.memory import release
 from svdserve.compression.schema import ModuleSpec
 
 _JOB = "job.json"
 _TOKENS = "calibration.safetensors"
+_PUBLISHED = "published.json"
 
 
 class WorkDirectory:
@@ -34,11 +37,30 @@ class WorkDirectory:
     def __init__(self, out: Path, *, resume: bool, force: bool) -> None:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; give a directory to write")
-        if out.is_dir() and any(out.iterdir()) and not force:
-            raise UserError(f"{out}: is not empty; give another --out or add --force to replace it")
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._resume, self._force = resume, force
+        if out.is_dir() and any(out.iterdir()) and not force:
+            self._refuse_output()
+
+    def _refuse_output(self) -> None:
+        """Unless it is this job's own, which was killed between publishing and cleaning up."""
+        if self._resume and (self.path / _PUBLISHED).exists():
+            return
+        if self._resume and not self.path.exists():
+            shutil.rmtree(self._done, ignore_errors=True)
+            raise UserError(
+                f"{self.out}: nothing to resume, this directory is complete; add --force without "
+                "--resume to make it again"
+            )
+        raise UserError(
+            f"{self.out}: is not empty; give another --out or add --force to replace it"
+        )
+
+    @property
+    def _done(self) -> Path:
+        """What the work directory is called while it is removed."""
+        return self.path.with_name(self.path.name + ".done")
 
     @property
     def log(self) -> Path:
@@ -63,6 +85,7 @@ class WorkDirectory:
             UserError: unfinished work without ``resume``, or of another signature.
         """
         job = self.path / _JOB
+        shutil.rmtree(self._done, ignore_errors=True)
         if self._force and not self._resume:
             shutil.rmtree(self.path, ignore_errors=True)
         if not job.exists():
@@ -108,7 +131,10 @@ class WorkDirectory:
         path = self.block(index)
         fields = read_json(path.with_suffix(".json"))
         specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
-        return load_file(path), specs
+        try:
+            return load_file(path), specs
+        except SafetensorError as error:
+            raise UserError(f"{path}: is damaged; remove it and resume ({error})") from None
 
     def final(self) -> Path:
         """An empty folder for the complete checkpoint."""
@@ -118,20 +144,32 @@ class WorkDirectory:
         return final
 
     def publish(self, final: Path) -> None:
-        """Rename ``final`` to the output; what stood there goes once the new one is in place."""
-        old = self.out.with_name(self.out.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        """Rename ``final`` to the output; what stood there goes once the new one is in place.
+
+        A kill between any two steps leaves either the whole work directory, and resuming publishes
+        again, or none.
+        """
+        old, done = self.out.with_name(self.out.name + ".replaced"), self._done
+        write_sums(final)
+        save_json({}, self.path / _PUBLISHED)
+        for rest in (old, done):
+            shutil.rmtree(rest, ignore_errors=True)
         if self.out.exists():
             self.out.rename(old)
         final.rename(self.out)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.path)
+        self.path.rename(done)
+        for rest in (old, done):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write safetensors so that ``path`` is either whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

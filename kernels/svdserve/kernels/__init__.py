@@ -1,5 +1,10 @@
-"""Low-rank linear kernels. ``lowrank_linear`` is the one public operation."""
+"""Low-rank linear kernels. ``lowrank_linear`` is the one public operation.
 
-from svdserve.kernels.reference import lowrank_linear
+``prepare`` is the same for a layer: factors are packed once and multiplied many times.
+"""
 
-__all__ = ["lowrank_linear"]
+from svdserve.kernels.implementations import NoImplementation
+from svdserve.kernels.lowrank import lowrank_linear, prepare
+from svdserve.kernels.parts import Part
+
+__all__ = ["NoImplementation", "Part", "lowrank_linear", "prepare"]

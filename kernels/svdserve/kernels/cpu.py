@@ -14,7 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from svdserve.kernels.parts import PreparedFactors
 
 SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
@@ -23,7 +25,7 @@ NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
 _WORD = 32  # channels in one word of the mask
 
 
-class PackedFactors(nn.Module):
+class PackedFactors(PreparedFactors):
     """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
 
     Attributes:
@@ -67,20 +69,16 @@ class PackedFactors(nn.Module):
         self.register_buffer("packed_out", pack(factor_out), persistent=False)
         self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
         self.stored_bytes = factor_in.nbytes + factor_out.nbytes
+        # A small layer costs a few microseconds; looking all this up on every call would double it.
+        self._operation = torch.ops.svdserve.lowrank.default
+        self._operands = (
+            *(self.packed_in, self.packed_out, self.mask),
+            *(self.pivots, self.rank, self.outputs),
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
-        return torch.ops.svdserve.lowrank(  # type: ignore[no-any-return]
-            x,
-            self.packed_in,
-            self.packed_out,
-            self.mask,
-            self.pivots,
-            self.rank,
-            self.outputs,
-            bias,
-            self.amx,
-        )
+        return self._operation(x, *self._operands, bias, self.amx)  # type: ignore[no-any-return]
 
 
 @cache
@@ -90,14 +88,14 @@ def unsupported() -> str | None:
     if lacking := [name for name in NEEDED if not has.get(name)]:
         return f"this processor has no {', '.join(lacking)}"
     try:
-        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"{SOURCE.name} did not compile: {error}"
     torch.library.register_fake("svdserve::lowrank", _fake)
     return None
 
 
-def _library() -> Path:
+def library() -> Path:
     """The compiled library; compiled now where it is missing or older than its source."""
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")

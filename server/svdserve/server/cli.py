@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperOption
 
 from svdserve.compression.errors import UserError
 from svdserve.server import options, study
+from svdserve.server.resumable import resumable
 
 
 def _recipe_defaults() -> dict[str, Any]:
@@ -138,18 +139,24 @@ def compress(
     The checkpoint is a Hugging Face directory that transformers, vLLM and `svdserve serve` load.
     An interrupted run leaves DIR.partial and goes on with `--resume`.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
+    with resumable(out):
+        _compress(given)
+
+
+def _compress(given: dict[str, Any]) -> None:
     from svdserve.compression.recipe import Recipe, Run, load_recipe, make_recipe, make_run
 
-    fields = load_recipe(recipe) if recipe else {}
-    given = {name: value for name, value in locals().items() if value is not None}
+    fields = load_recipe(given["recipe"]) if "recipe" in given else {}
     fields |= {name: given[name] for name in Recipe.model_fields if name in given}
-    if beta is not None:
-        fields["parameters"] = {**fields.get("parameters", {}), "beta": _number_or_name(beta)}
+    if "beta" in given:
+        beta = _number_or_name(given["beta"])
+        fields["parameters"] = {**fields.get("parameters", {}), "beta": beta}
     checked = make_recipe(**fields)
     run = make_run(**{name: given[name] for name in Run.model_fields if name in given})
     from svdserve.compression.job import compress as run_job
 
-    report = run_job(model, out, checked, run)
+    report = run_job(given["model"], given["out"], checked, run)
     typer.echo(
         f"{report.directory}: {report.stored_parameters:,} of {report.dense_parameters:,} "
         f"parameters of the blocks' linears kept, {report.seconds:.0f} s, "
@@ -170,22 +177,48 @@ app.command()(study.compare)
 def serve(
     ctx: typer.Context,
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model directory; first.")],
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SVDSERVE_API_KEYS_FILE",
+            help="API keys, one a line; read again when it changes. Without any, nobody is asked.",
+        ),
+    ] = None,
+    metrics_auth: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SVDSERVE_METRICS_AUTH",
+            help="key (default) or none: whether /metrics and /dashboard need a key, too.",
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None,
+        typer.Option(envvar="SVDSERVE_MAX_BODY_BYTES", help="Longest request; 8 MiB by default."),
+    ] = None,
 ) -> None:
     """Serve a model with vLLM's OpenAI-compatible server.
 
     Every flag of `vllm serve` may follow DIR, such as `--port 8001 --max-model-len 4096`;
     `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
-    otherwise. A dense model is served as it is.
+    otherwise. A dense model is served as it is. Keys may also come from SVDSERVE_API_KEYS, parted
+    by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
+    from svdserve.server.security import SecurityOptions
     from svdserve.server.serve import serve as run_server
 
-    raise typer.Exit(run_server(directory, ctx.args))
+    names = ("api_keys_file", "metrics_auth", "max_body_bytes")
+    given = {name: value for name, value in locals().items() if name in names and value is not None}
+    base = SecurityOptions.from_environment()
+    chosen = SecurityOptions(**{**base.model_dump(), **given})
+    raise typer.Exit(run_server(directory, ctx.args, chosen))
 
 
 @app.command(cls=_Command)
 def bench(
-    dense: Annotated[Path, typer.Argument(help="The dense model.")],
-    models: Annotated[list[Path], typer.Argument(help="Compressed models to compare with it.")],
+    dense: Annotated[Path | None, typer.Argument(help="The dense model.")] = None,
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Compressed models to compare with it.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="Rounds that count; one more warms up.")] = None,
     batch_sizes: Annotated[
         list[int] | None, typer.Option("--batch-size", help="Decode batch; may be repeated.")
@@ -202,6 +235,16 @@ def bench(
     requests: Annotated[int | None, typer.Option(help="Of each client in a round.")] = None,
     max_len: Annotated[int | None, typer.Option(help="Tokens of a served request.")] = None,
     starts: Annotated[int | None, typer.Option(help="Times that each server starts.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Single layers of DENSE, or of a 1B Llama shape.")
+    ] = False,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Of --kernels: tokens; may be repeated.")
+    ] = None,
+    keeps: Annotated[
+        list[float] | None, typer.Option("--keep", help="Of --kernels: κ; may be repeated.")
+    ] = None,
+    device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     eager: Annotated[
         bool | None, typer.Option("--eager/--compiled", help="Without or with compilation.")
@@ -216,9 +259,15 @@ def bench(
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
 
     In the engine, decoding and prefill apart, each beside its ideal ratio; or, with --served, as
-    clients of `svdserve serve` see it under the load of `vllm bench serve`.
+    clients of `svdserve serve` see it under the load of `vllm bench serve`. With --kernels no
+    model is loaded: single layers, dense and low rank, on --device.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    if kernels:
+        _bench_kernels(dense, given, json_file)
+        return
+    if dense is None or not models:
+        raise UserError("bench compares models: name the dense one and then a compressed one")
     if served:
         study.bench_served([dense, *models], given, json_file, plot_file)
         return
@@ -231,14 +280,39 @@ def bench(
     print_bench(result)
 
 
+def _bench_kernels(model: Path | None, given: dict[str, Any], json_file: Path | None) -> None:
+    from svdserve.kernels.bench import (
+        KernelOptions,
+        layers_of,
+        print_kernel_bench,
+        run_kernel_bench,
+    )
+
+    chosen = {name: given[name] for name in KernelOptions.model_fields if name in given}
+    if model is not None:
+        chosen["layers"] = layers_of(model)
+    result = run_kernel_bench(KernelOptions(**chosen))
+    if json_file is not None:
+        study.write_json(json_file, result.model_dump(mode="json"))
+    print_kernel_bench(result)
+
+
 @app.command(name="inspect")
 def inspect_(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file and compare it with SHA256SUMS.")
+    ] = False,
 ) -> None:
     """Show what a compressed model stores: rank, bytes, error and β of every module."""
     from svdserve.compression.inspection import inspect_checkpoint, print_inspection
 
+    if verify:
+        from svdserve.compression.integrity import verify as compare_digests
+
+        count = compare_digests(directory)
+        typer.echo(f"{directory}: {count} files have the digests of SHA256SUMS", err=True)
     inspection = inspect_checkpoint(directory)
     if as_json:
         typer.echo(json.dumps(inspection.model_dump(mode="json"), indent=2))

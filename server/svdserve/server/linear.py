@@ -3,7 +3,7 @@
 A layer [m, n] of one or more ``Part``s (see quantization.py). Each factored part is two products
 around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
 whole, such as a shared qkv_proj, therefore costs exactly two products, or one fused operation
-where svdserve.kernels has one for the device and dtype.
+where svdserve.kernels has one for the device and dtype; on a GPU that is one for several parts too.
 
 Tensor parallelism. Column-parallel: the rank's rows of factor_out, all of factor_in, as every rank
 needs all of z. Row-parallel: the rank's input channels, that is columns of factor_in and the pivots
@@ -21,7 +21,7 @@ in any order (``input_order`` of the one layer is ``row_order`` of the other).
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -32,14 +32,20 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
-    UnquantizedLinearMethod,
 )
 
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, other_channels
-from svdserve.kernels.cpu import PackedFactors, unsupported
-from svdserve.server.products import Int8Product, LowRankProduct, Product, int8_kernel
+from svdserve.kernels import Part as KernelPart
+from svdserve.kernels import prepare
+from svdserve.server.products import (
+    LowRankProduct,
+    fused_kernel,
+    int8_kernel,
+    kernel_part,
+    product,
+)
 from svdserve.server.quantization import Part
 
 logger = init_logger(__name__)
@@ -73,6 +79,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.parts = parts
         self.stored: StoredBytes | None = None
+        self._product: Callable[..., Tensor] | None = None  # of the whole layer, if one computes it
 
     def create_weights(
         self,
@@ -159,8 +166,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> StoredBytes:
         """Read this rank's share of the layer and bring it into the form that ``apply`` uses.
 
-        One part is packed before the next is read, so that no more than one part's plain weights
-        exist beside the packed ones.
+        What one kernel computes, mostly one part, is packed before more is read, so that no other
+        plain weights exist beside the packed ones.
 
         Args:
             layer: whose method this is.
@@ -178,29 +185,67 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         local = iter(self.output_sizes)
         stored = StoredBytes()
         products: list[nn.Module] = []
-        for part in self.parts:
-            sizes = list(islice(local, part.outputs))
-            whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
-            if part.spec is None:
-                weight, scale = self._dense(layer, part, sizes, checkpoint, row_order)
-                dense = _product(layer, weight, scale, bias)
-                stored += StoredBytes(dense=dense.stored_bytes, dense_equivalent=whole)
-                products.append(dense)
-                continue
-            factors = _ascending(checkpoint.factors(part.names[0]))
-            rows = part.spec.out_features, sizes, layer, row_order
-            scale = factors.factor_out_scale
-            factors = replace(
-                factors,
-                factor_out=_rows(factors.factor_out, *rows),
-                factor_out_scale=None if scale is None else _rows(scale, *rows),
-            )
-            product = self._lowrank(layer, factors, bias, ordered_input)
-            stored += StoredBytes(lowrank=product.stored_bytes, dense_equivalent=whole)
-            products.append(product)
+        together = self._kernel(layer, self.parts) is not None
+        for batch in [self.parts] if together else [(part,) for part in self.parts]:
+            kernel = self._kernel(layer, batch)
+            ready: list[KernelPart] = []
+            for part in batch:
+                sizes = list(islice(local, part.outputs))
+                whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
+                stored += StoredBytes(dense_equivalent=whole)
+                if part.spec is None:
+                    weight, scale = self._dense(layer, part, sizes, checkpoint, row_order)
+                    dense = product(layer, weight, scale, bias)
+                    stored += StoredBytes(dense=dense.stored_bytes)
+                    products.append(dense)
+                    continue
+                factors = self._factors(layer, part, sizes, checkpoint, row_order)
+                if kernel is not None:
+                    ready.append(kernel_part(layer, factors, ordered_input))
+                    continue
+                lowrank = self._lowrank(layer, factors, bias, ordered_input)
+                stored += StoredBytes(lowrank=lowrank.stored_bytes)
+                products.append(lowrank)
+            if kernel is not None:
+                fused = prepare(ready, implementation=kernel)
+                stored += StoredBytes(lowrank=fused.stored_bytes)
+                products.append(fused)
         layer.products = nn.ModuleList(products)
+        if len(products) == 1:
+            # Finding and calling it as modules would take longer than a small product.
+            self._product = products[0].forward
         self.stored = stored
         return stored
+
+    def _kernel(self, layer: LinearBase, parts: Sequence[Part]) -> str | None:
+        """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""
+        if len(self.channels) != self.input_size:
+            return None
+        columns: list[int] = []
+        for part in parts:
+            if part.spec is None or part.weights == "int8":
+                return None
+            columns += [part.spec.tensors()["factor_in"][1], part.spec.rank]
+        return fused_kernel(columns, layer.weight)
+
+    def _factors(
+        self,
+        layer: LinearBase,
+        part: Part,
+        sizes: Sequence[int],
+        checkpoint: Checkpoint,
+        row_order: Tensor | None,
+    ) -> Factors:
+        """A factored part, its pivots ascending; ``factor_out`` holds this rank's rows."""
+        assert part.spec is not None
+        factors = _ascending(checkpoint.factors(part.names[0]))
+        rows = part.spec.out_features, sizes, layer, row_order
+        scale = factors.factor_out_scale
+        return replace(
+            factors,
+            factor_out=_rows(factors.factor_out, *rows),
+            factor_out_scale=None if scale is None else _rows(scale, *rows),
+        )
 
     def _dense(
         self,
@@ -237,14 +282,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         factors: Factors,
         bias: nn.Parameter | None,
         ordered_input: bool,
-    ) -> "LowRankProduct | PackedFactors":
-        """The product of factors whose ``factor_out`` holds this rank's rows."""
-        whole = len(self.channels) == factors.in_features
-        if whole and factors.weights == "float" and _has_fused_kernel(layer.weight):
-            inner, outer, pivots = factors.factor_in, factors.factor_out, factors.pivots
-            if pivots is not None and ordered_input:
-                pivots = torch.arange(len(pivots))
-            return PackedFactors(_own(inner, layer), _own(outer, layer), pivots)
+    ) -> LowRankProduct:
+        """The products of factors whose ``factor_out`` holds this rank's rows."""
         if factors.pivots is None:
             columns, slots, order = self.channels, range(0), None
         else:
@@ -253,8 +292,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             order = None if ordered_input else places.order.to(layer.weight.device)
         inner = factors.factor_in[:, columns.start : columns.stop]
         return LowRankProduct(
-            inner=_product(layer, inner, factors.factor_in_scale) if inner.shape[1] else None,
-            outer=_product(layer, factors.factor_out, factors.factor_out_scale, bias),
+            inner=product(layer, inner, factors.factor_in_scale) if inner.shape[1] else None,
+            outer=product(layer, factors.factor_out, factors.factor_out_scale, bias),
             order=order,
             slots=slots,
             reduce=self.reduces_rank,
@@ -270,10 +309,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """y [.., m] of x [.., n] for this rank's m and n."""
         if self.reduces_rank and not layer.skip_bias_add:
             bias = layer.bias  # vLLM passes it on rank 0 only, expecting a sum over the ranks
-        products = layer.products
-        if len(products) == 1:
-            return products[0](x, bias)  # type: ignore[no-any-return]
-        y = torch.cat([product(x) for product in products], dim=-1)
+        if self._product is not None:
+            return self._product(x, bias)
+        y = torch.cat([product(x) for product in layer.products], dim=-1)
         return y if bias is None else y.add_(bias)
 
 
@@ -342,31 +380,3 @@ def _ascending(factors: Factors) -> Factors:
         pivots=pivots,
         factor_in_scale=None if scale is None else scale[order],
     )
-
-
-def _has_fused_kernel(like: Tensor) -> bool:
-    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
-        return False
-    if reason := unsupported():
-        logger.info_once("Factors run as two products: %s", reason)
-    return reason is None
-
-
-def _product(
-    layer: LinearBase, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None = None
-) -> Product | Int8Product:
-    """The product with a weight, by what vLLM has for its dtype."""
-    if scale is None:
-        return Product(UnquantizedLinearMethod(), _own(weight, layer), bias)
-    values, scales = _own(weight, layer, torch.int8), _own(scale, layer, torch.float32)
-    return Int8Product(values, scales, layer.weight.dtype, bias)
-
-
-def _own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy on the layer's device, independent of the mapped file.
-
-    In the layer's dtype, unless another is given.
-    """
-    target = layer.weight
-    owned = torch.empty(weight.shape, dtype=dtype or target.dtype, device=target.device)
-    return owned.copy_(weight)

@@ -50,7 +50,9 @@ class LoadOptions(BaseModel):
     pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
     starts: PositiveInt = Field(default=3, description="times that each server is started")
     concurrency: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="clients")
-    workloads: tuple[Workload, ...] = WORKLOADS
+    workloads: tuple[Workload, ...] = Field(
+        default=WORKLOADS, description="if none, the servers are only started"
+    )
     requests: PositiveInt = Field(default=2, description="of each client in one measurement")
     max_len: int = Field(default=1024, ge=64, description="prompt and output of a request")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -203,11 +205,13 @@ def run_load(targets: Sequence[Target], options: LoadOptions) -> LoadResult:
     order = list(zip(targets, results, strict=True))
     with TemporaryDirectory(prefix="svdserve-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        for _ in progress(range(options.starts - 1), "starting"):
+        for _ in progress(range(options.starts - bool(options.workloads)), "starting"):
             for target, result in order:
-                with _started(target, result, options, folder):
-                    pass
+                with _started(target, result, options, folder) as server:
+                    result.peak_resident_bytes = server.peak_resident_bytes()
             order.reverse()
+        if not options.workloads:
+            order = []
         served = [
             (stack.enter_context(_started(target, result, options, folder)), result)
             for target, result in progress(order, "starting")
@@ -254,6 +258,7 @@ def _started(
     """A server that has answered with its first token; notes how long that took."""
     flags = [
         *("--dtype", options.dtype),
+        *("--served-model-name", target.directory.name),
         *("--max-model-len", str(options.max_len)),
         *("--max-num-seqs", str(max(options.concurrency))),
         *("--kv-cache-memory-bytes", str(options.kv_cache_bytes)),
@@ -265,7 +270,7 @@ def _started(
     serving = running(target.directory, DEFAULT_HOST, port, log, flags, command=target.command)
     with serving as server:
         result.ready_seconds.append(time.perf_counter() - server.started)
-        _first_token(server.url, str(target.directory))
+        _first_token(server.url, target.directory.name)
         result.first_token_seconds.append(time.perf_counter() - server.started)
         yield server
 

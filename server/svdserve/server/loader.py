@@ -16,14 +16,22 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import vllm
 from torch import Tensor, nn
-from vllm.config import LoadConfig, ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config import (
+    CompilationMode,
+    LoadConfig,
+    ModelConfig,
+    VllmConfig,
+    get_current_vllm_config,
+)
 from vllm.logger import init_logger
 from vllm.model_executor import model_loader
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
+from vllm.platforms import current_platform
 
 from svdserve.compression.checkpoint import Checkpoint, check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
@@ -116,6 +124,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """Raises UserError for a bad checkpoint, before the model takes memory."""
         started = time.perf_counter()
         if model_config.quantization == QUANT_METHOD:
+            _require_compiled_pipeline(vllm_config)
             self._checkpoint = self._open(model_config)
         elif self.explicit:
             raise UserError(
@@ -193,6 +202,21 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         checkpoint = open_checkpoint(Path(directory))
         check_finite(checkpoint)
         return checkpoint
+
+
+def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:
+    """Refuse what would end the engine at its first request, of dense models too.
+
+    The CPU engine of vLLM 0.32 allocates what a later pipeline stage receives only while it warms
+    up compiled code (CPUModelRunner.warming_up_model in vllm/v1/worker/cpu_model_runner.py).
+    """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+    if current_platform.is_cpu() and eager and stages > 1:
+        raise UserError(
+            f"--enforce-eager with {stages} pipeline stages does not run on the CPU engine of "
+            f"vLLM {vllm.__version__}; leave --enforce-eager away, or use --tensor-parallel-size"
+        )
 
 
 def _require_all_used(

@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from pydantic import BaseModel, ConfigDict
 
 from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.server.capacity import available_bytes
 from svdserve.server.worker import WorkerReport, slowest_load
 
 WINDOW_SECONDS = 10
@@ -125,6 +126,10 @@ class ServerMetrics:
         self._resident = _gauge(
             "svdserve_process_resident_bytes", "Resident memory of a process.", "process"
         )
+        self._available = _gauge(
+            "svdserve_memory_available_bytes",
+            "Memory that the server could still get: of its control groups and of the machine.",
+        )
         self._set_facts(facts, reports)
         self._set_reports(reports)
 
@@ -194,6 +199,7 @@ class ServerMetrics:
             self._tokens_per_second[kind].labels(self._name).set(rate.add(seconds, totals[kind]))
         for process, resident in self._processes().items():
             self._resident.labels(self._name, process).set(resident)
+        self._available.labels(self._name).set(available_bytes())
 
     async def watch(self, period: float = 1.0) -> None:
         """Update for ever, every ``period`` seconds."""

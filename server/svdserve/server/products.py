@@ -1,17 +1,57 @@
-"""The products that a low-rank layer consists of where no fused kernel does all of it."""
+"""What computes a low-rank layer: svdserve's fused kernels, or else vLLM's products."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import (
     CPUInt8ScaledMMLinearKernel,
     Int8ScaledMMLinearKernel,
     init_int8_linear_kernel,
 )
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from svdserve.compression.errors import UserError
+from svdserve.compression.factors import Factors
+from svdserve.kernels import NoImplementation, Part
+from svdserve.kernels.implementations import Request, choose, reasons_against
+
+logger = init_logger(__name__)
+
+
+def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
+    """The kernel of svdserve for float factors; None where vLLM's own products are to run.
+
+    Args:
+        columns: of factor_in and factor_out of each part that it is to compute at once.
+        like: has their device and dtype.
+
+    Raises:
+        UserError: SVDSERVE_KERNEL names one that cannot.
+    """
+    request = Request(like.device.type, like.dtype, tuple(columns), prepared=True)
+    try:
+        chosen = choose(request).name
+    except NoImplementation as error:
+        raise UserError(str(error)) from None
+    if chosen != "torch":
+        return chosen
+    if request.parts == 1:
+        reasons = "; ".join(f"{name} {why}" for name, why in reasons_against(request).items())
+        logger.info_once("Factors run as two products: %s", reasons or "SVDSERVE_KERNEL=torch")
+    return None
+
+
+def kernel_part(layer: LinearBase, factors: Factors, ordered_input: bool) -> Part:
+    """The factors on the layer's device and in its dtype; ``ordered_input``: pivots come first."""
+    pivots = factors.pivots
+    if pivots is not None:
+        pivots = torch.arange(len(pivots)) if ordered_input else pivots
+        pivots = pivots.to(layer.weight.device)
+    return Part(own(factors.factor_in, layer), own(factors.factor_out, layer), pivots)
 
 
 class Product(nn.Module):
@@ -148,3 +188,23 @@ class LowRankProduct(nn.Module):
             z = self.inner(x.narrow(-1, self.pivots, x.shape[-1] - self.pivots))
         z.narrow(-1, self.first_slot, self.pivots).add_(x.narrow(-1, 0, self.pivots))
         return z
+
+
+def product(
+    layer: LinearBase, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None = None
+) -> Product | Int8Product:
+    """The product with a weight, by what vLLM has for its dtype."""
+    if scale is None:
+        return Product(UnquantizedLinearMethod(), own(weight, layer), bias)
+    values, scales = own(weight, layer, torch.int8), own(scale, layer, torch.float32)
+    return Int8Product(values, scales, layer.weight.dtype, bias)
+
+
+def own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the layer's device, independent of the mapped file.
+
+    In the layer's dtype, unless another is given.
+    """
+    target = layer.weight
+    owned = torch.empty(weight.shape, dtype=dtype or target.dtype, device=target.device)
+    return owned.copy_(weight)

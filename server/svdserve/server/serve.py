@@ -6,43 +6,78 @@ endpoint plug-in (app.py) and the worker extension (worker.py). Every flag of `v
 
 import argparse
 import importlib.metadata
+import ipaddress
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
+from svdserve.compression.checkpoint import (
+    TensorFiles,
+    check_sizes,
+    is_checkpoint,
+    open_checkpoint,
+    read_json,
+)
 from svdserve.compression.errors import UserError
-from svdserve.server.cpu_install import work_around
+from svdserve.server import errors, security, shutdown
+from svdserve.server.capacity import add_memory_flags, check_memory
+from svdserve.server.cpu_install import serves_on_cpu, work_around
+from svdserve.server.keys import ApiKeys, digest_of
+from svdserve.server.security import SecurityOptions
 from svdserve.server.worker import EXTENSION
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
+DEFAULT_GRACE_SECONDS = 30
+MAX_N = 128  # Answers to one prompt; OpenAI's limit. vLLM's is 16,384.
 
 
-def serve(directory: str, extra_args: Sequence[str] = ()) -> int:
-    """Serve a model directory until SIGTERM or SIGINT; returns the exit status.
+def serve(
+    directory: str,
+    extra_args: Sequence[str] = (),
+    options: SecurityOptions | None = None,
+) -> int:
+    """Serve a model directory until SIGTERM or SIGINT.
 
     Args:
         directory: an svdserve checkpoint, or a dense Hugging Face model, which is served as it is.
         extra_args: flags of `vllm serve`. Without --host the server listens on this machine only.
+        options: who may ask, and how much; of the environment when None. Keys that vLLM would take
+            (--api-key, VLLM_API_KEY) are added to them.
+
+    Returns:
+        The exit status: 0, or 1 after the engine process has died.
 
     Raises:
-        UserError: no such model, a malformed checkpoint, or a port that is taken.
+        UserError: no such model, a malformed checkpoint, no key in the file of keys, a port that is
+            taken, more memory than there is, or an engine that did not start.
     """
     if not check_model(Path(directory)):
         print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
-    arguments = server_arguments(extra_args)
+    options, extra_args = take_keys(options or SecurityOptions.from_environment(), extra_args)
+    keys = ApiKeys(options.api_keys, options.api_keys_file)
+    arguments = server_arguments(directory, extra_args, guarded=keys.required)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
+    os.environ.update(options.to_environment())
+    os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
 
-    main()
-    return 0
+    try:
+        main()
+    except RuntimeError as error:
+        if "Engine core initialization failed" not in str(error):
+            raise
+        raise UserError(
+            "the engine did not start; the ValueError or RuntimeError above says why. If it is out "
+            "of memory, lower --gpu-memory-utilization, --kv-cache-memory-bytes or --max-model-len"
+        ) from None
+    return 1 if shutdown.engine_died() else 0
 
 
 def check_model(directory: Path) -> bool:
@@ -59,34 +94,93 @@ def check_model(directory: Path) -> bool:
     if is_checkpoint(directory):
         open_checkpoint(directory)
         return True
-    read_json(directory / "config.json")
-    TensorFiles(directory)
+    config, files = read_json(directory / "config.json"), TensorFiles(directory)
+    check_sizes(files, config)
+    if any(name.endswith(".factor_in") for name in files.info):
+        raise UserError(
+            f"{directory}: has low-rank factors, but config.json does not say that they are "
+            "svdserve's; copy the whole checkpoint again"
+        )
     return False
 
 
-def server_arguments(extra_args: Sequence[str]) -> list[str]:
-    """The user's flags with our defaults for those that are absent.
+def take_keys(
+    options: SecurityOptions, extra_args: Sequence[str]
+) -> tuple[SecurityOptions, list[str]]:
+    """Options with vLLM's keys as well, and its flags without them.
+
+    vLLM's own check leaves routes open (see security.py), so it is never switched on beside ours.
 
     Raises:
-        UserError: the port is taken or no port.
+        UserError: something that is no key.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--api-key", "--api_key", nargs="*", action="extend", default=[])
+    given, others = parser.parse_known_args(extra_args)
+    digests = {digest_of(key, "--api-key") for key in given.api_key}
+    if key := os.environ.pop("VLLM_API_KEY", ""):
+        digests.add(digest_of(key, "VLLM_API_KEY"))
+    return options.model_copy(update={"api_keys": options.api_keys | digests}), others
+
+
+def server_arguments(
+    directory: str, extra_args: Sequence[str], *, guarded: bool = False
+) -> list[str]:
+    """The user's flags with our middleware, and with our defaults for those that are absent.
+
+    Args:
+        directory: that check_model has passed.
+        extra_args: flags of `vllm serve`.
+        guarded: whether requests need a key; if not, listening to other machines is warned of.
+
+    Raises:
+        UserError: the port is taken or no port, or the memory does not suffice.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("--uds")
+    parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
+    parser.add_argument("--shutdown-timeout", "--shutdown_timeout")
     parser.add_argument("--worker-extension-cls", "--worker_extension_cls")
+    add_memory_flags(parser)
     try:
         given, _ = parser.parse_known_args(extra_args)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     arguments = list(extra_args)
     if given.uds is None:
-        check_port(given.host or DEFAULT_HOST, given.port)
+        host = DEFAULT_HOST if given.host is None else given.host
+        check_port(host, given.port)
         if given.host is None:
             arguments += ["--host", DEFAULT_HOST]
+        if not guarded and not _is_loopback(host):
+            print(
+                f"warning: anybody who reaches {host or 'this machine'}:{given.port} can use the "
+                "model; give --api-keys-file FILE, or leave out --host",
+                file=sys.stderr,
+            )
+    if given.served_model_name is None:
+        # vLLM would tell clients the directory as it was typed.
+        arguments += ["--served-model-name", Path(directory).resolve().name]
+    if given.shutdown_timeout is None:
+        arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
+    for module in (errors, security, shutdown):  # The last is the outermost.
+        arguments += ["--middleware", module.MIDDLEWARE]
+    if serves_on_cpu() and given.config is None and given.nnodes == 1:
+        workers = given.tensor_parallel_size or 1
+        check_memory(Path(directory), given.dtype, given.kv_cache_memory_bytes, workers)
     return arguments
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port(host: str, port: int) -> None:

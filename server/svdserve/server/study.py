@@ -10,6 +10,7 @@ from rich.table import Table
 
 from svdserve.compression.errors import UserError
 from svdserve.server import options
+from svdserve.server.resumable import resumable
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
@@ -50,13 +51,14 @@ def refine(
     them is held out; what is written is never worse there than what was given.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    from svdserve.compression.recipe import Refinement, Run, make_run
-    from svdserve.compression.refine import refine as run_refinement
+    with resumable(out):
+        from svdserve.compression.recipe import Refinement, Run, make_run
+        from svdserve.compression.refine import refine as run_refinement
 
-    settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
-    names = set(Run.model_fields) - {"batch_size"}
-    run = make_run(**{name: given[name] for name in names if name in given})
-    report = run_refinement(teacher, student, out, settings, run)
+        settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
+        names = set(Run.model_fields) - {"batch_size"}
+        run = make_run(**{name: given[name] for name in names if name in given})
+        report = run_refinement(teacher, student, out, settings, run)
     typer.echo(f"{report.directory}: {held_out_divergence(report)}")
 
 

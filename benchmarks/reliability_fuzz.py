@@ -1,0 +1,189 @@
+"""Thousands of generated requests, valid and invalid, against the real server: not one 5xx.
+
+    python benchmarks/reliability_fuzz.py --model DIR --openai openapi.json
+
+Schemathesis generates the cases from two documents: the one that the server publishes, every route;
+and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. About
+every second body is then cut to the essential fields and two others, with the name of the served
+model, since with all fields at once some value is refused nearly always. Answers are kept short.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from reliability_client import Target, parse_arguments, serving, write_results
+from schemathesis import APIOperation, Case, GenerationMode
+
+# Would change how many engines run, which is what it is there for.
+LEFT_OUT = ("/scale_elastic_ep",)
+SHORT = 8
+# Without these a request asks for nothing.
+ESSENTIAL = {"model", "messages", "prompt", "input", "query", "items", "label_token_ids", "tokens"}
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+
+
+class Tally:
+    """Statuses by document and operation, and all failures; the first of a kind is printed."""
+
+    def __init__(self) -> None:
+        self.statuses: dict[str, dict[str, collections.Counter[str]]] = {}
+        self.failures: list[dict[str, Any]] = []
+        self._seen: set[tuple[str, int, str]] = set()
+
+    def add(self, document: str, operation: str, case: Case, status: int, answer: str) -> None:
+        counter = self.statuses.setdefault(document, {}).setdefault(
+            operation, collections.Counter()
+        )
+        counter[str(status)] += 1
+        if status >= 500 or status == 0:
+            failure = {
+                "operation": operation,
+                "status": status,
+                "answer": answer[:500],
+                "request": case.as_curl_command()[:4000],
+            }
+            kind = (operation, status, answer[:100])
+            if kind not in self._seen:
+                print(json.dumps(failure, indent=2), flush=True)
+                self._seen.add(kind)
+            self.failures.append(failure)
+
+    def cases(self) -> int:
+        return sum(counter.total() for one in self.statuses.values() for counter in one.values())
+
+
+def served_part(openai: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's document with only the operations that this server has as well."""
+    paths = {}
+    for path, item in openai["paths"].items():
+        known = ours["paths"].get(f"/v1{path}", {})
+        kept = {method: value for method, value in item.items() if method in known}
+        if kept:
+            paths[path] = kept
+    return {**openai, "paths": paths}
+
+
+def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
+    for result in schemathesis.openapi.from_dict(document).get_all_operations():
+        operation = result.ok()
+        if operation.path not in LEFT_OUT:
+            yield operation
+
+
+def shortened(body: Any) -> Any:
+    """The body with small lengths."""
+    if not isinstance(body, dict):
+        return body
+    changes = {
+        name: SHORT for name in LENGTHS if isinstance(body.get(name), int) and body[name] > SHORT
+    }
+    return {**body, **changes}
+
+
+def plausible(body: Any, path: str, model: str, source: random.Random) -> Any:
+    """The same body with the served model's name, what is essential, and two more of its fields.
+
+    It may pass all checks, so it gets a length even if it asks for none.
+    """
+    if not isinstance(body, dict):
+        return body
+    others = sorted(set(body) - ESSENTIAL)
+    chosen = ESSENTIAL | set(source.sample(others, min(2, len(others))))
+    kept = {name: value for name, value in body.items() if name in chosen}
+    if "model" in body:
+        kept["model"] = model
+    length = "max_output_tokens" if "responses" in path else "max_tokens"
+    return kept if kept.get(length) is not None else {**kept, length: SHORT}
+
+
+def fuzz(
+    target: Target,
+    base: str,
+    document: str,
+    operation: APIOperation,
+    cases: int,
+    chosen: int,
+    tally: Tally,
+) -> None:
+    """Send so many cases of one operation, half of each mode."""
+    name = f"{operation.method.upper()} {operation.path}"
+    for mode in GenerationMode:
+        strategy = operation.as_strategy(generation_mode=mode)
+
+        @seed(chosen)
+        @settings(
+            max_examples=max(1, cases // 2),
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=strategy, edit=st.none() | st.integers(0, 1 << 32))
+        def one(case: Case, edit: int | None) -> None:
+            if edit is not None:
+                source = random.Random(edit)
+                case.body = plausible(case.body, operation.path, target.model, source)
+            case.body = shortened(case.body)
+            try:
+                response = case.call(base_url=base, timeout=300)
+                status, answer = response.status_code, response.text
+            except Exception as error:
+                status, answer = 0, f"{type(error).__name__}: {error}"
+            tally.add(document, name, case, status, answer)
+
+        with contextlib.suppress(Unsatisfiable):  # Without input there is nothing to break.
+            one()
+
+
+def main() -> int:
+    """Returns 1 if any answer was a 5xx or none, or if there were fewer cases than asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--openai", type=Path, help="OpenAI's document as JSON")
+    parser.add_argument("--cases", type=int, default=2000, help="at least so many in total")
+    parser.add_argument("--url", help="of a server that runs, instead of a fresh one")
+    arguments = parse_arguments(parser, "reliability_fuzz.json")
+    tally = Tally()
+    if arguments.url:
+        listed = httpx.get(f"{arguments.url}/v1/models", timeout=60).json()["data"][0]
+        target = Target(arguments.url, 0, listed["id"], listed["max_model_len"])
+        run(target, arguments, tally)
+    else:
+        with serving(arguments.model, arguments.flags) as target:
+            run(target, arguments, tally)
+    found = {"cases": tally.cases(), "statuses": tally.statuses, "failures": tally.failures}
+    write_results(arguments.json, arguments.model, arguments.seed, arguments.flags, found)
+    print(f"{tally.cases():,} cases, {len(tally.failures)} answered with 5xx or not at all")
+    return 0 if not tally.failures and tally.cases() >= arguments.cases else 1
+
+
+def run(target: Target, arguments: argparse.Namespace, tally: Tally) -> None:
+    """Fuzz both documents; the cases are shared equally among all operations."""
+    ours = httpx.get(f"{target.url}/openapi.json", timeout=60).json()
+    chosen = [("server", target.url, operation) for operation in operations(ours)]
+    if arguments.openai is not None:
+        theirs = served_part(json.loads(arguments.openai.read_text()), ours)
+        chosen += [("openai", f"{target.url}/v1", operation) for operation in operations(theirs)]
+    # Some operations have few distinct cases; the others make up for them.
+    while tally.cases() < arguments.cases:
+        before = tally.cases()
+        share = -(-(arguments.cases - before) // len(chosen))
+        for document, base, operation in chosen:
+            fuzz(target, base, document, operation, share + 2, arguments.seed + before, tally)
+        if tally.cases() == before:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

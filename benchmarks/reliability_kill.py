@@ -1,0 +1,73 @@
+"""kill -9 at random moments of `svdserve compress` and `svdserve refine`: does it resume exactly?
+
+Every run is a process of its own. Half of the kills come at a random time, half before a random
+change of the file system; resumptions are killed too. After each the output is either absent or
+complete, and in the end its files are those of an uninterrupted run, byte for byte (the log, which
+has times in it, apart). The first difference ends the command with exit code 1.
+
+    python benchmarks/reliability_kill.py --kills 20 --seed 0
+"""
+
+import argparse
+import platform
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from kills import kill_and_resume
+from models import CONFIGS, save_model
+from svdserve.compression.machine import this_machine
+from svdserve.compression.workdir import save_json
+from zygote import zygote
+
+TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(20_000))
+RECIPE = """\
+tokens: 2048
+seq_len: 64
+refinement:
+  epochs: 1
+  evaluations: 4
+"""
+
+
+def main() -> None:
+    """Run it and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("results/reliability_kill.json"))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, zygote(Path(folder)) as svdserve:
+        root = Path(folder)
+        (root / "text.txt").write_text(TEXT)
+        (root / "recipe.yaml").write_text(f"{RECIPE}calibration: {root / 'text.txt'}\n")
+        save_model("llama", root / "dense", dtype=torch.bfloat16)
+        compress = ["compress", root / "dense", "--recipe", root / "recipe.yaml"]
+        done = svdserve.run([*compress, "--out", root / "small"])
+        assert done.code == 0, done.errors
+        refine = ["refine", root / "dense", root / "small", "--evaluations", "8"]
+        found = {}
+        for name, command in (("compress", compress), ("refine", refine)):
+            found[name] = kill_and_resume(svdserve, command, root / "out", given.kills, given.seed)
+            print(f"{name}: {given.kills} kills, every output as it should be")
+    config = CONFIGS["llama"]
+    result = {
+        "model": f"pico llama, random: {config.num_hidden_layers} blocks of {config.hidden_size}",
+        "recipe": RECIPE,
+        "seed": given.seed,
+        "identical_bytes": True,
+        "commands": found,
+        "system": platform.platform(),
+        "machine": this_machine().model_dump(mode="json"),
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    save_json(result, given.json)
+
+
+if __name__ == "__main__":
+    main()

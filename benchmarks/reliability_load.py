@@ -1,0 +1,185 @@
+"""1,000 requests at concurrency 64, with cancelled, malformed and over-long ones among them.
+
+    python benchmarks/reliability_load.py --model COMPRESSED --dense DENSE
+
+What must hold: no 5xx; every accepted request is answered, or was cut off by us; what cannot be
+answered is refused with 4xx; the server's memory returns to its level within 2 %; and greedy
+answers under load are those of the idle server as often as the dense model's are, whose batches
+change the order of sums just as much (Fisher's exact test at 1 %). One such load goes before, so
+that the level is that of a server whose KV cache has been in use.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from reliability_client import (
+    Answer,
+    Request,
+    Requests,
+    Target,
+    parse_arguments,
+    send_all,
+    serving,
+    vocabulary_of,
+    write_results,
+)
+from scipy.stats import fisher_exact
+
+MEMORY_BAR = 0.02
+SIGNIFICANCE = 0.01
+SETTLE_SECONDS = 60
+REFUSED = {"malformed", "too_long"}
+
+
+class LoadResult(BaseModel):
+    """What one server did.
+
+    Attributes:
+        statuses: of HTTP by kind of request, and how often.
+        server_errors: answers with 5xx, or none.
+        unanswered: accepted requests that neither ended nor were cut off by us.
+        wrongly_accepted: malformed and over-long requests that were not refused.
+        differing: greedy answers under load that differ from the idle server's, of ``compared``.
+        memory_before, memory_after: resident bytes of all processes.
+    """
+
+    seconds: float
+    statuses: dict[str, dict[str, int]]
+    server_errors: int
+    unanswered: int
+    wrongly_accepted: int
+    compared: int
+    differing: int
+    memory_before: int
+    memory_after: int
+    examples: list[str]
+
+    @property
+    def memory_growth(self) -> float:
+        return self.memory_after / self.memory_before - 1
+
+
+async def idle_answers(target: Target, requests: Requests) -> dict[tuple[int, ...], str]:
+    """The greedy continuation of every prompt of the pool, one at a time."""
+    asked = [Request("whole", prompt, tokens) for prompt, tokens in requests.pool]
+    answers = await send_all(target, asked, concurrency=1)
+    assert all(answer.complete for answer in answers), [a.error for a in answers if a.error][:3]
+    return {one.prompt: answer.text for one, answer in zip(asked, answers, strict=True)}
+
+
+async def load(target: Target, vocabulary: int, arguments: argparse.Namespace) -> LoadResult:
+    """Two rounds of the same kind; the second counts."""
+    requests = Requests(arguments.seed, target.max_model_len, vocabulary)
+    expected = await idle_answers(target, requests)
+    await send_all(target, requests.mix(arguments.requests), arguments.concurrency)
+    before = await settled(target)
+    sent = requests.mix(arguments.requests)
+    started = time.perf_counter()
+    answers = await send_all(target, sent, arguments.concurrency)
+    seconds = time.perf_counter() - started
+    after = await settled(target, before)
+    return judge(sent, answers, expected, seconds, before, after)
+
+
+async def settled(target: Target, level: int | None = None) -> int:
+    """Resident bytes once the work is over: the least that is seen, until it is at the level."""
+    least = target.resident_bytes()
+    for _ in range(SETTLE_SECONDS if level is not None else 5):
+        await asyncio.sleep(1)
+        least = min(least, target.resident_bytes())
+        if level is not None and least <= level * (1 + MEMORY_BAR):
+            break
+    return least
+
+
+def judge(
+    sent: list[Request],
+    answers: list[Answer],
+    expected: dict[tuple[int, ...], str],
+    seconds: float,
+    before: int,
+    after: int,
+) -> LoadResult:
+    """Count what went well and what did not."""
+    pairs = list(zip(sent, answers, strict=True))
+    statuses: dict[str, dict[str, int]] = {}
+    for request, answer in pairs:
+        counts = statuses.setdefault(request.kind, {})
+        counts[str(answer.status)] = counts.get(str(answer.status), 0) + 1
+    failed = [a for _, a in pairs if a.status == 0 or a.status >= 500]
+    unanswered = [a for r, a in pairs if r.kind not in REFUSED and not a.complete]
+    accepted = [a for r, a in pairs if r.kind in REFUSED and not 400 <= a.status < 500]
+    greedy = [(r, a) for r, a in pairs if r.kind in ("whole", "stream") and a.complete]
+    problems = [f"{a.status} {a.error}" for a in (*failed, *unanswered, *accepted)]
+    return LoadResult(
+        seconds=seconds,
+        statuses=statuses,
+        server_errors=len(failed),
+        unanswered=len(unanswered),
+        wrongly_accepted=len(accepted),
+        compared=len(greedy),
+        differing=sum(answer.text != expected[request.prompt] for request, answer in greedy),
+        memory_before=before,
+        memory_after=after,
+        examples=problems[:10],
+    )
+
+
+def bars(compressed: LoadResult, dense: LoadResult | None) -> dict[str, bool]:
+    """What was promised, and whether it holds."""
+    found = {
+        "no 5xx": compressed.server_errors == 0,
+        "every accepted request answered or cut off by the client": compressed.unanswered == 0,
+        "malformed and over-long requests refused": compressed.wrongly_accepted == 0,
+        "memory within 2 %": compressed.memory_growth <= MEMORY_BAR,
+    }
+    if dense is not None:
+        table = [[one.differing, one.compared - one.differing] for one in (compressed, dense)]
+        p = float(fisher_exact(table, alternative="greater").pvalue)
+        found["greedy answers differ no more often than the dense model's"] = p > SIGNIFICANCE
+    return found
+
+
+def measure(model: Path, arguments: argparse.Namespace) -> LoadResult:
+    """Serve one model and load it."""
+    with serving(model, arguments.flags) as target:
+        result = asyncio.run(load(target, vocabulary_of(model), arguments))
+    print(
+        f"{model.name}: {arguments.requests} requests in {result.seconds:.0f} s, "
+        f"{result.server_errors} 5xx, {result.unanswered} unanswered, {result.wrongly_accepted} "
+        f"wrongly accepted, {result.differing} of {result.compared} greedy answers differ from the "
+        f"idle server's, memory {result.memory_growth:+.1%}"
+    )
+    return result
+
+
+def main() -> int:
+    """Returns 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dense", type=Path, help="to compare greedy answers with")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    arguments = parse_arguments(parser, "reliability_load.json")
+    compressed = measure(arguments.model, arguments)
+    dense = measure(arguments.dense, arguments) if arguments.dense is not None else None
+    reached = bars(compressed, dense)
+    found: dict[str, Any] = {
+        "requests": arguments.requests,
+        "concurrency": arguments.concurrency,
+        "compressed": compressed.model_dump(),
+        "dense": dense.model_dump() if dense is not None else None,
+        "bars": reached,
+    }
+    write_results(arguments.json, arguments.model, arguments.seed, arguments.flags, found)
+    for bar, passed in reached.items():
+        print(f"{bar}: {'reached' if passed else 'MISSED'}")
+    return 0 if all(reached.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What the serving benchmarks promise beside what they measured."""
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, computed_field
+
+from svdserve.server.bench import BenchResult
+from svdserve.server.load_bench import LoadResult
+from svdserve.server.study import write_json
+
+
+class Bar(BaseModel):
+    """One promise: ``measured`` is to lie within ``least`` and ``most``.
+
+    ``over_dense`` and ``ideal`` are set where ``measured`` is their quotient.
+    """
+
+    model: str
+    what: str
+    measured: float
+    least: float | None = None
+    most: float | None = None
+    over_dense: float | None = None
+    ideal: float | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def reached(self) -> bool:
+        """Whether the promise is kept."""
+        enough = self.least is None or self.measured >= self.least
+        return enough and (self.most is None or self.measured <= self.most)
+
+    def __str__(self) -> str:
+        parts = f" = {self.over_dense:.3f} / {self.ideal:.3f}" if self.ideal else ""
+        limit = f"at most {self.most:g}" if self.least is None else f"at least {self.least:g}"
+        verdict = "reached" if self.reached else "MISSED"
+        return f"{self.model} {self.what}: {self.measured:.3f}{parts}, {limit}: {verdict}"
+
+
+def share_bars(result: BenchResult, least: float) -> list[Bar]:
+    """Of every model and workload the measured ratio over the ideal one."""
+    return [
+        Bar(
+            model=Path(ratio.directory).name,
+            what=f"{ratio.workload} over ideal",
+            measured=ratio.median / ratio.ideal,
+            least=least,
+            over_dense=ratio.median,
+            ideal=ratio.ideal,
+        )
+        for ratio in result.ratios
+    ]
+
+
+def report(result: BenchResult | LoadResult, bars: list[Bar], file: Path) -> int:
+    """Print the bars and write them with the measurements; returns 1 if one is missed."""
+    print(*bars, sep="\n")
+    written = {
+        "command": " ".join(["python", *sys.argv]),
+        "result": result.model_dump(mode="json"),
+        "bars": [bar.model_dump(exclude_none=True) for bar in bars],
+    }
+    write_json(file, written)
+    return 0 if all(bar.reached for bar in bars) else 1

@@ -1,0 +1,68 @@
+"""SHA256SUMS: the digests of a checkpoint's files, in the format of ``sha256sum``.
+
+Headers tell a truncated file; a flipped bit in a weight only a digest tells. Written when a
+checkpoint is finished, read by ``svdserve inspect --verify`` or ``sha256sum --check``. Left out is
+what people may edit afterwards: the log and the model card.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from svdserve.compression.errors import UserError
+from svdserve.compression.untrusted import check_entries
+
+SUMS_FILE = "SHA256SUMS"
+_EDITABLE = ("README.md", "svdserve_log.jsonl", SUMS_FILE)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(directory: Path) -> None:
+    """Write the digests of all files of ``directory``, and see every one on the disk."""
+    lines = []
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                if path.name not in _EDITABLE:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    lines.append(f"{digest}  {path.name}\n")
+                os.fsync(file.fileno())
+    with (directory / SUMS_FILE).open("w") as sums:
+        sums.writelines(lines)
+        sums.flush()
+        os.fsync(sums.fileno())
+
+
+def verify(directory: Path) -> int:
+    """Compare the files of a checkpoint with its digests.
+
+    Returns:
+        How many files agree.
+
+    Raises:
+        UserError: there are no digests, or names the file that is missing or has changed.
+    """
+    check_entries(directory)
+    sums = directory / SUMS_FILE
+    if not sums.is_file():
+        raise UserError(f"{directory}: has no {SUMS_FILE}, so nothing tells whether it is intact")
+    entries = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
+    present = {path.name for path in directory.iterdir() if path.is_file()}
+    for digest, _, name in entries:
+        if name not in present:
+            raise UserError(f"{sums}: {name or 'a line'} names no file of the directory")
+        if file_sha256(directory / name) != digest:
+            raise UserError(
+                f"{directory / name}: does not have the digest of {SUMS_FILE}; it is damaged or "
+                "was edited: copy or compress it again"
+            )
+    listed = {name for _, _, name in entries}
+    for name in sorted(present - listed):
+        if name.endswith((".safetensors", ".json")):
+            raise UserError(f"{directory / name}: is not listed in {SUMS_FILE}")
+    return len(entries)

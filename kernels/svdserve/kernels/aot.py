@@ -1,0 +1,243 @@
+"""Compile every configuration of the Triton kernels for GPUs that need not be there.
+
+``python -m svdserve.kernels.aot --json results/triton_kernels.json`` writes what the compiler and
+the disassembler say: registers, spills, shared memory, 128-bit loads, tensor-core instructions.
+Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's compiler, and no GPU.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from svdserve.kernels import triton_kernels as kernels
+from svdserve.kernels.triton_linear import CONFIGS, Config, compile_options, interpreted
+
+
+@dataclass(frozen=True)
+class Target:
+    """A family of GPUs to compile for.
+
+    Attributes:
+        gpu: as Triton names it.
+        shared_limit: most bytes of shared memory that a block can have.
+        tensor_core: names of the instructions that multiply matrices.
+        load, wide_load: of those that read global memory; of 128 bits.
+        spill: of those that reach the memory where registers go that found no place.
+    """
+
+    gpu: GPUTarget
+    shared_limit: int
+    tensor_core: str
+    load: str
+    wide_load: str
+    spill: str
+
+    @classmethod
+    def nvidia(cls, capability: int, shared_kib: int) -> "Target":
+        # HMMA is mma.sync, HGMMA is wgmma, UTC.MMA is tcgen05.mma.
+        names = "HMMA|HGMMA|UTC.*MMA", r"LDG(STS)?\b", r"LDG(STS)?\..*128", r"(LDL|STL)\b"
+        return cls(GPUTarget("cuda", capability, 32), shared_kib * 1024, *names)
+
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD
+# Instinct MI300 Instruction Set Architecture, local data share.
+TARGETS = {
+    "sm_80": Target.nvidia(80, 163),
+    "sm_90": Target.nvidia(90, 227),
+    "sm_100": Target.nvidia(100, 227),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64),
+        64 * 1024,
+        "v_mfma",
+        "(global|buffer)_load",
+        "(global|buffer)_load_dwordx4",
+        "scratch_",
+    ),
+}
+_SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_AMDGCN = re.compile(r"^\s+([a-z]\w*)", re.MULTILINE)
+_POINTERS = {"channels_ptr": "i32", "pivots_ptr": "i32", "groups_ptr": "i32", "counters_ptr": "i32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is compiled at run time, for one of ``TARGETS``."""
+
+    kernel: str
+    dtype: torch.dtype
+    config: Config
+    gather: bool | None
+    target: str
+
+    @property
+    def fixed(self) -> dict[str, object]:
+        """The arguments that are known when it is compiled."""
+        gather = {} if self.gather is None else {"GATHER": self.gather}
+        on_amd = TARGETS[self.target].gpu.backend == "hip"
+        return compile_options(self.config, self.dtype, on_amd) | gather
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a variant; memory in bytes, instructions counted in the code.
+
+    Attributes:
+        fixed: dtype and compile-time arguments of the launch.
+        loads, wide_loads: instructions that read global memory; those of 128 bits.
+        stack_bytes, spills: memory for registers that found no place, and instructions that use it.
+    """
+
+    kernel: str
+    target: str
+    dtype: str
+    config: dict[str, object]
+    fixed: dict[str, object]
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spills: int
+    loads: int
+    wide_loads: int
+    tensor_core: dict[str, int]
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that triton_linear.py can launch."""
+    for target in TARGETS:
+        for dtype, configs in CONFIGS.items():
+            for config in configs:
+                if config.single_launch:
+                    yield Variant("shrink_expand", dtype, config, None, target)
+                else:
+                    yield Variant("shrink", dtype, config, True, target)
+                    yield Variant("shrink", dtype, config, False, target)
+                    yield Variant("expand", dtype, config, None, target)
+
+
+def compile_all() -> list[Compiled]:
+    """Compile all variants, with one process for every core."""
+    # Spawned: a fork of a process with threads may hang.
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_one, variants()))
+
+
+def compile_one(variant: Variant) -> Compiled:
+    """Compile a variant to a cubin, as the launch in triton_linear.py would, and read it.
+
+    Raises:
+        RuntimeError: Triton runs its interpreter in this process.
+    """
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set; unset it to compile")
+    kernel = getattr(kernels, variant.kernel)
+    fixed = variant.fixed | {"WIDEN": False}
+    launch = {name: value for name, value in fixed.items() if name not in kernel.arg_names}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in fixed:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + _POINTERS.get(name, _TYPES[variant.dtype])
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"  # never specialised: triton_kernels._CALL_SIZES
+    constants = {name: value for name, value in fixed.items() if name in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=TARGETS[variant.target].gpu, options=launch)
+    return _read(variant, binary)
+
+
+def _read(variant: Variant, binary: Any) -> Compiled:
+    target = TARGETS[variant.target]
+    if target.gpu.backend == "cuda":
+        registers, stack, instructions = _nvidia(binary.asm["cubin"])
+    else:
+        registers, stack, instructions = _amd(binary.asm["amdgcn"])
+
+    def count(pattern: str) -> dict[str, int]:
+        return {n: times for n, times in sorted(instructions.items()) if re.match(pattern, n)}
+
+    dtype = str(variant.dtype).removeprefix("torch.")
+    return Compiled(
+        kernel=variant.kernel,
+        target=variant.target,
+        dtype=dtype,
+        config=asdict(variant.config),
+        fixed={"dtype": dtype, **variant.fixed},
+        registers=registers,
+        shared_bytes=binary.metadata.shared,
+        stack_bytes=stack,
+        spills=sum(count(target.spill).values()),
+        loads=sum(count(target.load).values()),
+        wide_loads=sum(count(target.wide_load).values()),
+        tensor_core=count(target.tensor_core),
+    )
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
+    """Registers, bytes of stack and instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _output(triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return int(numbers["REG"]), int(numbers["STACK"]), Counter(_SASS.findall(code))
+
+
+def _amd(code: str) -> tuple[int, int, Counter[str]]:
+    numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", code))
+    stack = int(numbers["private_segment_fixed_size"])
+    return int(numbers["vgpr_count"]), stack, Counter(_AMDGCN.findall(code))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> int:
+    """Compile, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    found = compile_all()
+    print("kernel         dtype     rows  gather  target  registers  shared  spills  wide  matrix")
+    for one in found:
+        matrix = ", ".join(f"{times} {name}" for name, times in one.tensor_core.items()) or "none"
+        print(
+            f"{one.kernel:14} {one.dtype:9} {one.config['rows'] or 'any':>4}  "
+            f"{one.fixed.get('GATHER', '')!s:6}  {one.target:6}  {one.registers:9}  "
+            f"{one.shared_bytes:6}  {one.spills:6}  {one.wide_loads:4}  {matrix}"
+        )
+    if arguments.json:
+        report = {
+            "triton": triton.__version__,
+            "ptxas": triton.knobs.nvidia.ptxas.version,
+            "shared_limit_bytes": {name: one.shared_limit for name, one in TARGETS.items()},
+            "kernels": [asdict(one) for one in found],
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The public operation, and its counterpart for factors that many calls share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from svdserve.kernels import reference
+from svdserve.kernels.implementations import Request, choose
+from svdserve.kernels.operations import define
+from svdserve.kernels.parts import (
+    Part,
+    PreparedFactors,
+    check_bias,
+    check_factors,
+    check_input,
+    check_pivots,
+    same_inputs,
+)
+
+
+def lowrank_linear(
+    x: Tensor,
+    factor_in: Tensor,
+    factor_out: Tensor,
+    pivots: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """y = W x + b for a rank-r weight W [m, n]; reference.py is the definition.
+
+    One torch operation, ``svdserve::lowrank_linear``, that torch.compile and CUDA graphs take.
+    Where a gradient is wanted, and under autocast, it is the definition instead, whose products
+    torch differentiates and casts. A layer that is called many times is faster through ``prepare``.
+
+    Args:
+        x: [..., n], any strides.
+        factor_in: [r, n], or [r, n - r] with pivots.
+        factor_out: [m, r].
+        pivots: [r] distinct channels of x (int32 or int64), or None for the pair layout. Their
+            values are not checked, as that would wait for the device; ``prepare`` does.
+        bias: [m] or None.
+        implementation: the name of one, to override the choice; see implementations.py.
+
+    Returns:
+        [..., m] in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        NoImplementation: the named implementation does not exist or cannot compute this.
+    """
+    part = Part(factor_in, factor_out, pivots)
+    check_factors(part)
+    if torch.is_autocast_enabled(x.device.type):
+        return reference.lowrank_linear(x, factor_in, factor_out, pivots, bias)
+    check_input(x, part.in_features, factor_in)
+    check_bias(bias, part.outputs, x)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, factor_in, factor_out, bias)
+    ):
+        return reference.lowrank_linear(x, factor_in, factor_out, pivots, bias)
+    return torch.ops.svdserve.lowrank_linear(  # type: ignore[no-any-return]
+        x, factor_in, factor_out, pivots, bias, implementation
+    )
+
+
+def prepare(parts: Sequence[Part], *, implementation: str | None = None) -> PreparedFactors:
+    """The same operation for factors that many calls share: packed or padded once.
+
+    Several parts read the same x, each with its own rank; their outputs stand side by side.
+
+    Args:
+        parts: one or more, on one device and in one dtype.
+        implementation: the name of one, to override the choice; see implementations.py.
+
+    Returns:
+        A module of x and bias, for inference only.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or pivots that do not fit together.
+        NoImplementation: the named implementation does not exist or cannot compute this.
+    """
+    for part in parts:
+        check_factors(part)
+        if part.pivots is not None:
+            check_pivots(part.pivots, part.in_features)
+    same_inputs(parts)
+    chosen = choose(Request.of(parts, prepared=True), implementation)
+    return chosen.prepare([_ascending(part) for part in parts])
+
+
+def _ascending(part: Part) -> Part:
+    """The same weight with its pivots sorted."""
+    if part.pivots is None or bool((part.pivots.diff() > 0).all()):
+        return part
+    pivots, order = part.pivots.sort()
+    return Part(part.factor_in[order], part.factor_out[:, order], pivots)
+
+
+def _run(
+    x: Tensor,
+    factor_in: Tensor,
+    factor_out: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    implementation: str | None,
+) -> Tensor:
+    parts = [Part(factor_in, factor_out, pivots)]
+    chosen = choose(Request.of(parts, prepared=False), implementation)
+    return chosen.prepare(parts)(x, bias)  # type: ignore[no-any-return]
+
+
+def _fake(
+    x: Tensor,
+    factor_in: Tensor,
+    factor_out: Tensor,
+    pivots: Tensor | None,
+    bias: Tensor | None,
+    implementation: str | None,
+) -> Tensor:
+    del factor_in, pivots, bias, implementation
+    return x.new_empty(*x.shape[:-1], factor_out.shape[0])
+
+
+def _operations(
+    x: torch.Size, factor_in: torch.Size, factor_out: torch.Size, *_: object, **__: object
+) -> int:
+    """Floating-point operations, for FlopCounterMode, which does not look into the operation."""
+    return 2 * x[:-1].numel() * (factor_in.numel() + factor_out.numel())
+
+
+define(
+    "lowrank_linear(Tensor x, Tensor factor_in, Tensor factor_out, Tensor? pivots, Tensor? bias, "
+    "str? implementation) -> Tensor",
+    _run,
+    _fake,
+)
+register_flop_formula(torch.ops.svdserve.lowrank_linear)(_operations)

@@ -1,0 +1,133 @@
+"""The arguments of a low-rank linear and the checks that every implementation shares."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Part(NamedTuple):
+    """The factors of one low-rank linear W [m, n]; see reference.py for what they mean."""
+
+    factor_in: Tensor
+    factor_out: Tensor
+    pivots: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.factor_out.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return self.factor_out.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.factor_in.shape[1] + (0 if self.pivots is None else len(self.pivots))
+
+
+class PreparedFactors(nn.Module):
+    """One or several low-rank linears of the same x, as one implementation likes their factors.
+
+    Called with x [..., n] and a bias [sum of m] or None, it gives y [..., sum of m], the outputs of
+    the parts side by side.
+
+    Attributes:
+        stored_bytes: of the factors as they were given.
+    """
+
+    stored_bytes: int
+
+
+def other_channels(pivots: Tensor, in_features: int) -> Tensor:
+    """The channels [n - r] (int64, ascending) that are not pivots."""
+    taken = torch.zeros(in_features, dtype=torch.bool, device=pivots.device)
+    taken[pivots.long()] = True
+    if pivots.device.type == "cpu":
+        return taken.logical_not().nonzero().squeeze(1)
+    # A stable sort knows its shape beforehand: no wait for the device, no break of a CUDA graph.
+    return taken.to(torch.int8).argsort(stable=True)[: in_features - len(pivots)]
+
+
+def check_factors(part: Part) -> None:
+    """Shapes, dtypes and devices; values of pivots are checked by ``check_pivots``.
+
+    Raises:
+        ValueError: what does not fit together.
+    """
+    inner, outer, pivots = part
+    if inner.ndim != 2 or outer.ndim != 2 or (pivots is not None and pivots.ndim != 1):
+        raise ValueError(f"{_shapes(part)}; {_EXPECTED}")
+    rank = outer.shape[1]
+    if rank == 0 or inner.shape[0] != rank or (pivots is not None and len(pivots) != rank):
+        raise ValueError(f"{_shapes(part)}; {_EXPECTED}")
+    if not inner.dtype.is_floating_point or inner.dtype != outer.dtype:
+        raise ValueError(
+            f"factors are {inner.dtype} and {outer.dtype}; expected one floating point dtype"
+        )
+    if pivots is not None and pivots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"pivots are {pivots.dtype}; expected int32 or int64")
+    devices = {tensor.device for tensor in part if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"factors and pivots are on {sorted(map(str, devices))}; expected one")
+
+
+def check_pivots(pivots: Tensor, in_features: int) -> None:
+    """Pivots are distinct channels; waits for the device, so once for a layer, not for a call.
+
+    Raises:
+        ValueError: they repeat or are out of range.
+    """
+    ascending = pivots.sort().values
+    inside = int(ascending[0]) >= 0 and int(ascending[-1]) < in_features
+    if not inside or bool((ascending.diff() == 0).any()):
+        raise ValueError(f"pivots must be distinct within 0 .. {in_features - 1}")
+
+
+def check_input(x: Tensor, in_features: int, like: Tensor) -> None:
+    """x [..., n] has the channels, dtype and device of the factors.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x is {list(x.shape)}; the factors take {in_features} channels")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}; the factors are {like.dtype} on {like.device}"
+        )
+
+
+def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:
+    """bias [m] has the dtype and device of x.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if bias is None:
+        return
+    if tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias is {list(bias.shape)}; expected [{outputs}]")
+    if bias.dtype != x.dtype or bias.device != x.device:
+        raise ValueError(f"bias is {bias.dtype} on {bias.device}; x is {x.dtype} on {x.device}")
+
+
+def same_inputs(parts: Sequence[Part]) -> None:
+    """Several parts read one x.
+
+    Raises:
+        ValueError: they differ in channels, dtype or device, or there is none.
+    """
+    found = {(p.in_features, p.factor_in.dtype, p.factor_in.device) for p in parts}
+    if len(found) != 1:
+        named = [f"{n} channels, {dtype} on {device}" for n, dtype, device in found]
+        raise ValueError(f"parts of one layer must read the same x, found {named}")
+
+
+_EXPECTED = "expected [r, n] and [m, r], or with pivots [r, n - r], [m, r] and [r]; r at least 1"
+
+
+def _shapes(part: Part) -> str:
+    given = [list(tensor.shape) for tensor in part if tensor is not None]
+    return f"factor_in, factor_out and pivots are {given}"

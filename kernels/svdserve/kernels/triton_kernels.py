@@ -1,0 +1,235 @@
+"""The Triton kernels: shrink, expand, and both in one launch; triton_linear.py launches them.
+
+Shrink is z = x[pivots] + Z x[rest] with the gather and the addition fused in, or z = V x; expand is
+y = C z + b. Sums are float32; z is written once, in the dtype of x. A kernel serves several groups
+at once, each with its own factors and rank, all reading the same x: the q, k and v of a model that
+is factored ``separate`` are one launch, and one part is the case of one group.
+
+Every size is a multiple of 16, zero padded (triton_linear.py pads), and arrives in blocks of 16, so
+that the compiler knows the alignment of every row: the loads of weights are 128 bits wide, and no
+kernel is compiled a second time for another shape.
+"""
+
+import triton
+import triton.language as tl
+
+GROUP_FIELDS = 8
+# Of a row of the table of groups, all in blocks of 16: rank; width, the columns of factor_in;
+# outputs; where factor_in, factor_out and the channels begin; the columns of z and y.
+RANK = tl.constexpr(0)
+WIDTH = tl.constexpr(1)
+OUTPUTS = tl.constexpr(2)
+INNER = tl.constexpr(3)
+OUTER = tl.constexpr(4)
+CHANNELS = tl.constexpr(5)
+Z_COLUMN = tl.constexpr(6)
+Y_COLUMN = tl.constexpr(7)
+FIELDS = tl.constexpr(GROUP_FIELDS)
+
+# Places in the counters of the single launch.
+STARTED = tl.constexpr(0)
+SHRUNK = tl.constexpr(1)
+FINISHED = tl.constexpr(2)
+COUNTERS = 3
+
+# Sizes that vary from call to call: else one of them being 1 or odd would compile a kernel again.
+_CALL_SIZES = ("rows", "x_blocks", "z_blocks", "y_blocks", "groups", "tiles", "shrink_tiles")
+_CALL_SIZES += ("has_bias",)
+
+
+@triton.jit
+def _locate(groups_ptr, groups, tile, SIZE: tl.constexpr, BN: tl.constexpr):
+    """The group that a tile of BN rows of its factor belongs to, and the tile's first row."""
+    group = 0
+    before = 0
+    first = 0
+    for index in range(groups):
+        if tile >= first:
+            group = index
+            before = first
+        first += tl.cdiv(tl.load(groups_ptr + index * FIELDS + SIZE) * 16, BN)
+    return groups_ptr + group * FIELDS, (tile - before) * BN
+
+
+@triton.jit
+def _gathered(x_rows, channels, k0, width, inside, BK: tl.constexpr):
+    """x [BT, BK] of the channels that columns k0 .. k0 + BK of factor_in multiply."""
+    k = k0 + tl.arange(0, BK)
+    channel = tl.load(channels + k, mask=k < width, other=-1)
+    # Padding is -1 and not a channel of weight zero: zero times an infinite x is not a number.
+    return tl.load(
+        x_rows + channel[None, :], mask=inside[:, None] & (channel >= 0)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _weights(rows, k0, width, inside, BK: tl.constexpr):
+    """Columns k0 .. k0 + BK of the BN rows of a factor, transposed."""
+    k = k0 + tl.arange(0, BK)
+    return tl.trans(
+        tl.load(rows + k[None, :], mask=inside[:, None] & (k < width)[None, :], other=0.0)
+    )
+
+
+@triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """WIDEN is for the interpreter, which would multiply the bits of bfloat16 as integers."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _rounded(sums, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """The sums in dtype, to nearest even; the interpreter cuts bfloat16 off, so it adds first."""
+    if WIDEN and dtype == tl.bfloat16:
+        bits = sums.to(tl.int32, bitcast=True)
+        sums = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return sums.to(dtype)
+
+
+@triton.jit
+def _shrink_tile(
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
+    rows, x_blocks, z_blocks, groups, row_block, tile,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    group, first = _locate(groups_ptr, groups, tile, RANK, BN)
+    rank = tl.load(group + RANK) * 16
+    width = tl.load(group + WIDTH) * 16
+    column = tl.load(group + Z_COLUMN) * 16
+    channels = channels_ptr + tl.load(group + CHANNELS) * 16
+    t = row_block * BT + tl.arange(0, BT)
+    n = first + tl.arange(0, BN)
+    x_rows = x_ptr + (t.to(tl.int64) * (x_blocks * 16))[:, None]
+    w_rows = inner_ptr + tl.load(group + INNER).to(tl.int64) * 16 + (n * width)[:, None]
+    sums = tl.zeros([BT, BN], tl.float32)
+    if GATHER:
+        # Scalar loads cannot be copied asynchronously, so the next ones are under way in registers.
+        x = _gathered(x_rows, channels, 0, width, t < rows, BK)
+        for k0 in range(0, width, BK):
+            w = _weights(w_rows, k0, width, n < rank, BK)
+            following = _gathered(x_rows, channels, k0 + BK, width, t < rows, BK)
+            sums = _dot(x, w, sums, PRECISION, WIDEN)
+            x = following
+        pivot = tl.load(pivots_ptr + column + n, mask=n < rank, other=-1)
+        chosen = (t < rows)[:, None] & (pivot >= 0)[None, :]
+        sums += tl.load(x_rows + pivot[None, :], mask=chosen, other=0.0).to(tl.float32)
+    else:
+        for k0 in range(0, width, BK):
+            k = k0 + tl.arange(0, BK)
+            inside = (t < rows)[:, None] & (k < width)[None, :]
+            x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            sums = _dot(x, _weights(w_rows, k0, width, n < rank, BK), sums, PRECISION, WIDEN)
+    z = z_ptr + column + (t.to(tl.int64) * (z_blocks * 16))[:, None] + n[None, :]
+    inside = (t < rows)[:, None] & (n < rank)[None, :]
+    tl.store(z, _rounded(sums, z_ptr.dtype.element_ty, WIDEN), mask=inside)
+
+
+@triton.jit
+def _expand_tile(
+    z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
+    rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    group, first = _locate(groups_ptr, groups, tile, OUTPUTS, BN)
+    rank = tl.load(group + RANK) * 16
+    outputs = tl.load(group + OUTPUTS) * 16
+    column = tl.load(group + Y_COLUMN) * 16
+    t = row_block * BT + tl.arange(0, BT)
+    n = first + tl.arange(0, BN)
+    z_rows = z_ptr + tl.load(group + Z_COLUMN) * 16 + (t.to(tl.int64) * (z_blocks * 16))[:, None]
+    c_rows = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16 + (n * rank)[:, None]
+    sums = tl.zeros([BT, BN], tl.float32)
+    for k0 in range(0, rank, BK):
+        k = k0 + tl.arange(0, BK)
+        z = tl.load(z_rows + k[None, :], mask=(t < rows)[:, None] & (k < rank)[None, :], other=0.0)
+        sums = _dot(z, _weights(c_rows, k0, rank, n < outputs, BK), sums, PRECISION, WIDEN)
+    bias = tl.load(bias_ptr + column + n, mask=n < outputs * has_bias, other=0.0)
+    sums += bias.to(tl.float32)[None, :]
+    y = y_ptr + column + (t.to(tl.int64) * (y_blocks * 16))[:, None] + n[None, :]
+    inside = (t < rows)[:, None] & (n < outputs)[None, :]
+    tl.store(y, _rounded(sums, y_ptr.dtype.element_ty, WIDEN), mask=inside)
+
+
+@triton.jit
+def _swizzled(rows, tiles, BT: tl.constexpr):
+    """Row block and tile of a program: eight row blocks side by side read the same weights."""
+    row_blocks = tl.cdiv(rows, BT)
+    program = tl.program_id(0)
+    band = program // (8 * tiles)
+    height = tl.minimum(row_blocks - band * 8, 8)
+    place = program % (8 * tiles)
+    return band * 8 + place % height, place // height
+
+
+@triton.jit(do_not_specialize=_CALL_SIZES)
+def shrink(
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
+    rows, x_blocks, z_blocks, groups, tiles,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """z of every group; a program for every tile [BT, BN] of it."""
+    row_block, tile = _swizzled(rows, tiles, BT)
+    _shrink_tile(
+        x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
+        rows, x_blocks, z_blocks, groups, row_block, tile,
+        GATHER, PRECISION, WIDEN, BT, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_CALL_SIZES)
+def expand(
+    z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
+    rows, z_blocks, y_blocks, groups, has_bias, tiles,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y of every group; a program for every tile [BT, BN] of it."""
+    row_block, tile = _swizzled(rows, tiles, BT)
+    _expand_tile(
+        z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
+        rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
+        PRECISION, WIDEN, BT, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_CALL_SIZES)
+def shrink_expand(
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
+    counters_ptr,
+    rows, x_blocks, z_blocks, y_blocks, groups, has_bias, shrink_tiles, tiles,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Both for at most BT rows, in one launch of a program for every tile of z and of y.
+
+    A program takes its tile by a ticket, so the tiles of z belong to the programs that started
+    first and wait for nobody: however the device orders programs, those of y wait only for programs
+    that run. The last one to finish sets the counters back to zero for the next launch.
+    """
+    ticket = tl.atomic_add(counters_ptr + STARTED, 1, sem="relaxed")
+    if ticket < shrink_tiles:
+        _shrink_tile(
+            x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
+            rows, x_blocks, z_blocks, groups, 0, ticket,
+            True, PRECISION, WIDEN, BT, BN, BK,
+        )  # fmt: skip
+        tl.debug_barrier()  # every warp has stored its part of z before one thread says so
+        tl.atomic_add(counters_ptr + SHRUNK, 1, sem="release")
+    else:
+        while tl.atomic_add(counters_ptr + SHRUNK, 0, sem="acquire") < shrink_tiles:
+            pass
+        tl.debug_barrier()
+        _expand_tile(
+            z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
+            rows, z_blocks, y_blocks, groups, has_bias, 0, ticket - shrink_tiles,
+            PRECISION, WIDEN, BT, BN, BK,
+        )  # fmt: skip
+    if tl.atomic_add(counters_ptr + FINISHED, 1, sem="acq_rel") == tiles - 1:
+        tl.atomic_xchg(counters_ptr + STARTED, 0, sem="relaxed")
+        tl.atomic_xchg(counters_ptr + SHRUNK, 0, sem="relaxed")
+        tl.atomic_xchg(counters_ptr + FINISHED, 0, sem="relaxed")

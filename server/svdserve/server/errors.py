@@ -1,0 +1,92 @@
+"""Errors as OpenAI's API has them, and as clients of it read them.
+
+vLLM answers most errors in that shape, but not those of its web framework ({"detail": ...}: an
+unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
+asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
+so this ASGI middleware makes it 404. No other 5xx is touched.
+"""
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MIDDLEWARE = f"{__name__}.RequestErrors"
+
+
+class RequestErrors:
+    """Gives every refusal OpenAI's shape; what is no error passes as it comes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = b""
+
+        async def shaped_send(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_shaped(send, start, body)
+
+        await self._app(scope, receive, shaped_send)
+
+
+async def _send_shaped(send: Send, start: Message, body: bytes) -> None:
+    status = int(start["status"])
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    detail = content.get("detail") if isinstance(content, dict) else None
+    if status == HTTPStatus.NOT_IMPLEMENTED:
+        await send_error(send, HTTPStatus.NOT_FOUND, _message(content), "not_supported")
+    elif isinstance(detail, str):
+        kept = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in start["headers"]
+            if name.lower() not in (b"content-type", b"content-length")
+        }
+        code = HTTPStatus(status).phrase.lower().replace(" ", "_")
+        await send_error(send, HTTPStatus(status), detail, code, kept)
+    else:
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+
+
+def _message(content: Any) -> str:
+    error = content.get("error") if isinstance(content, dict) else None
+    told = error.get("message") if isinstance(error, dict) else None
+    return told if isinstance(told, str) else "The model does not support this request."
+
+
+async def send_error(
+    send: Send,
+    status: HTTPStatus,
+    message: str,
+    code: str,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Answer in the shape of OpenAI's errors."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
+    fields = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **(headers or {}),
+    }
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": int(status), "headers": raw})
+    await send({"type": "http.response.body", "body": body})

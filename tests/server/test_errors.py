@@ -1,0 +1,87 @@
+"""The shape of errors, in front of a small application."""
+
+import anyio
+import httpx
+import pytest
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from svdserve.server.errors import RequestErrors
+
+VLLM = {"message": "not this", "type": "NotImplementedError", "param": None, "code": 501}
+
+
+def application() -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/refused")
+    def refused() -> None:
+        raise HTTPException(429, "too often", {"retry-after": "3"})
+
+    @app.get("/vllm/{status}")
+    def vllm(status: int) -> JSONResponse:
+        return JSONResponse({"error": VLLM}, status)
+
+    @app.get("/plain/{status}")
+    def plain(status: int) -> PlainTextResponse:
+        return PlainTextResponse("text", status, {"x-own": "kept"})
+
+    @app.get("/stream")
+    def stream() -> StreamingResponse:
+        return StreamingResponse(iter(["a", "b"]), media_type="text/event-stream")
+
+    @app.post("/json")
+    def parsed(body: dict[str, int]) -> dict[str, int]:
+        return body
+
+    return app
+
+
+def ask(method: str, path: str, **options: object) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app=RequestErrors(application()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            return await client.request(method, path, **options)  # type: ignore[arg-type]
+
+    return anyio.run(send)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code", "message"),
+    [
+        ("GET", "/nowhere", 404, "not_found", "Not Found"),
+        ("POST", "/stream", 405, "method_not_allowed", "Method Not Allowed"),
+        ("GET", "/refused", 429, "too_many_requests", "too often"),
+        ("GET", "/vllm/501", 404, "not_supported", "not this"),
+        ("GET", "/plain/501", 404, "not_supported", "The model does not support this request."),
+    ],
+)
+def test_refusals_have_the_shape(
+    method: str, path: str, status: int, code: str, message: str
+) -> None:
+    answer = ask(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"] == {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": code,
+    }
+
+
+def test_headers_of_a_refusal_stay() -> None:
+    assert ask("GET", "/refused").headers["retry-after"] == "3"
+    assert ask("POST", "/stream").headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+def test_what_has_the_shape_or_another_is_left_alone(status: int) -> None:
+    assert ask("GET", f"/vllm/{status}").json() == {"error": VLLM}
+    answer = ask("GET", f"/plain/{status}")
+    assert (answer.status_code, answer.text, answer.headers["x-own"]) == (status, "text", "kept")
+
+
+def test_answers_pass() -> None:
+    assert ask("GET", "/stream").text == "ab"
+    assert ask("POST", "/json", json={"a": 1}).json() == {"a": 1}
+    assert isinstance(ask("POST", "/json", json=[]).json()["detail"], list)
