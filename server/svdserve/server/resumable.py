@@ -34,17 +34,21 @@ def resumable(out: Path) -> Iterator[None]:
         UserError: the disk is full.
     """
 
+    arrived: list[int] = []
+
     def stop(signum: int, _frame: FrameType | None) -> None:
+        arrived.append(signum)
         raise Interrupted(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except Interrupted as interrupted:
-        print(f"interrupted: {_how_to_go_on(out)}", file=sys.stderr)
-        sys.exit(128 + interrupted.signum)
-    except (OSError, SafetensorError) as error:
-        if _error_number(error) not in _FULL:
+    except (Interrupted, Exception) as error:
+        # Compiled code that was interrupted may raise an error of its own in its place.
+        if arrived:
+            print(f"interrupted: {_how_to_go_on(out)}", file=sys.stderr)
+            sys.exit(128 + arrived[0])
+        if not isinstance(error, OSError | SafetensorError) or _error_number(error) not in _FULL:
             raise
         raise UserError(f"no space left to write {out}: free some; {_how_to_go_on(out)}") from None
     finally:
