@@ -19,10 +19,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived; no handler of ordinary exceptions may keep it."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
@@ -33,12 +29,11 @@ def resumable(out: Path) -> Iterator[None]:
     Raises:
         UserError: the disk is full.
     """
-
     arrived: list[int] = []
 
     def stop(signum: int, _frame: FrameType | None) -> None:
         arrived.append(signum)
-        raise Interrupted(signum)
+        raise Interrupted
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
