@@ -35,14 +35,23 @@ LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_toke
 
 
 class Tally:
-    """Statuses by document and operation, and all failures; the first of a kind is printed."""
+    """Statuses by document and operation, and all failures; the first of a kind is printed.
+
+    A request that was sent before, and all but the first of an operation that takes no input, count
+    for nothing.
+    """
 
     def __init__(self) -> None:
         self.statuses: dict[str, dict[str, collections.Counter[str]]] = {}
         self.failures: list[dict[str, Any]] = []
         self._seen: set[tuple[str, int, str]] = set()
+        self._requests: set[str] = set()
 
     def add(self, document: str, operation: str, case: Case, status: int, answer: str) -> None:
+        request = f"{document} {case.as_curl_command()}"
+        if request in self._requests and 0 < status < 500:
+            return
+        self._requests.add(request)
         counter = self.statuses.setdefault(document, {}).setdefault(
             operation, collections.Counter()
         )
@@ -72,7 +81,16 @@ def served_part(openai: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         kept = {method: value for method, value in item.items() if method in known}
         if kept:
             paths[path] = kept
-    return {**openai, "paths": paths}
+    # A key is no input of interest here: this server asks for none.
+    components = {**openai["components"], "securitySchemes": {}}
+    return {**openai, "paths": paths, "components": components, "security": []}
+
+
+def completed(ours: dict[str, Any]) -> dict[str, Any]:
+    """This server's document with a body for /invocations, which takes those of other routes."""
+    body = ours["paths"]["/v1/completions"]["post"]["requestBody"]
+    route = {"post": {**ours["paths"]["/invocations"]["post"], "requestBody": body}}
+    return {**ours, "paths": {**ours["paths"], "/invocations": route}}
 
 
 def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
@@ -119,7 +137,9 @@ def fuzz(
 ) -> None:
     """Send so many cases of one operation, half of each mode."""
     name = f"{operation.method.upper()} {operation.path}"
-    for mode in GenerationMode:
+    has_input = bool(operation.body) or any(True for _ in operation.iter_parameters())
+    edits = st.none() | st.integers(0, 1 << 32) if operation.body else st.none()
+    for mode in GenerationMode if has_input else (GenerationMode.POSITIVE,):
         strategy = operation.as_strategy(generation_mode=mode)
 
         @seed(chosen)
@@ -130,7 +150,7 @@ def fuzz(
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(case=strategy, edit=st.none() | st.integers(0, 1 << 32))
+        @given(case=strategy, edit=edits)
         def one(case: Case, edit: int | None) -> None:
             if edit is not None:
                 source = random.Random(edit)
@@ -143,7 +163,8 @@ def fuzz(
                 status, answer = 0, f"{type(error).__name__}: {error}"
             tally.add(document, name, case, status, answer)
 
-        with contextlib.suppress(Unsatisfiable):  # Without input there is nothing to break.
+        # Where any text is valid, nothing can be broken.
+        with contextlib.suppress(Unsatisfiable):
             one()
 
 
@@ -171,7 +192,7 @@ def main() -> int:
 def run(target: Target, arguments: argparse.Namespace, tally: Tally) -> None:
     """Fuzz both documents; the cases are shared equally among all operations."""
     ours = httpx.get(f"{target.url}/openapi.json", timeout=60).json()
-    chosen = [("server", target.url, operation) for operation in operations(ours)]
+    chosen = [("server", target.url, operation) for operation in operations(completed(ours))]
     if arguments.openai is not None:
         theirs = served_part(json.loads(arguments.openai.read_text()), ours)
         chosen += [("openai", f"{target.url}/v1", operation) for operation in operations(theirs)]

@@ -4,7 +4,9 @@
 
 So many clients ask one request after another. The run is cut into windows; after the first quarter,
 which warms up (the KV cache fills), the median window of the last quarter is compared with that of
-the second: memory within 2 %, median latency within 10 %. Requests are the mix of reliability_load.
+the second: memory within 2 %, latency within 10 %. Latency is normalized: from sending to the end,
+over the tokens of the answer, since answers differ in length; of a window, the median. Requests are
+the mix of reliability_load.
 """
 
 import argparse
@@ -35,14 +37,14 @@ LEAST_WINDOWS = 8
 
 
 class Window(BaseModel):
-    """What was seen in one window; seconds are those of answered requests."""
+    """What was seen in one window; seconds are those of answered requests, for each token."""
 
     end_seconds: float
     resident_bytes: int
     requests: int
     server_errors: int
-    median_seconds: float
-    p95_seconds: float
+    median_token_seconds: float
+    p95_token_seconds: float
 
 
 async def soak(target: Target, requests: Requests, arguments: argparse.Namespace) -> list[Window]:
@@ -71,16 +73,16 @@ async def soak(target: Target, requests: Requests, arguments: argparse.Namespace
 
 
 def summary(seen: Sequence[tuple[Request, Answer]], end: float, resident: int) -> Window:
-    """One window of requests that have ended in it."""
-    times = sorted(a.seconds for r, a in seen if r.kind in ("whole", "stream") and a.complete)
-    times = times or [0.0]
+    """What the requests that ended in one window say."""
+    answered = [(r, a) for r, a in seen if r.kind in ("whole", "stream") and a.complete]
+    times = sorted(a.seconds / r.tokens for r, a in answered) or [0.0]
     return Window(
         end_seconds=end,
         resident_bytes=resident,
         requests=len(seen),
         server_errors=sum(a.status == 0 or a.status >= 500 for _, a in seen),
-        median_seconds=statistics.median(times),
-        p95_seconds=times[min(len(times) - 1, int(0.95 * len(times)))],
+        median_token_seconds=statistics.median(times),
+        p95_token_seconds=times[min(len(times) - 1, int(0.95 * len(times)))],
     )
 
 
@@ -104,7 +106,7 @@ def main() -> int:
         mix = Requests(arguments.seed, target.max_model_len, vocabulary_of(arguments.model))
         windows = asyncio.run(soak(target, mix, arguments))
     memory = drift([window.resident_bytes for window in windows])
-    latency = drift([window.median_seconds for window in windows])
+    latency = drift([window.median_token_seconds for window in windows])
     errors = sum(window.server_errors for window in windows)
     bars = {
         "no 5xx": errors == 0,
