@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from playwright.sync_api import HttpCredentials
 
+from browser import chromium
 from checkpoints import write_checkpoint
 from models import save_model
 from servers import BIN, CHAT_TEMPLATE, NAME, Server, living_tree, running, wait_until
@@ -95,6 +97,21 @@ def test_plain_http_and_unknown_certificates_get_nothing(server: Server) -> None
         httpx.get(f"http://127.0.0.1:{server.port}/health")
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.get(f"{server.url}/health")
+
+
+def test_a_browser_opens_the_dashboard_with_the_key_as_its_password(server: Server) -> None:
+    if shutil.which("chromium") is None:
+        pytest.skip("Chromium is not installed (Debian package chromium)")
+    with chromium() as browser:
+        for password, status in (("wrong-key-0123456789", 401), (KEY, 200)):
+            credentials: HttpCredentials = {"username": "", "password": password}
+            context = browser.new_context(ignore_https_errors=True, http_credentials=credentials)
+            page = context.new_page()
+            answer = page.goto(f"{server.url}/dashboard")
+            assert answer
+            assert answer.status == status
+        page.get_by_role("status").filter(has_text="Live").wait_for(timeout=60_000)
+        assert page.locator("#model").inner_text() == NAME
 
 
 def test_bodies_and_prompts_have_limits(server: Server) -> None:
