@@ -1,12 +1,15 @@
 """The shape of errors, in front of a small application."""
 
+import logging
+
 import anyio
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from vllm.exceptions import VLLMValidationError
 
-from svdserve.server.errors import RequestErrors
+from svdserve.server.errors import RequestErrors, without_trace
 
 VLLM = {"message": "not this", "type": "NotImplementedError", "param": None, "code": 501}
 
@@ -85,3 +88,26 @@ def test_answers_pass() -> None:
     assert ask("GET", "/stream").text == "ab"
     assert ask("POST", "/json", json={"a": 1}).json() == {"a": 1}
     assert isinstance(ask("POST", "/json", json=[]).json()["detail"], list)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kept"),
+    [
+        ("vllm.entrypoints.anthropic.api_router", VLLMValidationError("empty"), False),
+        ("vllm.entrypoints.generate", ValueError("wrong"), False),
+        ("vllm.entrypoints.generate", RuntimeError("a fault"), True),
+        ("vllm.v1.engine.core", ValueError("a fault"), True),
+    ],
+)
+def test_a_bad_request_leaves_no_trace(
+    caplog: pytest.LogCaptureFixture, name: str, error: Exception, kept: bool
+) -> None:
+    caplog.handler.addFilter(without_trace)
+    try:
+        raise error
+    except Exception:
+        logging.getLogger(name).exception("Error in %s", "it")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Error in it")
+    assert bool(record.exc_info) is kept
+    assert ("Traceback" in caplog.text) is kept

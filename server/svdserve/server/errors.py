@@ -3,10 +3,12 @@
 vLLM answers most errors in that shape, but not those of its web framework ({"detail": ...}: an
 unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
 asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
-so this ASGI middleware makes it 404. No other 5xx is touched.
+so this ASGI middleware makes it 404. No other 5xx is touched. In the log a bad request is one line:
+some of vLLM's routes write a stack trace for it.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -21,6 +23,8 @@ class RequestErrors:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        for handler in logging.getLogger("vllm").handlers:
+            handler.addFilter(without_trace)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,6 +45,20 @@ class RequestErrors:
                     await _send_shaped(send, start, body)
 
         await self._app(scope, receive, shaped_send)
+
+
+def without_trace(record: logging.LogRecord) -> bool:
+    """A filter that keeps every record, but takes the trace from those about a bad request."""
+    from vllm.exceptions import VLLMClientError
+
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("vllm.entrypoints.") and isinstance(
+        error, (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
+    ):
+        # These are what vLLM answers 4xx to: exception_handling/error_response.py.
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__})", ()
+    return True
 
 
 async def _send_shaped(send: Send, start: Message, body: bytes) -> None:
