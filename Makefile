@@ -44,15 +44,15 @@ audit: $(STAMP)
 	$(PIP) install --quiet 'pip-audit>=2.9'
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/cpu.txt
 
+# For Linux on x86-64, by the oldest Python that is supported.
+COMPILE = $(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
+  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header \
+  --quiet $(LOCK_FLAGS)
 lock: $(STAMP)
 	$(PIP) install --quiet 'uv>=0.9'
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
-	  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header $(LOCK_FLAGS) --quiet \
-	  --output-file requirements/torch.txt
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
-	  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header $(LOCK_FLAGS) --quiet \
-	  --generate-hashes --no-emit-package torch --output-file requirements/cpu.txt
+	$(COMPILE) --output-file requirements/torch.txt
 	sed -i -n '/^torch==/p' requirements/torch.txt
+	$(COMPILE) --generate-hashes --no-emit-package torch --output-file requirements/cpu.txt
 
 # torch has no digest in the lock: each platform gets another build of it, from PyTorch's own index.
 define INSTALL
@@ -60,10 +60,10 @@ $(PIP) install --quiet -e '.[$(EXTRAS)]' || \
   $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -e '.[$(EXTRAS)]'
 endef
 define INSTALL_LOCKED
-{ $(PIP) install --quiet -r requirements/torch.txt || \
-  $(PIP) install --quiet --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt; } && \
+{ $(PIP) install --quiet --no-deps -r requirements/torch.txt || \
+  $(PIP) install --quiet --no-deps --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt; } && \
 $(PIP) install --quiet --no-deps --require-hashes -r requirements/cpu.txt && \
-$(PIP) install --quiet --no-deps -e .
+$(PIP) install --quiet --no-deps --no-build-isolation -e .
 endef
 
 # An old pip backtracks for minutes over vLLM's requirements, so it is upgraded first. The second

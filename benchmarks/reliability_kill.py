@@ -26,7 +26,7 @@ from zygote import zygote
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(20_000))
 RECIPE = """\
-tokens: 2048
+tokens: 1024
 seq_len: 64
 refinement:
   epochs: 1
@@ -49,10 +49,12 @@ def main() -> None:
         compress = ["compress", root / "dense", "--recipe", root / "recipe.yaml"]
         done = svdserve.run([*compress, "--out", root / "small"])
         assert done.code == 0, done.errors
-        refine = ["refine", root / "dense", root / "small", "--evaluations", "8"]
+        refine = ["refine", root / "dense", root / "small", "--evaluations", "6"]
         found = {}
         for name, command in (("compress", compress), ("refine", refine)):
-            found[name] = kill_and_resume(svdserve, command, root / "out", given.kills, given.seed)
+            found[name] = kill_and_resume(
+                svdserve, command, root / f"{name}-out", given.kills, given.seed
+            )
             print(f"{name}: {given.kills} kills, every output as it should be")
     config = CONFIGS["llama"]
     result = {

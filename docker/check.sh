@@ -11,7 +11,8 @@
 #
 # BUILD_ARGS: more arguments for `buildah build`, such as an index and its pip configuration:
 #   BUILD_ARGS='--secret id=pip.conf,src=pip.conf --build-arg TORCH_INDEX=https://...'
-# COMPRESS_ARGS: options of `svdserve compress`.  KEEP=1: leave WORK as it is.
+# COMPRESS_ARGS: options of `svdserve compress`.  KEEP=1: leave WORK as it is.  REUSE=1: take the
+# image that an earlier run has left there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,17 +43,20 @@ if ! buildah inspect --type image "$local_base" > /dev/null 2>&1; then
   rm -rf "$work/rootfs" "$work/rootfs.tar"
 fi
 
-say "docker/cpu.Dockerfile, every instruction"
-# Docker's format, since OCI's has no health check.
-# shellcheck disable=SC2086
-buildah bud --isolation chroot --format docker --build-arg "BASE=$local_base" \
-  ${BUILD_ARGS:-} --file docker/cpu.Dockerfile --tag svdserve:cpu .
+if [ ! "${REUSE:-}" ]; then
+  say "docker/cpu.Dockerfile, every instruction"
+  # Docker's format, since OCI's has no health check.
+  # shellcheck disable=SC2086
+  buildah bud --isolation chroot --format docker --build-arg "BASE=$local_base" \
+    ${BUILD_ARGS:-} --file docker/cpu.Dockerfile --tag svdserve:cpu .
+fi
 
 say "the image"
+buildah rm --all > /dev/null
 container=$(buildah from --pull-never svdserve:cpu)
 root=$(buildah mount "$container")
 buildah inspect --type image --format \
-  'user {{.Docker.Config.User}}, entry point {{.Docker.Config.Entrypoint}} {{.Docker.Config.Cmd}}' \
+  'user {{.Docker.Config.User}}, entry point {{.Docker.Config.Entrypoint}} {{.Docker.Config.Cmd}}{{println}}' \
   svdserve:cpu
 du -sh --apparent-size "$root" | cut -f1
 found=$(
@@ -66,9 +70,10 @@ echo "no compiler, no pip, no cache and no pip.conf in the last stage"
 say "compress, serve and ask, confined"
 buildah inspect --type image --format '{{range .Docker.Config.Env}}{{println .}}{{end}}' \
   svdserve:cpu | sed '/^$/d' > "$work/environment"
-rm -rf "$work/models"
-mkdir -p "$work/models/dense" "$work/cache"
-chown 10001:10001 "$work/models" "$work/cache"
+rm -rf "$work/models" "$work/cache"
+mkdir "$work/models" "$work/cache"
+cp -rL "$model" "$work/models/dense"
+chown -R 10001:10001 "$work/models" "$work/cache"
 unshare --mount --pid --ipc --net --uts --fork --kill-child -- \
-  bash docker/check_confined.sh "$root" "$work" "$model"
+  bash docker/check_confined.sh "$root" "$work"
 say "done"

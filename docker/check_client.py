@@ -9,12 +9,7 @@ from urllib.request import Request, urlopen
 
 URL = "http://127.0.0.1:8000"
 KEY = sys.argv[1]
-SCHEMA = {
-    "type": "object",
-    "properties": {"number": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["number"],
-    "additionalProperties": False,
-}
+CHOICES = ["Paris", "Lyon"]
 
 
 def ask(path: str, body: dict[str, Any] | None = None, key: str = KEY) -> str:
@@ -38,8 +33,9 @@ except HTTPError as error:
 model = json.loads(ask("/v1/models"))["data"][0]["id"]
 print(f"{model} answers:", repr(complete("The capital of France is", max_tokens=16)))
 # xgrammar has lost its Triton, and must not miss it.
-structured = complete("JSON: ", max_tokens=64, structured_outputs={"json": SCHEMA})
-print("structured:", json.loads(structured))
+chosen = complete("The capital of France is ", structured_outputs={"choice": CHOICES})
+print("of two choices:", chosen)
+assert chosen in CHOICES
 gauges = [line for line in ask("/metrics").splitlines() if line.startswith("svdserve_")]
 assert gauges
 print(*gauges, sep="\n")

@@ -2,7 +2,7 @@
 # image's root read-only, /models and /cache as volumes, /tmp and /dev/shm in memory, uid 10001,
 # no capability, and no network but loopback.
 set -euo pipefail
-root=$1 work=$2 model=$3
+root=$1 work=$2
 mapfile -t environment < "$work/environment"
 
 mount --make-rprivate /
@@ -10,8 +10,6 @@ mount --bind "$root" "$root"
 touch "$root/etc/hosts"
 mount -o remount,bind,ro "$root"
 mount --bind "$work/models" "$root/models"
-mount --bind "$model" "$root/models/dense"
-mount -o remount,bind,ro "$root/models/dense"
 mount --bind "$work/cache" "$root/cache"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t proc proc "$root/proc"

@@ -104,6 +104,8 @@ def _serve(
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    import vllm_run  # Ray's workers can import it, while __main__ is another script there.
+
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -150,7 +152,7 @@ def _serve(
         release()  # as the server's worker does before it reports
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "reports": llm.apply_model(_report),
+            "reports": llm.apply_model(vllm_run._report),
             "resident_bytes": psutil.Process().memory_info().rss,
         }
     finally:

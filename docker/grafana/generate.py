@@ -227,9 +227,16 @@ SECTIONS: dict[str, list[stat.Panel | timeseries.Panel | table.Panel]] = {
         ),
         lines(
             "KV cache",
-            units.PercentUnit,
-            [(f"vllm:kv_cache_usage_perc{MODEL}", "{{instance}} engine {{engine}}")],
-            "Used share of the KV cache's blocks.",
+            units.BytesIEC,
+            [
+                (
+                    "sum by (instance) (svdserve_kv_cache_bytes{M})"
+                    " * avg by (instance) (vllm:kv_cache_usage_perc{M})".replace("{M}", MODEL),
+                    "used, {{instance}}",
+                ),
+                (f"sum by (instance) (svdserve_kv_cache_bytes{MODEL})", "all, {{instance}}"),
+            ],
+            "Memory of the KV cache on all workers, and the share of it that requests hold.",
         ),
     ],
     "Requests": [

@@ -56,3 +56,9 @@ def test_layers_of_a_model_are_those_that_vllm_merges(tmp_path: Path) -> None:
 def test_what_stays_dense_cannot_be_measured() -> None:
     with pytest.raises(UserError, match="keep 1; it stays dense"):
         bench.run_kernel_bench(bench.KernelOptions(keeps=(1.0,), rows=(1,)))
+
+
+def test_an_override_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDSERVE_KERNEL", "nope")
+    with pytest.raises(UserError, match="cannot run as 'nope'"):
+        bench.run_kernel_bench(bench.KernelOptions(rows=(1,)))

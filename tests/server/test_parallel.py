@@ -68,10 +68,11 @@ def test_eager_pipeline_stages_are_refused_on_a_cpu() -> None:
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs pip install 'svdserve[ray]'")
-def test_ray_nodes(root: Path) -> None:
+def test_ray_nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline stage on each of two nodes, which are processes of this machine."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:

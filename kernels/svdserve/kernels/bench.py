@@ -25,7 +25,12 @@ from svdserve.compression.checkpoint import read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import rank_for_keep
 from svdserve.compression.machine import Machine, this_machine, usable_device
-from svdserve.kernels.implementations import IMPLEMENTATIONS, Request, choose
+from svdserve.kernels.implementations import (
+    IMPLEMENTATIONS,
+    NoImplementation,
+    Request,
+    choose,
+)
 from svdserve.kernels.lowrank import prepare
 from svdserve.kernels.parts import Part
 
@@ -139,14 +144,21 @@ def run_kernel_bench(options: KernelOptions) -> KernelBench:
     """Measure every layer at every keep ratio and number of rows.
 
     Raises:
-        UserError: the device cannot be used.
+        UserError: the device cannot be used, a layer stays dense, or SVDSERVE_KERNEL names an
+            implementation that cannot run here.
     """
     device = usable_device(options.device)
-    cases = [(layer, keep) for layer in options.layers for keep in options.keeps]
+    cases = [
+        (layer, keep, _rank(layer, keep)) for layer in options.layers for keep in options.keeps
+    ]
+    try:
+        choose(Request(device.type, getattr(torch, options.dtype), (1, 1), prepared=True))
+    except NoImplementation as error:
+        raise UserError(str(error)) from None
     results: list[KernelResult] = []
     with torch.inference_mode():
-        for layer, keep in track(cases, "layers", console=Console(stderr=True)):
-            results += _measure(layer, keep, options, device)
+        for layer, keep, rank in track(cases, "layers", console=Console(stderr=True)):
+            results += _measure(layer, keep, rank, options, device)
     return KernelBench(machine=this_machine(options.device), options=options, results=results)
 
 
@@ -171,13 +183,17 @@ def print_kernel_bench(bench: KernelBench) -> None:
     Console().print(table)
 
 
-def _measure(
-    layer: Layer, keep: float, options: KernelOptions, device: torch.device
-) -> Iterator[KernelResult]:
-    dtype = getattr(torch, options.dtype)
+def _rank(layer: Layer, keep: float) -> int:
     rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
     if rank is None:
         raise UserError(f"{layer.name}: nothing to measure at keep {keep:g}; it stays dense")
+    return rank
+
+
+def _measure(
+    layer: Layer, keep: float, rank: int, options: KernelOptions, device: torch.device
+) -> Iterator[KernelResult]:
+    dtype = getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(rows: int, columns: int) -> Tensor:

@@ -19,10 +19,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived; no handler of ordinary exceptions may keep it."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
@@ -33,18 +29,21 @@ def resumable(out: Path) -> Iterator[None]:
     Raises:
         UserError: the disk is full.
     """
+    arrived: list[int] = []
 
     def stop(signum: int, _frame: FrameType | None) -> None:
-        raise Interrupted(signum)
+        arrived.append(signum)
+        raise Interrupted
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except Interrupted as interrupted:
-        print(f"interrupted: {_how_to_go_on(out)}", file=sys.stderr)
-        sys.exit(128 + interrupted.signum)
-    except (OSError, SafetensorError) as error:
-        if _error_number(error) not in _FULL:
+    except (Interrupted, Exception) as error:
+        # Compiled code that was interrupted may raise an error of its own in its place.
+        if arrived:
+            print(f"interrupted: {_how_to_go_on(out)}", file=sys.stderr)
+            sys.exit(128 + arrived[0])
+        if not isinstance(error, OSError | SafetensorError) or _error_number(error) not in _FULL:
             raise
         raise UserError(f"no space left to write {out}: free some; {_how_to_go_on(out)}") from None
     finally:

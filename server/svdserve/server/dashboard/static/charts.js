@@ -104,7 +104,7 @@ export class Chart {
     const [times, ...columns] = this.history.columns;
     this.body.replaceChildren(
       ...times.map((time, index) =>
-        element("tr", {}, element("th", { scope: "row" }, clock(time)),
+        element("tr", {}, element("th", { scope: "row" }, timeOfDay(time)),
           ...columns.map((column) => element("td", {}, this.spec.format(column[index])))),
       ).reverse(),
     );
@@ -155,6 +155,10 @@ export class Chart {
     const latest = this.history.columns[0].at(-1) ?? Date.now() / 1000;
     this.plot.setScale("x", { min: latest - SPAN_SECONDS, max: latest });
   }
+}
+
+function timeOfDay(time) {
+  return element("time", { datetime: new Date(time * 1000).toISOString() }, clock(time));
 }
 
 /** Indices of values between two gaps, which no line would show. */
