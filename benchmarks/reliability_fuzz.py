@@ -29,6 +29,8 @@ from schemathesis import APIOperation, Case, GenerationMode
 # Would change how many engines run, which is what it is there for.
 LEFT_OUT = ("/scale_elastic_ep",)
 SHORT = 8
+# Requests in the results can be sent again: nothing that looks like a secret is cut out of them.
+WHOLE = schemathesis.Config.from_dict({"output": {"sanitization": {"enabled": False}}})
 # Without these a request asks for nothing.
 ESSENTIAL = {"model", "messages", "prompt", "input", "query", "items", "label_token_ids", "tokens"}
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
@@ -44,6 +46,7 @@ class Tally:
     def __init__(self) -> None:
         self.statuses: dict[str, dict[str, collections.Counter[str]]] = {}
         self.failures: list[dict[str, Any]] = []
+        self.server_lives = True
         self._seen: set[tuple[str, int, str]] = set()
         self._requests: set[str] = set()
 
@@ -94,7 +97,8 @@ def completed(ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
-    for result in schemathesis.openapi.from_dict(document).get_all_operations():
+    schema = schemathesis.openapi.from_dict(document, config=WHOLE)
+    for result in schema.get_all_operations():
         operation = result.ok()
         if operation.path not in LEFT_OUT:
             yield operation
@@ -156,16 +160,26 @@ def fuzz(
                 source = random.Random(edit)
                 case.body = plausible(case.body, operation.path, target.model, source)
             case.body = shortened(case.body)
+            if not tally.server_lives:
+                return
             try:
                 response = case.call(base_url=base, timeout=300)
                 status, answer = response.status_code, response.text
             except Exception as error:
                 status, answer = 0, f"{type(error).__name__}: {error}"
+                tally.server_lives = _lives(target)
             tally.add(document, name, case, status, answer)
 
         # Where any text is valid, nothing can be broken.
         with contextlib.suppress(Unsatisfiable):
             one()
+
+
+def _lives(target: Target) -> bool:
+    try:
+        return httpx.get(f"{target.url}/health", timeout=60).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def main() -> int:
@@ -197,7 +211,7 @@ def run(target: Target, arguments: argparse.Namespace, tally: Tally) -> None:
         theirs = served_part(json.loads(arguments.openai.read_text()), ours)
         chosen += [("openai", f"{target.url}/v1", operation) for operation in operations(theirs)]
     # Some operations have few distinct cases; the others make up for them.
-    while tally.cases() < arguments.cases:
+    while tally.server_lives and tally.cases() < arguments.cases:
         before = tally.cases()
         share = -(-(arguments.cases - before) // len(chosen))
         for document, base, operation in chosen:

@@ -1,12 +1,17 @@
 """The shape of errors, in front of a small application."""
 
+import logging
+from typing import Any
+
 import anyio
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, TypeAdapter, model_validator
+from vllm.exceptions import VLLMValidationError
 
-from svdserve.server.errors import RequestErrors
+from svdserve.server.errors import RequestErrors, without_trace
 
 VLLM = {"message": "not this", "type": "NotImplementedError", "param": None, "code": 501}
 
@@ -34,12 +39,34 @@ def application() -> FastAPI:
     def parsed(body: dict[str, int]) -> dict[str, int]:
         return body
 
+    @app.post("/validated")
+    def validated(body: Careless) -> Careless:
+        return body
+
+    @app.post("/faulty")
+    def faulty(body: dict[str, object]) -> Careless:
+        return TypeAdapter(Careless).validate_python(body)
+
     return app
+
+
+class Careless(BaseModel):
+    """Its validator fails on what is no dictionary, and not in the way that pydantic expects."""
+
+    options: dict[str, int]
+
+    @model_validator(mode="before")
+    @classmethod
+    def check(cls, data: Any) -> Any:
+        data["options"].get("any")
+        return data
 
 
 def ask(method: str, path: str, **options: object) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app=RequestErrors(application()))
+        app = application()
+        app.add_middleware(RequestErrors)  # as vLLM does
+        transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
             return await client.request(method, path, **options)  # type: ignore[arg-type]
 
@@ -85,3 +112,38 @@ def test_answers_pass() -> None:
     assert ask("GET", "/stream").text == "ab"
     assert ask("POST", "/json", json={"a": 1}).json() == {"a": 1}
     assert isinstance(ask("POST", "/json", json=[]).json()["detail"], list)
+
+
+def test_a_validator_that_fails_has_met_a_bad_request() -> None:
+    assert ask("POST", "/validated", json={"options": {"a": 1}}).status_code == 200
+    answer = ask("POST", "/validated", json={"options": True})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_value"
+
+
+def test_the_same_failure_elsewhere_is_a_fault() -> None:
+    with pytest.raises(AttributeError):
+        ask("POST", "/faulty", json={"options": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kept"),
+    [
+        ("vllm.entrypoints.anthropic.api_router", VLLMValidationError("empty"), False),
+        ("vllm.entrypoints.generate", ValueError("wrong"), False),
+        ("vllm.entrypoints.generate", RuntimeError("a fault"), True),
+        ("vllm.v1.engine.core", ValueError("a fault"), True),
+    ],
+)
+def test_a_bad_request_leaves_no_trace(
+    caplog: pytest.LogCaptureFixture, name: str, error: Exception, kept: bool
+) -> None:
+    with caplog.filtering(without_trace):  # type: ignore[arg-type]
+        try:
+            raise error
+        except Exception:
+            logging.getLogger(name).exception("Error in %s", "it")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Error in it")
+    assert bool(record.exc_info) is kept
+    assert ("Traceback" in caplog.text) is kept

@@ -141,6 +141,16 @@ def test_browsers_of_other_origins_get_no_permission(server: Server) -> None:
             assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
+def test_what_no_validator_expects_is_a_bad_request(server: Server, path: str) -> None:
+    messages = [{"role": "user", "content": "w1"}]
+    body = {"prompt": "w1"} if path == "/v1/completions" else {"messages": messages}
+    with server.http(KEY) as client:
+        answer = client.post(path, json={"model": NAME, **body, "structured_outputs": True})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_value"
+
+
 def test_no_answer_tells_paths_or_traces(server: Server, folder: Path) -> None:
     bodies: list[dict[str, object]] = [
         {"json": {"model": NAME, "prompt": {}}},

@@ -3,17 +3,27 @@
 vLLM answers most errors in that shape, but not those of its web framework ({"detail": ...}: an
 unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
 asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
-so this ASGI middleware makes it 404. No other 5xx is touched.
+so this ASGI middleware makes it 404. Where a validator of vLLM's fails on a value of a type that it
+did not expect ({"structured_outputs": true} in 0.32), so that pydantic does not report it, the
+answer is 400. No other 5xx is touched. In the log a bad request is one line: some of vLLM's routes
+write a stack trace for it.
 """
 
 import json
+import logging
+import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
+from itertools import pairwise
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MIDDLEWARE = f"{__name__}.RequestErrors"
+# The modules that have pydantic check what a request holds.
+_READERS = {"fastapi.dependencies.utils", "vllm.entrypoints.serve.sagemaker.api_router"}
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
 
 
 class RequestErrors:
@@ -21,6 +31,8 @@ class RequestErrors:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        for handler in logging.getLogger("vllm").handlers:
+            handler.addFilter(without_trace)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +52,40 @@ class RequestErrors:
                 if not message.get("more_body", False):
                     await _send_shaped(send, start, body)
 
-        await self._app(scope, receive, shaped_send)
+        try:
+            await self._app(scope, receive, shaped_send)
+        except Exception as error:
+            if not _fails_validation(error):
+                raise
+            told = f"{type(error).__name__}: {error}"
+            logger.warning("A request to %s failed validation: %s", scope["path"], told)
+            message = f"A field of the request has a value of the wrong type ({error})."
+            await send_error(send, HTTPStatus.BAD_REQUEST, message, "invalid_value")
+
+
+def _fails_validation(error: Exception) -> bool:
+    """Whether it was raised while pydantic checked what was read from the request."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    direct = [name for name in modules if not name.startswith("fastapi._compat")]
+    return any(
+        reader in _READERS and checker == "pydantic.type_adapter"
+        for reader, checker in pairwise(direct)
+    )
+
+
+def without_trace(record: logging.LogRecord) -> bool:
+    """A filter that keeps every record, but takes the trace from those about a bad request."""
+    from vllm.exceptions import VLLMClientError
+
+    error = record.exc_info[1] if record.exc_info else None
+    if record.name.startswith("vllm.entrypoints.") and isinstance(
+        error, (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
+    ):
+        # These are what vLLM answers 4xx to: exception_handling/error_response.py.
+        record.exc_info = record.exc_text = None
+        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__})", ()
+    return True
 
 
 async def _send_shaped(send: Send, start: Message, body: bytes) -> None:
