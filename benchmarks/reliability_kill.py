@@ -49,7 +49,8 @@ def main() -> None:
         compress = ["compress", root / "dense", "--recipe", root / "recipe.yaml"]
         done = svdserve.run([*compress, "--out", root / "small"])
         assert done.code == 0, done.errors
-        refine = ["refine", root / "dense", root / "small", "--evaluations", "6"]
+        text = ["--calibration", root / "text.txt"]
+        refine = ["refine", root / "dense", root / "small", *text, "--evaluations", "6"]
         found = {}
         for name, command in (("compress", compress), ("refine", refine)):
             found[name] = kill_and_resume(

@@ -45,9 +45,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, svdserve: Zygote) -> Path:
 
 
 def commands(root: Path) -> dict[str, list[object]]:
+    text = ["--calibration", root / "text.txt"]
     return {
         "compress": ["compress", root / "dense", "--recipe", root / "recipe.yaml"],
-        "refine": ["refine", root / "dense", root / "small", "--evaluations", "4"],
+        "refine": ["refine", root / "dense", root / "small", *text, "--evaluations", "4"],
     }
 
 

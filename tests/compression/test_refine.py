@@ -14,7 +14,7 @@ from svdserve.compression.distillation import Distillation
 from svdserve.compression.errors import UserError
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Refinement, Run, load_recipe, make_recipe
-from svdserve.compression.refine import refine
+from svdserve.compression.refine import check_own_calibration, refine
 from svdserve.compression.statistics import Statistics
 
 RUN = Run(progress=False, threads=1)
@@ -136,6 +136,27 @@ def test_calibration_is_that_of_the_checkpoint(
     tokens = calibration_tokens(dense, recipe)
     (held,) = given.split(2)[1].tolist()
     assert report.before == pytest.approx(divergence(dense, small, tokens[[held]]), rel=1e-3)
+
+
+@pytest.mark.parametrize("named", [None, "same", "self+same"])
+def test_a_checkpoint_does_not_choose_what_is_read(
+    named: str | None, models: tuple[Path, Path, Path]
+) -> None:
+    """Its recipe may name any file of the machine; the user has to name it again."""
+    text, _, small = models
+    with pytest.raises(UserError, match=f"give it yourself: --calibration {text}"):
+        check_own_calibration(small, Refinement(calibration=named))
+    for given in (str(text), "self"):
+        check_own_calibration(small, Refinement(calibration=given))
+
+
+def test_a_checkpoint_of_own_samples_needs_no_calibration(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    _, dense, _ = models
+    recipe = make_recipe(method="svd", keep=0.5, tokens=64, seq_len=32)
+    compress(str(dense), tmp_path / "own", recipe, RUN)
+    check_own_calibration(tmp_path / "own", Refinement())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ float32; what counts as better, and what is written, is rounded to int8 again.
 """
 
 import json
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def refine(
         teacher: the dense model, a directory or a Hub name.
         student: a checkpoint of it.
         out: the new checkpoint; appears when it is complete.
-        settings: the training; calibration that it does not name is that of the student's recipe.
+        settings: the training; calibration that it does not name is that of the student's recipe
+            (see ``check_own_calibration`` for students of others).
         run: device, resume and force; with ``resume`` a killed run goes on from its last
             evaluation and ends in the same bytes.
         tokens: [N, L] where they are drawn already.
@@ -69,6 +71,22 @@ def refine(
         UserError: anything wrong with the input, found before the models are loaded.
     """
     return _Refiner(resolve_model(teacher), student, out, settings, run or Run(), tokens).execute()
+
+
+def check_own_calibration(student: Path, settings: Refinement) -> None:
+    """A checkpoint may come from anyone: the files and datasets that it names are not read.
+
+    Raises:
+        UserError: ``settings`` leaves the calibration to the student's recipe, and that names more
+            than samples of the model itself.
+    """
+    stored = open_checkpoint(student).config.recipe.get("calibration", "self")
+    named = settings.calibration is not None and "same" not in settings.calibration.split("+")
+    if stored != "self" and not named:
+        raise UserError(
+            f"{student}: its recipe names calibration text, which is not read on the word of a "
+            f"checkpoint; give it yourself: --calibration {shlex.quote(str(stored))}"
+        )
 
 
 class _Refiner:

@@ -47,17 +47,20 @@ def refine(
 ) -> None:
     """Train the factors of a checkpoint towards the dense model's predictions.
 
-    On the calibration tokens that the checkpoint's recipe names, unless others are given. Part of
-    them is held out; what is written is never worse there than what was given.
+    On samples of the model itself, as many as the checkpoint's recipe says, unless others are
+    given; a recipe's text has to be named again. Part of them is held out; what is written is never
+    worse there than what was given.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     with resumable(out):
         from svdserve.compression.recipe import Refinement, Run, make_run
+        from svdserve.compression.refine import check_own_calibration
         from svdserve.compression.refine import refine as run_refinement
 
         settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
         names = set(Run.model_fields) - {"batch_size"}
         run = make_run(**{name: given[name] for name in names if name in given})
+        check_own_calibration(student, settings)
         report = run_refinement(teacher, student, out, settings, run)
     typer.echo(f"{report.directory}: {held_out_divergence(report)}")
 
