@@ -1,6 +1,7 @@
 """The format: what a valid directory gives, and that every broken one is refused by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,22 @@ def test_truncated_and_pickled_files_are_refused(directory: Path):
     path.rename(directory / "pytorch_model.bin")
     with pytest.raises(UserError, match="svdserve reads safetensors only"):
         open_checkpoint(directory)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (directory / SINGLE_FILE).chmod(0)
+    directory.chmod(0o755)
+    monkeypatch.chdir(directory)  # pytest's folders above it are for their owner only
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match="Permission denied"):
+            TensorFiles(Path())
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("limit", [10**9, 70_000, 1])

@@ -95,6 +95,7 @@ class TensorFiles:
         weight_map = _weight_map(directory)
         for file in _files(directory, weight_map):
             try:
+                file.open("rb").close()  # safetensors calls a file missing that it may not read
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (no mapping)
                         piece = handle.get_slice(name)
