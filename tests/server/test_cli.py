@@ -94,6 +94,10 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
         (("eval", "MODEL"), "nothing to evaluate"),
         (("inspect", "MODEL"), "not a svdserve model"),
         (("serve", "NOWHERE"), "no such directory"),
+        (
+            ("serve", "MODEL", "--max-model-len", "999999"),
+            "error: User-specified max_model_len (999999) is greater than",
+        ),
         (("bench", "MODEL", "MODEL", "--pairs", "0"), "pairs: Input should be greater"),
         (("bench",), "name the dense one and then a compressed one"),
         (("bench", "--kernels", "--keep", "1"), "nothing to measure at keep 1"),

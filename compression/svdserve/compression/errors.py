@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to read."""
 
+from pydantic import ValidationError
+
 
 class UserError(ValueError):
     """Bad input: one line that says what was given, what is allowed and what to do.
@@ -16,3 +18,16 @@ def _printable(character: str) -> str:
     if character.isprintable() or character == "\n":
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that pydantic has found: which field, what is wrong, and what was given."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    name = ".".join(str(part) for part in first["loc"])
+    if not name:  # of the whole; the input would be all that was given
+        return str(cause or first["msg"])
+    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    return f"{name}: {first['msg']}{given}"

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from svdserve.compression.allocation import get_allocator
-from svdserve.compression.errors import UserError
+from svdserve.compression.errors import UserError, explain
 from svdserve.compression.factors import Layout
 from svdserve.compression.int8 import Weights
 from svdserve.compression.machine import Precision
@@ -177,7 +177,7 @@ def make_recipe(**fields: Any) -> Recipe:
     try:
         return Recipe(**fields)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(explain(error)) from None
 
 
 def make_run(**fields: Any) -> Run:
@@ -185,16 +185,7 @@ def make_run(**fields: Any) -> Run:
     try:
         return Run(**fields)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
-        return str(cause)
-    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-    return f"{name}: {first['msg']}{given}" if name else str(first["msg"])
+        raise UserError(explain(error)) from None
 
 
 def recipe_names() -> list[str]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.errors import UserError, explain
 from svdserve.server import options, study
 from svdserve.server.resumable import resumable
 
@@ -345,9 +345,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        _fail(f"{name}: {first['msg']} (given: {first['input']!r})")
+        _fail(explain(error))
 
 
 def _fail(message: str) -> None:
