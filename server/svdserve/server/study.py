@@ -174,6 +174,7 @@ def compare(
         str | None, typer.Option(help="Of every recipe: text FILE, hf:DATASET, or self.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens of every recipe.")] = None,
+    seq_len: options.SeqLen = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every result to this JSON file.")
@@ -194,7 +195,7 @@ def compare(
     from svdserve.compression.methods import get_method
     from svdserve.compression.recipe import load_recipe, make_recipe, make_run
 
-    same = {"calibration": calibration, "tokens": tokens}
+    same = {"calibration": calibration, "tokens": tokens, "seq_len": seq_len}
     given: dict[str, Any] = {name: value for name, value in same.items() if value is not None}
     files = recipes or ([] if methods else ["default"])
     chosen = {Path(file).stem: make_recipe(**(load_recipe(file) | given)) for file in files}
