@@ -1,18 +1,21 @@
-"""The tables of these pages, from results/*.json: no number in them is written by hand.
+"""The tables of these pages and the README, from results/*.json: no number is written by hand.
 
 python docs/tables.py            # write them into the pages
 python docs/tables.py --check    # exit code 1 if one is out of date
 """
 
 import json
-import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from svdserve.compression.compare import Comparison, markdown
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
+_HEADING = 3  # lines of a comparison: headings, rule, the dense model
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -26,25 +29,12 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def quality() -> str:
-    """Perplexity of every recipe of the comparisons, and ln ppl − ln ppl of the dense model."""
-    rows: dict[tuple[str, float], list[str]] = {}
-    headings: list[str] = []
-    for file in sorted(RESULTS.glob("comparison_smollm2*.json")):
-        found = json.loads(file.read_text())
-        dense = found["cells"][0]
-        texts = [Path(result["text"]).stem for result in dense["perplexities"]]
-        headings = ["model", "κ", "weights, MiB", *(f"{text} (excess)" for text in texts), "from"]
-        for cell in found["cells"]:
-            values = [
-                f"{one['perplexity']:.2f} ({math.log(one['perplexity'] / base['perplexity']):.3f})"
-                for one, base in zip(cell["perplexities"], dense["perplexities"], strict=True)
-            ]
-            size = f"{cell['stored_bytes'] / 2**20:,.0f}"
-            row = [f"`{cell['name']}`", f"{cell['keep']:g}", size, *values, file.name]
-            rows.setdefault((cell["name"], cell["keep"]), row)
-    ordered = sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0] != "dense", item[0]))
-    return _table(headings, [row for _, row in ordered])
+def comparison(*names: str) -> str:
+    """What `svdserve compare` found, with each file's excess over its own dense model."""
+    first, *others = (
+        markdown(Comparison.model_validate(_read(name))).splitlines() for name in names
+    )
+    return "\n".join(first + [line for other in others for line in other[_HEADING:]]) + "\n"
 
 
 def speed() -> str:
@@ -99,7 +89,12 @@ def kills() -> str:
     return _table([*headings, "identical bytes in the end"], rows)
 
 
-TABLES = {"quality": quality, "speed": speed, "cost": cost, "kills": kills}
+TABLES = {
+    "quality": partial(comparison, "comparison_smollm2", "comparison_smollm2_keep06"),
+    "speed": speed,
+    "cost": cost,
+    "kills": kills,
+}
 
 
 def filled(text: str) -> str:
@@ -110,7 +105,7 @@ def filled(text: str) -> str:
 def main() -> None:
     """Write or check every page."""
     stale = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         text = page.read_text()
         if (now := filled(text)) != text:
             stale.append(page.name)
