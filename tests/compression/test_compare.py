@@ -65,6 +65,15 @@ def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
     assert f"{dense.perplexity:.2f} (0.000)" in table
 
 
+def test_perplexities_of_broken_models_are_short(found) -> None:
+    result, *_ = found
+    dense, cell, *_ = result.cells
+    broken = cell.perplexities[0].model_copy(update={"perplexity": 366_274_588.378})
+    broken_cell = cell.model_copy(update={"perplexities": (broken,)})
+    table = markdown(Comparison(model=result.model, cells=[dense, broken_cell]))
+    assert "| 3.7e+08 (" in table
+
+
 def test_cards_show_the_results_beside_the_dense_model(found) -> None:
     result, _, root = found
     dense, *cells = result.cells

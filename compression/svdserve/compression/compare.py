@@ -26,6 +26,7 @@ from svdserve.compression.tasks import TaskScores, task_scores
 from svdserve.compression.workdir import save_json
 
 DENSE = "dense"
+_BROKEN = 10_000  # perplexity
 
 
 class Evaluation(BaseModel):
@@ -199,7 +200,7 @@ def markdown(comparison: Comparison) -> str:
     for cell in comparison.cells:
         row = [cell.name, f"{cell.keep:g}", f"{cell.stored_bytes / 2**20:,.1f}"]
         row += [
-            f"{result.perplexity:.2f} ({cell.excess(dense, index):.3f})"
+            f"{_short(result.perplexity)} ({cell.excess(dense, index):.3f})"
             for index, result in enumerate(cell.perplexities)
         ]
         if cell.scores is not None:
@@ -207,6 +208,11 @@ def markdown(comparison: Comparison) -> str:
             row += [f"{value:.3f}" for value in (*values, cell.accuracy)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _short(perplexity: float) -> str:
+    """Two decimals, or two digits where the model is broken."""
+    return f"{perplexity:.2f}" if perplexity < _BROKEN else f"{perplexity:.1e}"
 
 
 def plot(comparison: Comparison, file: Path) -> None:
