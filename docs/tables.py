@@ -91,6 +91,8 @@ def kills() -> str:
 
 TABLES = {
     "quality": partial(comparison, "comparison_smollm2", "comparison_smollm2_keep06"),
+    "methods": partial(comparison, "methods_smollm2"),
+    "curve": partial(comparison, "curve_smollm2"),
     "speed": speed,
     "cost": cost,
     "kills": kills,
