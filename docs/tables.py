@@ -1,4 +1,4 @@
-"""The tables of these pages and the README, from results/*.json: no number is written by hand.
+"""The tables of these pages and the README, from results/*.json: none is written by hand.
 
 python docs/tables.py            # write them into the pages
 python docs/tables.py --check    # exit code 1 if one is out of date
@@ -15,7 +15,6 @@ from svdserve.compression.compare import Comparison, markdown
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
-_HEADING = 3  # lines of a comparison: headings, rule, the dense model
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -29,12 +28,9 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def comparison(*names: str) -> str:
-    """What `svdserve compare` found, with each file's excess over its own dense model."""
-    first, *others = (
-        markdown(Comparison.model_validate(_read(name))).splitlines() for name in names
-    )
-    return "\n".join(first + [line for other in others for line in other[_HEADING:]]) + "\n"
+def comparison(name: str) -> str:
+    """What `svdserve compare` found, as it shows it."""
+    return markdown(Comparison.model_validate(_read(name)))
 
 
 def speed() -> str:
@@ -47,14 +43,18 @@ def speed() -> str:
         name = Path(ratio["directory"]).name
         models.setdefault(name, {})[ratio["workload"]] = cell
     workloads = list(next(iter(models.values())))
-    memory = {Path(m["directory"]).name: m["resident_bytes"] for m in result["models"]}
+    sizes: dict[str, list[str]] = {}
+    for model in result["models"]:
+        weights = model["facts"]["lowrank_bytes"] + model["facts"]["dense_bytes"]
+        amounts = (weights, model["resident_bytes"])
+        sizes[Path(model["directory"]).name] = [f"{size / 2**20:,.0f}" for size in amounts]
     labels = [
         w.replace("decode_", "decode, batch ").replace("prefill_", "prefill of ") for w in workloads
     ]
-    rows = [["`dense`", f"{memory['dense'] / 2**20:,.0f}", *["1"] * len(workloads)]]
+    rows = [["`dense`", *sizes["dense"], *["1"] * len(workloads)]]
     for name, cells in models.items():
-        rows.append([f"`{name}`", f"{memory[name] / 2**20:,.0f}", *(cells[w] for w in workloads)])
-    return _table(["model", "worker memory, MiB", *labels], rows)
+        rows.append([f"`{name}`", *sizes[name], *(cells[w] for w in workloads)])
+    return _table(["model", "weights, MiB", "worker memory, MiB", *labels], rows)
 
 
 def cost() -> str:
@@ -90,7 +90,8 @@ def kills() -> str:
 
 
 TABLES = {
-    "quality": partial(comparison, "comparison_smollm2", "comparison_smollm2_keep06"),
+    "quality": partial(comparison, "comparison_smollm2"),
+    "lower": partial(comparison, "comparison_smollm2_keep06"),
     "methods": partial(comparison, "methods_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": speed,
