@@ -93,6 +93,7 @@ TABLES = {
     "quality": partial(comparison, "comparison_smollm2"),
     "lower": partial(comparison, "comparison_smollm2_keep06"),
     "methods": partial(comparison, "methods_smollm2"),
+    "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": speed,
     "cost": cost,

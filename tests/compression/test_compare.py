@@ -65,6 +65,16 @@ def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
     assert f"{dense.perplexity:.2f} (0.000)" in table
 
 
+def test_at_keep_one_only_what_changes_the_model_has_a_row(text: Path, tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path / "model")
+    plain = recipes(text)["ours"]
+    rows = {"plain": plain, "int8": plain.model_copy(update={"weights": "int8"})}
+    found = compare(str(model), tmp_path, rows, [1.0], Evaluation(texts=(text,), seq_len=64), RUN)
+    dense, rounded = found.cells
+    assert (rounded.name, rounded.keep) == ("int8", 1.0)
+    assert rounded.stored_bytes < dense.stored_bytes
+
+
 def test_perplexities_of_broken_models_are_short(found) -> None:
     result, *_ = found
     dense, cell, *_ = result.cells

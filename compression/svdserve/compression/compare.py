@@ -99,7 +99,8 @@ def compare(
     Args:
         model: a directory or a Hub name.
         work: holds checkpoints and records; everything finished in it is taken over.
-        recipes: by the name that the tables show; their own keep ratio is replaced.
+        recipes: by the name that the tables show; their own keep ratio is replaced. One that
+            changes nothing at κ = 1 gets no row there.
         keeps: κ.
         evaluation: texts and tasks.
         run: how this machine compresses; what depends on the teacher alone is kept in ``work``.
@@ -116,6 +117,8 @@ def compare(
     for keep in keeps:
         for name, template in recipes.items():
             recipe = template.model_copy(update={"keep": keep})
+            if recipe.keeps_all:
+                continue  # the dense model, which has its row
             out = work / f"{name}-keep{keep:g}"
             _compress(model, out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))

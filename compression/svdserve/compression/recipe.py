@@ -122,6 +122,11 @@ class Recipe(BaseModel):
             )
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether it stores the dense model as it is."""
+        return self.keep == 1 and self.weights == "float" and self.dtype == "auto"
+
+    @property
     def trainings(self) -> list[tuple[Training, "Recipe"]]:
         """Every training, with the recipe whose calibration it uses."""
         block = [] if self.block_refinement is None else [(self.block_refinement, self)]
