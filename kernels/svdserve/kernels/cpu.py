@@ -19,6 +19,7 @@ from torch import Tensor
 from svdserve.kernels.parts import PreparedFactors
 
 SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
+HEADER = SOURCE.with_name("cpu_multiply.h")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
 ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt")
 NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
@@ -97,7 +98,8 @@ def unsupported() -> str | None:
 
 def library() -> Path:
     """The compiled library; compiled now where it is missing or older than its source."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, ISA, torch.__version__)).encode())
+    sources = SOURCE.read_bytes() + HEADER.read_bytes()
+    digest = hashlib.sha256(sources + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
     library = Path(root) / f"svdserve_cpu_{digest.hexdigest()[:16]}.so"
     if not library.exists():
