@@ -1,6 +1,6 @@
-"""The tables of these pages and the README, from results/*.json: none is written by hand.
+"""Tables and the picture of speed of the pages here and the README, from results/*.json.
 
-python docs/tables.py            # write them into the pages
+python docs/tables.py            # write them
 python docs/tables.py --check    # exit code 1 if one is out of date
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from svdserve.compression.compare import Comparison, markdown
+from svdserve.server.bench import BenchResult, plot_bench
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
@@ -101,13 +102,18 @@ TABLES = {
 }
 
 
+def picture() -> None:
+    """Ratios of the 1B shape and their ideals."""
+    plot_bench(BenchResult.model_validate(_read("serving_1b")["result"]), DOCS / "speed.svg")
+
+
 def filled(text: str) -> str:
     """A page with its tables as the results have them now."""
     return _PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[4], text)
 
 
 def main() -> None:
-    """Write or check every page."""
+    """Write everything, or check the tables."""
     stale = []
     for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         text = page.read_text()
@@ -115,6 +121,8 @@ def main() -> None:
             stale.append(page.name)
             if "--check" not in sys.argv:
                 page.write_text(now)
+    if "--check" not in sys.argv:
+        picture()
     if stale and "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(stale)}; run python docs/tables.py")
 

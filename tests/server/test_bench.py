@@ -10,7 +10,7 @@ from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
 from svdserve.compression.errors import UserError
-from svdserve.server.bench import BenchOptions, BenchResult, print_bench, run_bench
+from svdserve.server.bench import BenchOptions, BenchResult, plot_bench, print_bench, run_bench
 
 SMALL = {"prompt_len": 8, "output_len": 8, "prefill_len": 32, "kv_cache_bytes": 16 << 20}
 
@@ -63,9 +63,11 @@ def test_ratios_pair_the_rounds(result: BenchResult) -> None:
 
 @pytest.mark.vllm
 def test_the_table_shows_each_ratio(
-    result: BenchResult, capsys: pytest.CaptureFixture[str]
+    result: BenchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_bench(result)
+    plot_bench(result, tmp_path / "speed.svg")
+    assert "decode 4" in (tmp_path / "speed.svg").read_text()
     shown = capsys.readouterr().out
     for ratio in result.ratios:
         assert f"{ratio.median:.2f}" in shown

@@ -20,6 +20,7 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, perplexity
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
+from svdserve.compression.plotting import new_figure, save_figure
 from svdserve.compression.recipe import Recipe, Run, make_recipe
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
@@ -224,14 +225,10 @@ def plot(comparison: Comparison, file: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or no text was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'svdserve[eval]'") from None
     dense, *others = comparison.cells
     if not dense.perplexities:
         raise UserError("the plot shows perplexity; give a text")
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    axes = (figure := new_figure(7, 4.5)).subplots()
     axes.axhline(dense.perplexities[0].perplexity, color="grey", linestyle="--", label=DENSE)
     for name in dict.fromkeys(cell.name for cell in others):
         mine = sorted((c for c in others if c.name == name), key=lambda cell: cell.stored_bytes)
@@ -248,7 +245,7 @@ def plot(comparison: Comparison, file: Path) -> None:
         title=comparison.model,
     )
     axes.legend()
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -35,6 +35,7 @@ from svdserve.server.cpu_install import work_around
 from svdserve.server.ideal import StepWork, model_work
 from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import check_model
+from svdserve.server.speed_plot import Point, draw
 
 
 class BenchOptions(BaseModel):
@@ -208,6 +209,25 @@ def print_bench(result: BenchResult) -> None:
     console = Console()
     console.print(sizes)
     console.print(speeds)
+
+
+def plot_bench(result: BenchResult, file: Path) -> None:
+    """Tokens per second over dense by workload, beside the ideal ratios.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    dense, *others = result.models
+    models = {
+        model.name: [
+            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, r.ideal)
+            for r in result.ratios
+            if r.directory == model.directory
+        ]
+        for model in others
+    }
+    title = f"{result.machine.processor}, {'eager' if result.options.eager else 'compiled'}"
+    draw({title: models}, file, dense.name, "tokens/s over dense")
 
 
 def _calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -253,7 +253,7 @@ def bench(
         Path | None, typer.Option("--json", help="Write all rounds to this JSON file too.")
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw what was --served into this .svg/.png.")
+        Path | None, typer.Option("--plot", help="Draw the ratios into this .svg/.png.")
     ] = None,
 ) -> None:
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
@@ -271,12 +271,14 @@ def bench(
     if served:
         study.bench_served([dense, *models], given, json_file, plot_file)
         return
-    from svdserve.server.bench import BenchOptions, print_bench, run_bench
+    from svdserve.server.bench import BenchOptions, plot_bench, print_bench, run_bench
 
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}
     result = run_bench(BenchOptions(**chosen))
     if json_file is not None:
         study.write_json(json_file, result.model_dump(mode="json"))
+    if plot_file is not None:
+        plot_bench(result, plot_file)
     print_bench(result)
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from svdserve.compression.errors import UserError
 from svdserve.server.load_bench import THROUGHPUT, LoadRatio, LoadResult, ServerResult
+from svdserve.server.speed_plot import Point, draw
 
 _FIGURES = {
     THROUGHPUT: "output tokens/s",
@@ -86,34 +86,24 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(result: LoadResult, file: Path) -> None:
-    """Output tokens per second over the first server's, with the range of the rounds.
+    """Output tokens per second over the first server's, a panel for each workload.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'svdserve[eval]'") from None
-    options, others = result.options, result.servers[1:]
-    figure = Figure(figsize=(3.6 * len(options.workloads), 3.6), layout="constrained")
-    every = figure.subplots(1, len(options.workloads), sharey=True, squeeze=False)[0]
-    for axes, workload in zip(every, options.workloads, strict=True):
-        for server in others:
-            ratios = [
-                _chosen(result, server.name, workload, clients)[THROUGHPUT]
-                for clients in options.concurrency
-            ]
-            medians = [ratio.median for ratio in ratios]
-            spread = [
-                [ratio.median - ratio.lowest for ratio in ratios],
-                [ratio.highest - ratio.median for ratio in ratios],
-            ]
-            places = range(len(medians))
-            axes.errorbar(places, medians, yerr=spread, marker="o", capsize=3, label=server.name)
-        axes.axhline(1, color="grey", linestyle="--", label=result.servers[0].name)
-        axes.set_xticks(range(len(options.concurrency)), [str(n) for n in options.concurrency])
-        axes.set(xlabel="clients", title=workload)
-    every[0].set_ylabel("output tokens/s over dense")
-    every[0].legend()
-    figure.savefig(file)
+    first, *others = result.servers
+    clients = result.options.concurrency
+    panels = {
+        f"{workload}, by clients": {
+            server.name: [_point(result, server, workload, number) for number in clients]
+            for server in others
+        }
+        for workload in result.options.workloads
+    }
+    draw(panels, file, first.name, "output tokens/s over dense")
+
+
+def _point(result: LoadResult, server: ServerResult, workload: str, clients: int) -> Point:
+    ratio = _chosen(result, server.name, workload, clients)[THROUGHPUT]
+    ideal = _ideal(result, server, workload, clients)
+    return Point(str(clients), ratio.median, ratio.lowest, ratio.highest, ideal)
