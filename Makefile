@@ -2,8 +2,8 @@
 # and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
-# On a GPU machine: make EXTRAS=gpu,eval,demo,dev,docker
-EXTRAS ?= cpu,eval,demo,dev,docker
+# On a GPU machine: make EXTRAS=gpu,eval,ray,demo,dev,docker
+EXTRAS ?= cpu,eval,ray,demo,dev,docker
 # Where the CPU build of torch is found if pip's own indexes lack it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -19,6 +19,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: demo test lint docker-check install audit lock clean
 demo: $(STAMP)
