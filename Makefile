@@ -46,14 +46,17 @@ audit: $(STAMP)
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/cpu.txt
 
 # For Linux on x86-64, by the oldest Python that is supported.
-COMPILE = $(BIN)/uv pip compile pyproject.toml --extra cpu --extra eval --extra demo --extra dev \
-  --python-platform x86_64-manylinux_2_28 --python-version 3.11 --no-annotate --no-header \
-  --quiet $(LOCK_FLAGS)
+# serve.txt is the part of cpu.txt that an image needs.
+COMPILE = $(BIN)/uv pip compile pyproject.toml --extra cpu --python-platform x86_64-manylinux_2_28 \
+  --python-version 3.11 --no-annotate --no-header --quiet $(LOCK_FLAGS)
+OTHERS = --extra eval --extra demo --extra dev
+DIGESTS = --generate-hashes --no-emit-package torch
 lock: $(STAMP)
 	$(PIP) install --quiet 'uv>=0.9'
-	$(COMPILE) --output-file requirements/torch.txt
+	$(COMPILE) $(OTHERS) --output-file requirements/torch.txt
 	sed -i -n '/^torch==/p' requirements/torch.txt
-	$(COMPILE) --generate-hashes --no-emit-package torch --output-file requirements/cpu.txt
+	$(COMPILE) $(OTHERS) $(DIGESTS) --output-file requirements/cpu.txt
+	$(COMPILE) $(DIGESTS) --constraint requirements/cpu.txt --output-file requirements/serve.txt
 
 # torch has no digest in the lock: each platform gets another build of it, from PyTorch's own index.
 define INSTALL

@@ -23,13 +23,19 @@ ENV PATH=/opt/svdserve/bin:$PATH \
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv /opt/svdserve && pip install --quiet --upgrade pip
 COPY pyproject.toml README.md LICENSE ./
+COPY requirements requirements
 COPY compression compression
 COPY kernels kernels
 COPY server server
+# On x86-64 what requirements/ pins, by digest but for torch; they are not for other processors.
 # Triton has no CPU backend: it is 1 GB that only CUDA code of xgrammar asks for.
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip install --quiet '.[cpu]' \
+    if [ "$(uname -m)" = x86_64 ]; then \
+      pip install --quiet --no-deps -r requirements/torch.txt \
+   && pip install --quiet --no-deps --require-hashes -r requirements/serve.txt \
+   && pip install --quiet --no-deps .; \
+    else pip install --quiet '.[cpu]'; fi \
  && python -m svdserve.server.cpu_install \
  && pip uninstall --quiet --yes triton
 # The kernel is compiled for the processors that it needs, whatever this one is; arm64 has none.

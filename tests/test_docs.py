@@ -301,9 +301,13 @@ def test_the_tables_are_those_of_the_results() -> None:
 # The lock file
 
 
-def test_the_lock_satisfies_the_project() -> None:
-    """Exact versions with digests of all that the cpu set asks for, and nobody's index."""
-    text = (ROOT / "requirements" / "cpu.txt").read_text()
+@pytest.mark.parametrize(
+    ("file", "sets"),
+    [("cpu.txt", ("", "cpu", "eval", "demo", "dev")), ("serve.txt", ("", "cpu"))],
+)
+def test_the_lock_satisfies_the_project(file: str, sets: tuple[str, ...]) -> None:
+    """Exact versions with digests of all that these sets ask for, and nobody's index."""
+    text = (ROOT / "requirements" / file).read_text()
     assert not re.search(r"/|--(extra-)?index|--find-links", text)
     entries = re.split(r"\n(?=\S)", text.strip())
     pinned = {}
@@ -317,12 +321,12 @@ def test_the_lock_satisfies_the_project() -> None:
     torch_pin = Requirement((ROOT / "requirements" / "torch.txt").read_text().strip())
     (specifier,) = torch_pin.specifier
     pinned["torch"] = specifier.version
-    for extra in ("", "cpu", "eval", "demo", "dev"):
+    for extra in sets:
         for line in extras()[extra]:
             wanted = Requirement(line)
             name = re.sub(r"[-_.]+", "-", wanted.name).lower()
-            assert name in pinned, f"{line} is not in requirements/cpu.txt; run `make lock`"
+            assert name in pinned, f"{line} is not in requirements/{file}; run `make lock`"
             version = pinned[name]
             assert wanted.specifier.contains(version, prereleases=True), (
-                f"{line}, but the lock has {version}; run `make lock`"
+                f"{line}, but {file} has {version}; run `make lock`"
             )
