@@ -8,10 +8,12 @@ killed run goes on where it stopped.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
 from svdserve.compression.compare import Evaluation, compare, markdown
+from svdserve.compression.inspection import inspect_checkpoint
 from svdserve.compression.recipe import make_recipe
 from svdserve.compression.workdir import save_json
 
@@ -52,6 +54,14 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def mean_beta(checkpoint: Path) -> float | None:
+    """Over the factored modules; None for the dense model and methods without β."""
+    if not checkpoint.exists():
+        return None
+    found = [m.beta for m in inspect_checkpoint(checkpoint).modules if m.beta is not None]
+    return statistics.mean(found) if found else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -77,6 +87,7 @@ def main() -> None:
             "perplexity": cell.perplexities[0].perplexity,
             "excess": cell.excess(found.cells[0], 0),
             "stored_bytes": cell.stored_bytes,
+            "beta": mean_beta(given.work / f"{cell.name}-keep{given.keep:g}"),
         }
         for cell in found.cells
     }

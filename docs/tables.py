@@ -76,6 +76,20 @@ def cost() -> str:
     return _table([heading, ""], rows)
 
 
+def betas() -> str:
+    """What β of SAES-SVD is worth, and what each rule chose."""
+    rows = [
+        [
+            name,
+            "" if one["beta"] is None else f"{one['beta']:.2f}",
+            f"{one['perplexity']:.2f} ({one['excess']:.3f})",
+        ]
+        for name, one in _read("ablation_beta")["results"].items()
+        if name != "default"
+    ]
+    return _table(["model", "mean β of the modules", "wikitext2.valid.txt: ppl (excess)"], rows)
+
+
 def kills() -> str:
     """What was killed, and what it resumed to."""
     found = _read("reliability_kill")
@@ -97,6 +111,7 @@ TABLES = {
     "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": speed,
+    "beta": betas,
     "cost": cost,
     "kills": kills,
 }
