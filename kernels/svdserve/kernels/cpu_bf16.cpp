@@ -16,8 +16,10 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -34,6 +36,7 @@ constexpr int64_t kChunk = 768;             // tokens at a time, which bounds th
 constexpr int64_t kGroupBytes = 384 << 10;  // panels that stay in the L2 cache while tiles pass
 constexpr int64_t kBlockPairs = 512;        // of columns, where whole panels would fill that
 constexpr int64_t kPairBytes = 4 * kPanel;  // of a panel
+constexpr std::size_t kHugePage = 2 << 20;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -220,16 +223,29 @@ void split(const Input& x, const Tiles& tiles, const Rows& chosen, const Activat
   }
 }
 
+// Memory of which a step reads every byte: in huge pages where Linux has some to give, since with
+// small ones it would wait for addresses to be translated as much as for the bytes themselves.
+at::Tensor in_huge_pages(int64_t count, const at::TensorOptions& options) {
+  const std::size_t bytes = count * options.dtype().itemsize();
+  if (bytes < kHugePage) return at::empty({count}, options);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kHugePage, bytes)) throw std::bad_alloc();
+  madvise(memory, bytes, MADV_HUGEPAGE);  // an error leaves the pages small
+  return at::from_blob(memory, {count}, &std::free, options);
+}
+
 at::Tensor pack(const at::Tensor& weight) {
   const at::Tensor source = weight.contiguous();
   const int64_t rows = source.size(0), columns = source.size(1), pairs = (columns + 1) / 2;
-  const at::Tensor packed = at::zeros({packed_size(rows, columns)}, source.options());
+  const at::Tensor packed = in_huge_pages(packed_size(rows, columns), source.options());
+  packed.slice(0, packed.numel() - kSlack).zero_();
   const Half* from = halves(source);
   const Weight layout{halves(packed), rows, pairs};
   at::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t start = panel * kPanel, width = layout.blocks(panel) * kLanes;
       const int64_t present = std::min(width, rows - start);
+      std::memset(layout.panel(panel), 0, width * pairs * sizeof(Pair));
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const int64_t length = std::min<int64_t>(2, columns - 2 * pair) * sizeof(Half);
         for (int64_t row = 0; row < present; ++row)
