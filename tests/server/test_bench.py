@@ -10,7 +10,15 @@ from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
 from svdserve.compression.errors import UserError
-from svdserve.server.bench import BenchOptions, BenchResult, plot_bench, print_bench, run_bench
+from svdserve.server.bench import (
+    BenchOptions,
+    BenchResult,
+    plot_bench,
+    print_bench,
+    run_bench,
+    start_engine,
+)
+from svdserve.server.bench_worker import TOTAL
 
 SMALL = {"prompt_len": 8, "output_len": 8, "prefill_len": 32, "kv_cache_bytes": 16 << 20}
 
@@ -101,3 +109,16 @@ def test_an_engine_that_can_not_start_tells_why(options: BenchOptions) -> None:
     starved = options.model_copy(update={"kv_cache_bytes": 1})
     with pytest.raises(RuntimeError, match=r"(?s)the engine of .*dense died:.*cache blocks"):
         run_bench(starved)
+
+
+@pytest.mark.vllm
+def test_the_profile_divides_the_measured_time(options: BenchOptions) -> None:
+    """The parts that the profile of a step is made of are all of its time, and none is negative."""
+    (small,) = options.models
+    with start_engine(small, options) as engine:
+        lengths = {"prompt_len": 8, "output_len": 8, "batch": 4, "seed": 0}
+        engine.call({"method": "decode", **lengths})
+        recorded = engine.call({"method": "profile", "recorded": "decode", **lengths})
+    total = recorded.pop(TOTAL)
+    assert 0 < sum(recorded.values()) <= 1.05 * total
+    assert recorded["_C::cpu_attention_with_kv_cache"] > 0

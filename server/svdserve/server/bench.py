@@ -156,11 +156,10 @@ def run_bench(options: BenchOptions) -> BenchResult:
         check_model(directory)
         _check_context(directory, _context(options))
     work_around()
-    cores = sorted(os.sched_getaffinity(0))
     progress = partial(track, console=Console(stderr=True), transient=True)
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(_engine(directory, options, cores))
+            stack.enter_context(start_engine(directory, options))
             for directory in progress(directories, "loading")
         ]
         results = [
@@ -252,7 +251,7 @@ def _check_context(directory: Path, needed: int) -> None:
         )
 
 
-class _Engine:
+class EngineProcess:
     """The parent's end of a bench_worker process."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
@@ -277,8 +276,12 @@ class _Engine:
 
 
 @contextmanager
-def _engine(directory: Path, options: BenchOptions, cores: list[int]) -> Iterator[_Engine]:
-    """A loaded engine; its process ends with the context."""
+def start_engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
+    """A loaded engine; its process ends with the context.
+
+    Raises:
+        RuntimeError: it died; carries the end of its log.
+    """
     batch = max(options.batch_sizes)
     engine_options = EngineOptions(
         directory=str(directory),
@@ -299,21 +302,22 @@ def _engine(directory: Path, options: BenchOptions, cores: list[int]) -> Iterato
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env=os.environ | _environment(cores),
+                env=os.environ | _environment(),
             )
         try:
-            yield _Engine(process, log, engine_options)
+            yield EngineProcess(process, log, engine_options)
         finally:
             process.kill()
             process.communicate()
 
 
-def _environment(cores: list[int]) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Engine and worker in one process, bound to all cores that this process may use.
 
     vLLM sets the same for its worker processes (utils/ompmultiprocessing.py, platforms/cpu.py):
     threads bound to cores, and torch's own OpenMP first, without which two copies would compete.
     """
+    cores = sorted(os.sched_getaffinity(0))
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(len(cores)),

@@ -10,12 +10,15 @@ import json
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport
+
+TOTAL = "total"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Engine:
         self._engine = self._llm.llm_engine
         self._vocabulary = self._llm.model_config.get_vocab_size()
         self._ids = itertools.count()
+        self._around: AbstractContextManager[Any] = nullcontext()
+        self._seconds = 0.0
 
     def describe(self) -> dict[str, Any]:
         """Start-up time in seconds, and memory of the worker after loading in bytes."""
@@ -78,23 +83,37 @@ class Engine:
             first = self._engine.step()
         if len(first) != batch:
             raise RuntimeError(f"only {len(first)} of {batch} prompts fit the first step")
-        start = time.perf_counter()
-        self._finish()
-        return batch * (output_len - 1) / (time.perf_counter() - start)
+        return batch * (output_len - 1) / self._timed()
 
     def prefill(self, prompt_len: int, seed: int, repeats: int = 3) -> float:
         """Tokens per second of prompts one after the other, each up to its first output token."""
         seconds = 0.0
         for _ in range(repeats):
             self._submit(1, prompt_len, 1, seed)
-            start = time.perf_counter()
-            self._finish()
-            seconds += time.perf_counter() - start
+            seconds += self._timed()
         return repeats * prompt_len / seconds
 
-    def _finish(self) -> None:
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+    def profile(self, recorded: str, **arguments: Any) -> dict[str, float]:
+        """Seconds of what decode or prefill measures: in all, and of every operation by itself.
+
+        Operations inside an operation count for themselves. Recording costs a little time.
+        """
+        from torch.profiler import profile
+
+        self._around = recorder = profile()
+        getattr(self, recorded)(**arguments)
+        self._around = nullcontext()
+        found = {event.key: event.self_cpu_time_total / 1e6 for event in recorder.key_averages()}
+        return found | {TOTAL: self._seconds}
+
+    def _timed(self) -> float:
+        """Seconds until every request is answered."""
+        with self._around:
+            start = time.perf_counter()
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
+            self._seconds = time.perf_counter() - start
+        return self._seconds
 
     def _submit(self, batch: int, prompt_len: int, output_len: int, seed: int) -> None:
         from vllm import SamplingParams

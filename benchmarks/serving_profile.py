@@ -1,0 +1,131 @@
+"""Where the time of a step goes, dense and compressed, and what perfect products would gain.
+
+    python benchmarks/serving_profile.py [DENSE SMALL ...]
+
+The models are those of serving_1b.py unless named. Every engine records the operations of the same
+workloads in turn, A B C, C B A, ...; of the rounds the median. `allowed` is the ratio to dense that
+would be left if the compressed model's products took exactly their share of the dense model's time,
+and everything else took what it takes: the machine and vLLM allow no more.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from serving_1b import KEEPS
+
+from svdserve.compression.machine import this_machine
+from svdserve.server.bench import BenchOptions, start_engine
+from svdserve.server.bench_worker import TOTAL
+from svdserve.server.cpu_install import work_around
+from svdserve.server.ideal import ModelWork, model_work
+from svdserve.server.study import write_json
+
+PRODUCTS = ("svdserve::lowrank", "_C::onednn_mm")
+ATTENTION = ("_C::cpu_attention_with_kv_cache",)
+OUTSIDE = "outside of operations"
+
+
+def parts(recorded: dict[str, float]) -> dict[str, float]:
+    """Seconds of products (linears and head), attention, other operations, and between them."""
+    total = recorded.pop(TOTAL)
+    products = sum(recorded.get(name, 0.0) for name in PRODUCTS)
+    attention = sum(recorded.get(name, 0.0) for name in ATTENTION)
+    operations = sum(recorded.values())
+    return {
+        TOTAL: total,
+        "products": products,
+        "attention": attention,
+        "other operations": operations - products - attention,
+        OUTSIDE: total - operations,
+    }
+
+
+def calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each workload and the call of bench_worker.Engine.profile that records it."""
+    lengths = {"prompt_len": options.prompt_len, "output_len": options.output_len}
+    for batch in options.batch_sizes:
+        yield f"decode_{batch}", {"method": "decode", "batch": batch, "seed": seed, **lengths}
+    prefill = {"prompt_len": options.prefill_len, "seed": seed, "repeats": 1}
+    yield f"prefill_{options.prefill_len}", {"method": "prefill", **prefill}
+
+
+def multiplied(work: ModelWork, workload: str) -> int:
+    """Parameters of a workload's products; of prefill the head sees one token only."""
+    head = work.head_parameters if workload.startswith("decode") else 0
+    return work.linear_parameters + head
+
+
+Rounds = dict[tuple[str, str], list[dict[str, float]]]  # by workload and model
+
+
+def record(directories: list[Path], options: BenchOptions, pairs: int) -> Rounds:
+    """Every round of every workload and model; the one that warms up is left out."""
+    rounds: Rounds = {}
+    with ExitStack() as stack:
+        engines = [(d.name, stack.enter_context(start_engine(d, options))) for d in directories]
+        for number in range(pairs + 1):
+            for workload, call in calls(options, number):
+                for name, engine in engines:
+                    message = {**call, "recorded": call["method"], "method": "profile"}
+                    found = parts(engine.call(message))
+                    if number:
+                        rounds.setdefault((workload, name), []).append(found)
+            engines.reverse()
+    return rounds
+
+
+def compared(dense: list[dict[str, float]], own: list[dict[str, float]], share: float) -> Any:
+    """Median seconds of a model, its ratio to dense, and the ratio that is allowed."""
+    pairs = list(zip(dense, own, strict=True))
+    allowed = [
+        theirs[TOTAL] / (mine[TOTAL] - mine["products"] + share * theirs["products"])
+        for theirs, mine in pairs
+    ]
+    return {
+        "seconds": {part: statistics.median(one[part] for one in own) for part in own[0]},
+        "over_dense": statistics.median(theirs[TOTAL] / mine[TOTAL] for theirs, mine in pairs),
+        "allowed": statistics.median(allowed),
+        "share_of_products": share,
+    }
+
+
+def main() -> None:
+    """Record, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, nargs="*", help="the dense one first")
+    parser.add_argument("--json", type=Path, default=Path("results/serving_profile.json"))
+    parser.add_argument("--pairs", type=int, default=5, help="rounds; one more warms up")
+    given = parser.parse_args()
+    folder = Path("work/serving_1b")
+    directories = given.models or [folder / "dense", *(folder / f"keep-{k:g}" for k in KEEPS)]
+    dense, *small = directories
+    options = BenchOptions(
+        dense=dense, models=tuple(small), dtype="bfloat16", kv_cache_bytes=256 << 20
+    )
+    work_around()
+    rounds = record(directories, options, given.pairs)
+    work = {directory.name: model_work(directory) for directory in directories}
+    workloads: dict[str, dict[str, Any]] = {}
+    for (workload, name), own in rounds.items():
+        share = multiplied(work[name], workload) / multiplied(work[dense.name], workload)
+        found = compared(rounds[workload, dense.name], own, share)
+        workloads.setdefault(workload, {})[name] = found
+        print(workload, name, {part: f"{s:.3f}" for part, s in found["seconds"].items()})
+        print(f"    over dense {found['over_dense']:.3f}, allowed {found['allowed']:.3f}")
+    written = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": this_machine().model_dump(mode="json"),
+        "options": options.model_dump(mode="json"),
+        "pairs": given.pairs,
+        "workloads": workloads,
+    }
+    write_json(given.json, written)
+
+
+if __name__ == "__main__":
+    main()
