@@ -16,6 +16,7 @@ from svdserve.server.bench import BenchResult, plot_bench
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
+PARTS = ("total", "products", "attention", "other operations", "outside of operations")
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -34,13 +35,13 @@ def comparison(name: str) -> str:
     return markdown(Comparison.model_validate(_read(name)))
 
 
-def speed() -> str:
-    """Median and range of the rounds, over the dense model."""
-    found = _read("serving_1b")
-    result = found["result"]
+def speed(file: str) -> str:
+    """Median and range of the rounds, over the dense model, and the ideal ratio."""
+    result = _read(file)["result"]
     models: dict[str, dict[str, str]] = {}
     for ratio in result["ratios"]:
-        cell = f"{ratio['median']:.2f} ({ratio['lowest']:.2f}–{ratio['highest']:.2f})"
+        spread = f"{ratio['lowest']:.2f}–{ratio['highest']:.2f}"
+        cell = f"{ratio['median']:.2f} ({spread}; ideal {ratio['ideal']:.2f})"
         name = Path(ratio["directory"]).name
         models.setdefault(name, {})[ratio["workload"]] = cell
     workloads = list(next(iter(models.values())))
@@ -56,6 +57,17 @@ def speed() -> str:
     for name, cells in models.items():
         rows.append([f"`{name}`", *sizes[name], *(cells[w] for w in workloads)])
     return _table(["model", "weights, MiB", "worker memory, MiB", *labels], rows)
+
+
+def profile() -> str:
+    """Where the time of a step goes, in seconds, and what the machine allows."""
+    rows = []
+    for workload, models in _read("serving_profile")["workloads"].items():
+        for name, one in models.items():
+            seconds = [f"{one['seconds'][part]:.2f}" for part in PARTS]
+            ratios = [f"{one[ratio]:.2f}" for ratio in ("over_dense", "allowed")]
+            rows.append([workload.replace("_", " "), f"`{name}`", *seconds, *ratios])
+    return _table(["workload", "model", *PARTS, "over dense", "allowed"], rows)
 
 
 def cost() -> str:
@@ -110,7 +122,9 @@ TABLES = {
     "methods": partial(comparison, "methods_smollm2"),
     "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
-    "speed": speed,
+    "speed": partial(speed, "serving_1b"),
+    "compiled": partial(speed, "serving_1b_compiled"),
+    "profile": profile,
     "beta": betas,
     "cost": cost,
     "kills": kills,
