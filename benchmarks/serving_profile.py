@@ -105,7 +105,12 @@ def main() -> None:
     directories = given.models or [folder / "dense", *(folder / f"keep-{k:g}" for k in KEEPS)]
     dense, *small = directories
     options = BenchOptions(
-        dense=dense, models=tuple(small), dtype="bfloat16", kv_cache_bytes=256 << 20
+        dense=dense,
+        models=tuple(small),
+        batch_sizes=(8, 32),
+        output_len=17,  # every step adds a thousand records
+        dtype="bfloat16",
+        kv_cache_bytes=256 << 20,
     )
     work_around()
     rounds = record(directories, options, given.pairs)
