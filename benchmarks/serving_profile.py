@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def main() -> None:
     rounds = record(directories, options, given.pairs)
     work = {directory.name: model_work(directory) for directory in directories}
     workloads: dict[str, dict[str, Any]] = {}
-    for (workload, name), own in rounds.items():
+    for workload, name in product(dict.fromkeys(w for w, _ in rounds), work):
+        own = rounds[workload, name]
         share = multiplied(work[name], workload) / multiplied(work[dense.name], workload)
         found = compared(rounds[workload, dense.name], own, share)
         workloads.setdefault(workload, {})[name] = found
