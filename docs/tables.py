@@ -53,7 +53,8 @@ def speed(file: str) -> str:
     labels = [
         w.replace("decode_", "decode, batch ").replace("prefill_", "prefill of ") for w in workloads
     ]
-    rows = [["`dense`", *sizes["dense"], *["1"] * len(workloads)]]
+    dense = next(iter(sizes))
+    rows = [[f"`{dense}`", *sizes[dense], *["1"] * len(workloads)]]
     for name, cells in models.items():
         rows.append([f"`{name}`", *sizes[name], *(cells[w] for w in workloads)])
     return _table(["model", "weights, MiB", "worker memory, MiB", *labels], rows)
@@ -123,6 +124,7 @@ TABLES = {
     "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": partial(speed, "serving_1b"),
+    "small": partial(speed, "serving_smollm2"),
     "compiled": partial(speed, "serving_1b_compiled"),
     "profile": profile,
     "beta": betas,
