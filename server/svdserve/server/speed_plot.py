@@ -35,7 +35,8 @@ def draw(
                 [point.median - point.lowest for point in points],
                 [point.highest - point.median for point in points],
             ]
-            colour, places = f"C{number}", range(len(points))
+            aside = 0.06 * (number - (len(models) - 1) / 2)  # so that no range hides another
+            colour, places = f"C{number}", [place + aside for place in range(len(points))]
             axes.errorbar(
                 places, medians, yerr=spread, color=colour, marker="o", capsize=3, label=model
             )
@@ -48,5 +49,5 @@ def draw(
         axes.axhline(1, color="grey", linestyle="--", label=dense)
         axes.set(title=title)
     every[0].set_ylabel(ylabel)
-    every[0].legend()
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper")
     save_figure(figure, file)
