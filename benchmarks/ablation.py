@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.compare import Evaluation, compare, markdown
+from svdserve.compression.compare import Cell, Evaluation, checkpoint_of, compare, markdown
 from svdserve.compression.inspection import inspect_checkpoint
 from svdserve.compression.recipe import make_recipe
 from svdserve.compression.workdir import save_json
@@ -54,11 +54,12 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def mean_beta(checkpoint: Path) -> float | None:
+def mean_beta(cell: Cell, work: Path) -> float | None:
     """Over the factored modules; None for the dense model and methods without β."""
-    if not checkpoint.exists():
+    if cell.recipe is None:
         return None
-    found = [m.beta for m in inspect_checkpoint(checkpoint).modules if m.beta is not None]
+    modules = inspect_checkpoint(checkpoint_of(work, cell.name, cell.keep)).modules
+    found = [module.beta for module in modules if module.beta is not None]
     return statistics.mean(found) if found else None
 
 
@@ -87,7 +88,7 @@ def main() -> None:
             "perplexity": cell.perplexities[0].perplexity,
             "excess": cell.excess(found.cells[0], 0),
             "stored_bytes": cell.stored_bytes,
-            "beta": mean_beta(given.work / f"{cell.name}-keep{given.keep:g}"),
+            "beta": mean_beta(cell, given.work),
         }
         for cell in found.cells
     }

@@ -11,8 +11,6 @@ and everything else took what it takes: the machine and vLLM allow no more.
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,8 @@ from typing import Any
 from serving_1b import KEEPS
 
 from svdserve.compression.machine import this_machine
-from svdserve.server.bench import BenchOptions, start_engine
+from svdserve.server.bench import BenchOptions, start_engines, turns
 from svdserve.server.bench_worker import TOTAL
-from svdserve.server.cpu_install import work_around
 from svdserve.server.ideal import ModelWork, model_work
 from svdserve.server.study import write_json
 
@@ -46,15 +43,6 @@ def parts(recorded: dict[str, float]) -> dict[str, float]:
     }
 
 
-def calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each workload and the call of bench_worker.Engine.profile that records it."""
-    lengths = {"prompt_len": options.prompt_len, "output_len": options.output_len}
-    for batch in options.batch_sizes:
-        yield f"decode_{batch}", {"method": "decode", "batch": batch, "seed": seed, **lengths}
-    prefill = {"prompt_len": options.prefill_len, "seed": seed, "repeats": 1}
-    yield f"prefill_{options.prefill_len}", {"method": "prefill", **prefill}
-
-
 def multiplied(work: ModelWork, workload: str) -> int:
     """Parameters of a workload's products; of prefill the head sees one token only."""
     head = work.head_parameters if workload.startswith("decode") else 0
@@ -64,19 +52,18 @@ def multiplied(work: ModelWork, workload: str) -> int:
 Rounds = dict[tuple[str, str], list[dict[str, float]]]  # by workload and model
 
 
-def record(directories: list[Path], options: BenchOptions, pairs: int) -> Rounds:
-    """Every round of every workload and model; the one that warms up is left out."""
+def record(options: BenchOptions) -> Rounds:
+    """Every round that counts, of every workload and model."""
     rounds: Rounds = {}
-    with ExitStack() as stack:
-        engines = [(d.name, stack.enter_context(start_engine(d, options))) for d in directories]
-        for number in range(pairs + 1):
-            for workload, call in calls(options, number):
-                for name, engine in engines:
-                    message = {**call, "recorded": call["method"], "method": "profile"}
-                    found = parts(engine.call(message))
-                    if number:
-                        rounds.setdefault((workload, name), []).append(found)
-            engines.reverse()
+    names = [directory.name for directory in options.directories]
+    with start_engines(options) as engines:
+        members = list(zip(engines, names, strict=True))
+        for counts, workload, call, (engine, name) in turns(members, options):
+            recorded = call["method"]
+            once = {"repeats": 1} if recorded == "prefill" else {}
+            found = parts(engine.call({**call, **once, "method": "profile", "recorded": recorded}))
+            if counts:
+                rounds.setdefault((workload, name), []).append(found)
     return rounds
 
 
@@ -108,16 +95,16 @@ def main() -> None:
     options = BenchOptions(
         dense=dense,
         models=tuple(small),
+        pairs=given.pairs,
         batch_sizes=(8, 32),
         output_len=17,  # every step adds a thousand records
         dtype="bfloat16",
         kv_cache_bytes=256 << 20,
     )
-    work_around()
-    rounds = record(directories, options, given.pairs)
+    rounds = record(options)
     work = {directory.name: model_work(directory) for directory in directories}
     workloads: dict[str, dict[str, Any]] = {}
-    for workload, name in product(dict.fromkeys(w for w, _ in rounds), work):
+    for workload, name in product(options.workloads, work):
         own = rounds[workload, name]
         share = multiplied(work[name], workload) / multiplied(work[dense.name], workload)
         found = compared(rounds[workload, dense.name], own, share)
@@ -128,7 +115,6 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "machine": this_machine().model_dump(mode="json"),
         "options": options.model_dump(mode="json"),
-        "pairs": given.pairs,
         "workloads": workloads,
     }
     write_json(given.json, written)

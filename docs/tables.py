@@ -16,7 +16,6 @@ from svdserve.server.bench import BenchResult, plot_bench
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
-PARTS = ("total", "products", "attention", "other operations", "outside of operations")
 _PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -65,10 +64,10 @@ def profile() -> str:
     rows = []
     for workload, models in _read("serving_profile")["workloads"].items():
         for name, one in models.items():
-            seconds = [f"{one['seconds'][part]:.2f}" for part in PARTS]
-            ratios = [f"{one[ratio]:.2f}" for ratio in ("over_dense", "allowed")]
-            rows.append([workload.replace("_", " "), f"`{name}`", *seconds, *ratios])
-    return _table(["workload", "model", *PARTS, "over dense", "allowed"], rows)
+            figures = one["seconds"] | {"over dense": one["over_dense"], "allowed": one["allowed"]}
+            cells = (f"{figure:.2f}" for figure in figures.values())
+            rows.append([workload.replace("_", " "), f"`{name}`", *cells])
+    return _table(["workload", "model", *figures], rows)
 
 
 def cost() -> str:
@@ -145,16 +144,16 @@ def filled(text: str) -> str:
 
 def main() -> None:
     """Write everything, or check the tables."""
-    stale = []
+    check, stale = "--check" in sys.argv, []
     for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         text = page.read_text()
         if (now := filled(text)) != text:
             stale.append(page.name)
-            if "--check" not in sys.argv:
+            if not check:
                 page.write_text(now)
-    if "--check" not in sys.argv:
+    if not check:
         picture()
-    if stale and "--check" in sys.argv:
+    elif stale:
         sys.exit(f"out of date: {', '.join(stale)}; run python docs/tables.py")
 
 

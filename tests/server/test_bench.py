@@ -16,7 +16,7 @@ from svdserve.server.bench import (
     plot_bench,
     print_bench,
     run_bench,
-    start_engine,
+    start_engines,
 )
 from svdserve.server.bench_worker import TOTAL
 
@@ -114,8 +114,7 @@ def test_an_engine_that_can_not_start_tells_why(options: BenchOptions) -> None:
 @pytest.mark.vllm
 def test_the_profile_divides_the_measured_time(options: BenchOptions) -> None:
     """The parts that the profile of a step is made of are all of its time, and none is negative."""
-    (small,) = options.models
-    with start_engine(small, options) as engine:
+    with start_engines(options) as (_, engine):
         lengths = {"prompt_len": 8, "output_len": 8, "batch": 4, "seed": 0}
         engine.call({"method": "decode", **lengths})
         recorded = engine.call({"method": "profile", "recorded": "decode", **lengths})

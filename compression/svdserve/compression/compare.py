@@ -120,12 +120,17 @@ def compare(
             recipe = template.model_copy(update={"keep": keep})
             if recipe.keeps_all:
                 continue  # the dense model, which has its row
-            out = work / f"{name}-keep{keep:g}"
+            out = checkpoint_of(work, name, keep)
             _compress(model, out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
             beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
             add_results(out, markdown(beside))
     return Comparison(model=directory.name, cells=cells)
+
+
+def checkpoint_of(work: Path, name: str, keep: float) -> Path:
+    """Where the working folder holds the checkpoint of a cell."""
+    return work / f"{name}-keep{keep:g}"
 
 
 def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
@@ -162,7 +167,8 @@ def _cell(
     work: Path,
     evaluation: Evaluation,
 ) -> Cell:
-    record = work / f"{name}-keep{keep:g}.json"
+    out = checkpoint_of(work, name, keep)
+    record = out.with_name(f"{out.name}.json")
     key = evaluation.key(recipe)
     if record.exists():
         kept = json.loads(record.read_text())

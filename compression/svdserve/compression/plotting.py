@@ -10,21 +10,22 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of this size in inches; its SVG holds text, and the same for the same data.
+    """An empty figure of this size in inches.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("a plot needs matplotlib: pip install 'svdserve[eval]'") from None
-    matplotlib.rcParams |= {"svg.hashsalt": "svdserve", "svg.fonttype": "none"}
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", file: Path) -> None:
-    """As .svg or .png, by the name of the file."""
+    """As .svg or .png, by the name of the file; an SVG has text as text, and no date or chance."""
+    from matplotlib import rc_context
+
     metadata = {"Date": None} if file.suffix == ".svg" else {}
-    figure.savefig(file, metadata=metadata)
+    with rc_context({"svg.hashsalt": "svdserve", "svg.fonttype": "none"}):
+        figure.savefig(file, metadata=metadata)

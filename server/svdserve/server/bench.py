@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
@@ -37,6 +36,9 @@ from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import check_model
 from svdserve.server.speed_plot import Point, draw
 
+Member = TypeVar("Member")
+Item = TypeVar("Item")
+
 
 class BenchOptions(BaseModel):
     """What is measured; lengths in tokens."""
@@ -53,6 +55,11 @@ class BenchOptions(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     eager: bool = Field(default=True, description="without compilation and CUDA graphs")
     kv_cache_bytes: PositiveInt = Field(default=512 << 20, description="KV cache of each engine")
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Of all models, the dense one first."""
+        return (self.dense, *self.models)
 
     @property
     def workloads(self) -> tuple[str, ...]:
@@ -151,32 +158,59 @@ def run_bench(options: BenchOptions) -> BenchResult:
         UserError: a directory that cannot be served, or a model too short for the prompts.
         RuntimeError: an engine died; carries the end of its log.
     """
-    directories = [options.dense, *options.models]
-    for directory in directories:
-        check_model(directory)
-        _check_context(directory, _context(options))
-    work_around()
-    progress = partial(track, console=Console(stderr=True), transient=True)
-    with ExitStack() as stack:
-        engines = [
-            stack.enter_context(start_engine(directory, options))
-            for directory in progress(directories, "loading")
-        ]
+    with start_engines(options) as engines:
         results = [
             ModelResult(
                 directory=str(d), facts=model_facts(d), work=options.work(d), **engine.description
             )
-            for d, engine in zip(directories, engines, strict=True)
+            for d, engine in zip(options.directories, engines, strict=True)
         ]
-        order = list(zip(engines, results, strict=True))
-        for number in progress(range(options.pairs + 1), "measuring"):
-            for workload, call in _calls(options, seed=number):
-                for engine, result in order:
-                    speed = engine.call(call)
-                    if number:  # Round 0 warms up.
-                        result.tokens_per_second.setdefault(workload, []).append(speed)
-            order.reverse()
+        members = list(zip(engines, results, strict=True))
+        for counts, workload, call, (engine, result) in turns(members, options):
+            speed = engine.call(call)
+            if counts:
+                result.tokens_per_second.setdefault(workload, []).append(speed)
     return BenchResult(options=options, machine=this_machine(), models=results)
+
+
+@contextmanager
+def start_engines(options: BenchOptions) -> Iterator[list["EngineProcess"]]:
+    """The engines of the dense and the other models, loaded; their processes end with the context.
+
+    Raises:
+        UserError: a directory that cannot be served, or a model too short for the prompts.
+        RuntimeError: an engine died; carries the end of its log.
+    """
+    for directory in options.directories:
+        check_model(directory)
+        _check_context(directory, _context(options))
+    work_around()
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(_engine(directory, options))
+            for directory in _shown(options.directories, "loading")
+        ]
+
+
+def turns(
+    members: Sequence[Member], options: BenchOptions
+) -> Iterator[tuple[bool, str, dict[str, Any], Member]]:
+    """Whose turn it is, A B C, C B A, ..., and with what.
+
+    Yields:
+        Whether it counts (the first round warms up), the workload, the call of bench_worker.Engine
+        that measures it, and the member.
+    """
+    order = list(members)
+    for number in _shown(range(options.pairs + 1), "measuring"):
+        for workload, call in _calls(options, seed=number):
+            for member in order:
+                yield number > 0, workload, call, member
+        order.reverse()
+
+
+def _shown(items: Sequence[Item], what: str) -> Iterable[Item]:
+    return track(items, what, console=Console(stderr=True), transient=True)
 
 
 def print_bench(result: BenchResult) -> None:
@@ -276,12 +310,8 @@ class EngineProcess:
 
 
 @contextmanager
-def start_engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
-    """A loaded engine; its process ends with the context.
-
-    Raises:
-        RuntimeError: it died; carries the end of its log.
-    """
+def _engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
+    """A loaded engine; its process ends with the context."""
     batch = max(options.batch_sizes)
     engine_options = EngineOptions(
         directory=str(directory),
