@@ -79,7 +79,7 @@ $(STAMP): pyproject.toml compression/svdserve_startup.py compression/svdserve_st
 	$(PIP) install --quiet --upgrade pip
 	$(if $(LOCKED),$(INSTALL_LOCKED),$(INSTALL))
 	$(BIN)/python -m svdserve.server.cpu_install
-	$(BIN)/python -m svdserve.kernels.cpu
+	$(BIN)/python -c 'from svdserve.kernels.cpu import unsupported; print("fused kernel:", unsupported() or "ready")'
 	touch $@
 
 clean:
