@@ -70,6 +70,25 @@ def profile() -> str:
     return _table(["workload", "model", *figures], rows)
 
 
+def layers() -> str:
+    """Time of a low-rank layer over its two products alone, lowest and highest over κ."""
+    rows: list[list[str]] = []
+    for file in ("kernels_1b", "kernels_1b_xeon"):
+        found = _read(file)
+        names = {layer["name"]: None for layer in found["options"]["layers"]}
+        for count in found["options"]["rows"]:
+            cells = []
+            for name in names:
+                ratios = [
+                    one["over_products"]
+                    for one in found["results"]
+                    if one["rows"] == count and one["layer"]["name"] == name
+                ]
+                cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+            rows.append([found["machine"]["processor"], str(count), *cells])
+    return _table(["processor", "rows", *(f"`{name}`" for name in names)], rows)
+
+
 def cost() -> str:
     """What a compression with the default recipe took."""
     found = _read("compression_cost")
@@ -126,6 +145,7 @@ TABLES = {
     "small": partial(speed, "serving_smollm2"),
     "compiled": partial(speed, "serving_1b_compiled"),
     "profile": profile,
+    "layers": layers,
     "beta": betas,
     "cost": cost,
     "kills": kills,

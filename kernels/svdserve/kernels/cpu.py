@@ -1,8 +1,8 @@
 """The fused low-rank linear for x86 processors with AVX512-BF16, and AMX if they have it.
 
-The library (cpu_bf16.cpp) is compiled once, at install (``python -m svdserve.kernels.cpu``) or at
-first use, into the folder where torch keeps its extensions. Where it cannot be used ``unsupported``
-says why, and callers run the two products on their own.
+The library (cpu_bf16.cpp) is compiled once, at first use (``make install`` is one), into the folder
+where torch keeps its extensions. Where it cannot be used ``unsupported`` says why, and callers run
+the two products on their own.
 """
 
 import hashlib
