@@ -30,7 +30,7 @@ from servers import (
     wait_until,
 )
 from svdserve.compression.errors import UserError
-from svdserve.server import errors, security, shutdown
+from svdserve.server import security, shutdown
 from svdserve.server.serve import allowed_plugins, check_model, server_arguments
 from svdserve.server.worker import EXTENSION
 
@@ -137,6 +137,17 @@ def test_chat_is_the_completion_of_the_rendered_template(server: Server) -> None
 def test_an_unknown_model_is_refused(server: Server) -> None:
     with pytest.raises(openai.NotFoundError, match="nothing-of-that-name"):
         server.client.completions.create(model="nothing-of-that-name", prompt="w1")
+
+
+def test_a_bad_request_is_not_counted_as_a_fault_of_the_server(server: Server) -> None:
+    with server.http() as client:
+        question = {"state": "w1", "questions": {"a": {"type": "boolean"}}}
+        assert client.post("/v1/systemone", json=question).status_code == 404
+        careless = {"model": NAME, "prompt": "w1", "structured_outputs": True}
+        assert client.post("/v1/completions", json=careless).status_code == 400
+    counted = re.findall(r"^http_requests_total\S*", server.get("/metrics"), re.MULTILINE)
+    assert any('"4xx"' in one and "/v1/completions" in one for one in counted)
+    assert not [one for one in counted if '"5xx"' in one]
 
 
 def test_gauges_agree_with_the_files(server: Server, models: Models) -> None:
@@ -248,7 +259,7 @@ def test_given_flags_are_kept(models: Models) -> None:
     given = ["--host=localhost", "--port", str(free_port()), "--worker-extension-cls", "own.Class"]
     given += ["--served-model-name", "own", "--shutdown-timeout=0"]
     middleware = []
-    for module in (errors, security, shutdown):
+    for module in (security, shutdown):
         middleware += ["--middleware", module.MIDDLEWARE]
     assert server_arguments(str(models.factored), given) == given + middleware
     defaults = ["--served-model-name", "factored", "--shutdown-timeout", "30"]

@@ -1,9 +1,9 @@
 """Our part of vLLM's API server: the plug-in that its ``vllm.endpoint_plugins`` group loads.
 
 The application, its OpenAI routes and /metrics stay vLLM's own. This adds GET /svdserve/model,
-/svdserve/groups and /dashboard, and starts the gauges of metrics.py. The contract is
-vllm/plugins/endpoint_plugins/interface.py; vLLM loads such plug-ins only when VLLM_PLUGINS names
-them, which serve.py sees to.
+/svdserve/groups and /dashboard, the shape of errors (errors.py), and starts the gauges of
+metrics.py. The contract is vllm/plugins/endpoint_plugins/interface.py; vLLM loads such plug-ins
+only when VLLM_PLUGINS names them, which serve.py sees to.
 """
 
 import asyncio
@@ -17,11 +17,13 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
+from starlette.middleware import Middleware
 
 from svdserve.compression.checkpoint import is_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.inspection import ModuleFacts, inspect_checkpoint
 from svdserve.server.dashboard import attach_dashboard
+from svdserve.server.errors import RequestErrors
 from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
 
@@ -80,6 +82,8 @@ class EndpointPlugin:
             return state(request).groups
 
         attach_dashboard(app)
+        # The last is the innermost: http_requests_total counts the statuses that clients get.
+        app.user_middleware.append(Middleware(RequestErrors))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Called by vLLM before the server listens; the model is loaded by then.

@@ -3,7 +3,8 @@
 vLLM answers most errors in that shape, but not those of its web framework ({"detail": ...}: an
 unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
 asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
-so this ASGI middleware makes it 404. Where a validator of vLLM's fails on a value of a type that it
+so this ASGI middleware makes it 404. app.py puts it inside vLLM's counter of answers, which would
+otherwise count a failure of ours. Where a validator of vLLM's fails on a value of a type that it
 did not expect ({"structured_outputs": true} in 0.32), so that pydantic does not report it, the
 answer is 400. No other 5xx is touched. In the log a bad request is one line: some of vLLM's routes
 write a stack trace for it.
@@ -19,7 +20,6 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MIDDLEWARE = f"{__name__}.RequestErrors"
 # The modules that have pydantic check what a request holds.
 _READERS = {"fastapi.dependencies.utils", "vllm.entrypoints.serve.sagemaker.api_router"}
 

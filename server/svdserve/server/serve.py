@@ -21,7 +21,7 @@ from svdserve.compression.checkpoint import (
     read_json,
 )
 from svdserve.compression.errors import UserError
-from svdserve.server import errors, security, shutdown
+from svdserve.server import security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.keys import ApiKeys, digest_of
@@ -168,7 +168,7 @@ def server_arguments(
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
-    for module in (errors, security, shutdown):  # The last is the outermost.
+    for module in (security, shutdown):  # The last is the outermost.
         arguments += ["--middleware", module.MIDDLEWARE]
     if serves_on_cpu() and given.config is None and given.nnodes == 1:
         workers = given.tensor_parallel_size or 1
