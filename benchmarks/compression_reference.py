@@ -7,8 +7,9 @@ The reference and ``svdserve compress`` factor the same model on the same token 
 keep ratio with the same threads, each in a process of its own, in turn. A process is timed from
 its start to the end of its stage: svdserve's up to the finished checkpoint, the reference's
 without writing its result (reference_stages.py says how it is run). Both results, and the dense
-model, are read on the same text; the reference's as dense weights. Results of several references
-stay side by side in one file.
+model, are read on the same text; the reference's as dense weights. A third process, ``bare``, does
+only the arithmetic that no such stage can do without, so that reference over bare is the most that
+any code could reach on the machine. Results of several references stay side by side in one file.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from svdserve.compression.recipe import Recipe, dump_recipe, load_recipe, make_r
 from svdserve.server.study import write_json
 
 BAR = 3.0
-OURS, REFERENCE = "svdserve", "reference"
+OURS, REFERENCE, BARE = "svdserve", "reference", "bare"
 
 
 def timed(command: list[str], threads: int) -> dict[str, float]:
@@ -60,15 +61,22 @@ def commands(given: argparse.Namespace, recipe: Recipe) -> dict[str, list[str]]:
     written.write_text(dump_recipe(recipe))
     compress = ["-m", "svdserve.server.cli", "compress", "--force"]
     places: dict[str, list[str | Path]] = {
-        OURS: [*compress, given.model, "--recipe", written, "--out", given.work / OURS],
-        REFERENCE: [
-            Path(__file__).with_name("reference_stages.py"),
-            *(given.name, given.clone, given.model, tokens, given.work / given.name),
-            *("--keep", str(recipe.keep), "--dtype", given.dtype),
-        ],
+        OURS: [*compress, given.model, "--recipe", written, "--out", given.work / OURS]
     }
+    for side, name in ((REFERENCE, given.name), (BARE, "bare")):
+        places[side] = [
+            Path(__file__).with_name("reference_stages.py"),
+            *(name, given.clone, given.model, tokens, given.work / name),
+            *("--keep", str(recipe.keep), "--dtype", given.dtype),
+        ]
     threads = ["--threads", str(given.threads)]
     return {side: [sys.executable, *map(str, a), *threads] for side, a in places.items()}
+
+
+def over(runs: dict[str, list[dict[str, float]]], side: str) -> dict[str, dict[str, float]]:
+    """The reference's seconds over those of a side, in the rounds that they share."""
+    pairs = list(zip(runs[REFERENCE], runs[side], strict=True))
+    return {key: spread([r[key] / s[key] for r, s in pairs]) for key in ("seconds", "cpu_seconds")}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -92,7 +100,7 @@ def main() -> None:
     code = commit(given.clone)
     chosen = load_recipe(given.recipe) if given.recipe else {}
     recipe = make_recipe(**chosen | fields | {"keep": given.keep})
-    runs: dict[str, list[dict[str, float]]] = {REFERENCE: [], OURS: []}
+    runs: dict[str, list[dict[str, float]]] = {REFERENCE: [], OURS: [], BARE: []}
     sides = commands(given, recipe)
     for _ in range(given.pairs):
         for side, done in runs.items():
@@ -115,16 +123,14 @@ def main() -> None:
         "reference_dtype": given.dtype,
         "adapted": ADAPTED[given.name],
         "runs": runs,
-        "ratio": {
-            key: spread([r[key] / o[key] for r, o in zip(runs[REFERENCE], runs[OURS], strict=True)])
-            for key in ("seconds", "cpu_seconds")
-        },
+        "ratio": over(runs, OURS),
+        "ratio_of_bare": over(runs, BARE),
         "bar": BAR,
         "perplexity": {side: found.perplexity for side, found in read.items()},
     }
     entries = read_json(given.json) if given.json.exists() else {}
     write_json(given.json, entries | {f"{given.name} / {recipe.method}": entry})
-    print(json.dumps({key: entry[key] for key in ("ratio", "perplexity")}, indent=2))
+    print(json.dumps({key: entry[key] for key in ("ratio", "ratio_of_bare", "perplexity")}, indent=2))
 
 
 def commit(clone: Path) -> str:

@@ -8,6 +8,8 @@ NAME is one of
   the function of ``update_svd_weights_end.py`` that replaces the weights.
 * ``svd-llm``, CLONE is one of github.com/AIoT-MLSys-Lab/SVD-LLM: ``profle_svdllm`` and
   ``whitening`` of ``SVDLLM.py``.
+* ``bare``, no reference at all but the arithmetic that such a stage cannot do without, of the
+  method of SVD-LLM: how much faster than a reference could any code be? CLONE is not read.
 
 Nothing of either is copied or edited; ``ADAPTED`` says what is put in their place from outside.
 TOKENS is a safetensors file with ``tokens`` [N, L]. OUT becomes a Hugging Face directory with the
@@ -116,6 +118,54 @@ def svd_llm(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
     return network
 
 
+def bare(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
+    """What no such method does without, and nothing else: no pivots, no error, no checkpoint.
+
+    One pass of the dense model, the Gram matrix of every group's inputs (half of it: it is
+    symmetric), and of every weight the whitened product and its left singular vectors.
+    """
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    sums: dict[torch.nn.Module, Tensor] = {}
+
+    def add(linear: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, 1).float()
+        half = x.shape[1] // 2
+        total = sums.setdefault(linear, torch.zeros(x.shape[1], x.shape[1]))
+        total[half:] += x[:, half:].T @ x
+        total[:half, :half] += x[:, :half].T @ x[:, :half]
+
+    read = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    for layer in network.model.layers:
+        for name in read:
+            layer.get_submodule(name).register_forward_pre_hook(add)
+    for row in tokens:
+        network.model(row[None])
+    for layer in network.model.layers:
+        for parent, names in _PARENTS.items():
+            module = layer.get_submodule(parent)
+            for name in (f"{name}_proj" for name in names):
+                linear = module.get_submodule(name)
+                gram = sums[module.get_submodule(shared.get(name, name))]
+                _truncate(linear.weight, gram, keep)
+    return network
+
+
+def _truncate(weight: Tensor, gram: Tensor, keep: float) -> None:
+    """Put U_r U_rᵀ W in the place of W [m, n]; U from the whitened product, as in SVD-LLM."""
+    m, n = weight.shape
+    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(n)
+    root = torch.linalg.cholesky(gram.tril() + gram.tril(-1).T)
+    product = weight.float() @ root
+    rank = int(keep * m * n / (m + n))
+    if m <= n:
+        left = torch.linalg.eigh(product @ product.T).eigenvectors[:, -rank:]
+    else:
+        right = torch.linalg.eigh(product.T @ product).eigenvectors[:, -rank:]
+        left = torch.linalg.qr(product @ right).Q
+    weight.data = (left @ (left.T @ weight.float())).to(weight.dtype)
+
+
 def dense_of_pairs(network: Any, model: Path) -> Any:
     """A fresh model with the products of the factors that ``svd_llm`` left."""
     fresh = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -129,9 +179,12 @@ def dense_of_pairs(network: Any, model: Path) -> Any:
     return fresh
 
 
+STAGES = {"swift-svd": swift_svd, "svd-llm": svd_llm, "bare": bare}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(ADAPTED))
+    parser.add_argument("name", choices=[*STAGES])
     for place in ("clone", "model", "tokens", "out"):
         parser.add_argument(place, type=lambda given: Path(given).resolve())
     parser.add_argument("--keep", type=float, required=True)
@@ -144,8 +197,7 @@ def main() -> None:
     sys.path.insert(0, str(given.clone))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.chdir(folder)  # they write beside themselves
-        run = {"swift-svd": swift_svd, "svd-llm": svd_llm}[given.name]
-        network = run(given.model, tokens, given.keep, given.dtype)
+        network = STAGES[given.name](given.model, tokens, given.keep, given.dtype)
         finished = {"finished": time.time(), "cpu_seconds": time.process_time()}
         if given.name == "svd-llm":
             network = dense_of_pairs(network, given.model)
