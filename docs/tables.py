@@ -135,6 +135,37 @@ def kills() -> str:
     return _table([*headings, "identical bytes in the end"], rows)
 
 
+def reliability() -> str:
+    """Fuzz, load and soak: what was sent and what came of it."""
+    fuzz, load, soak = (_read(f"reliability_{name}") for name in ("fuzz", "load", "soak"))
+    one = load["compressed"]
+    growth = one["memory_after"] / one["memory_before"] - 1
+    rows = [
+        [
+            "`reliability_fuzz.py`",
+            f"{fuzz['cases']:,} distinct requests, valid and invalid, generated from the server's "
+            "OpenAPI document and OpenAI's",
+            f"{len(fuzz['failures'])} answered with 5xx or not at all",
+        ],
+        [
+            "`reliability_load.py`",
+            f"{load['requests']:,} requests, {load['concurrency']} at a time; a fifth is cut off, "
+            "a tenth malformed or too long",
+            f"{one['server_errors']} 5xx, {one['unanswered']} unanswered, {one['differing']} of "
+            f"{one['compared']} greedy answers other than the idle server's, "
+            f"memory {growth:+.1%}",
+        ],
+        [
+            "`reliability_soak.py`",
+            f"{soak['minutes']} minutes, {soak['concurrency']} clients, "
+            f"{soak['requests']:,} requests",
+            f"{soak['server_errors']} 5xx, memory {soak['memory_drift']:+.1%}, "
+            f"median latency {soak['latency_drift']:+.1%}",
+        ],
+    ]
+    return _table(["benchmark", "what is sent", "what came of it"], rows)
+
+
 TABLES = {
     "quality": partial(comparison, "comparison_smollm2"),
     "lower": partial(comparison, "comparison_smollm2_keep06"),
@@ -149,6 +180,7 @@ TABLES = {
     "beta": betas,
     "cost": cost,
     "kills": kills,
+    "reliability": reliability,
 }
 
 
