@@ -81,6 +81,17 @@ def test_every_published_route_needs_a_key(server: Server) -> None:
             expected = 200 if path in ("/health", "/ping") else 401
             for client in (anybody, wrong):
                 assert client.request(method, path).status_code == expected, (method, path)
+                assert client.options(path).status_code == expected or expected == 200, path
+
+
+def test_a_preflight_tells_nothing(server: Server) -> None:
+    preflight = {"origin": "https://page", "access-control-request-method": "GET"}
+    with server.http() as anybody:
+        for path in ("/metrics", "/svdserve/groups", "/v1/models"):
+            assert anybody.options(path).status_code == 401
+            assert "svdserve" not in anybody.options(path, headers=preflight).text
+    with server.http(KEY) as client:
+        assert "svdserve_keep_ratio" in client.get("/metrics").text
 
 
 def test_any_of_the_keys_opens_every_api_server(server: Server) -> None:

@@ -97,8 +97,7 @@ class Guard:
             _hide_model_path(scope["app"].state)
             await self._app(scope, receive, send)
             return
-        # A browser asks with OPTIONS before it sends a key; no route runs anything on it.
-        if scope.get("method") != "OPTIONS" and not self._may_pass(scope):
+        if not _is_preflight(scope) and not self._may_pass(scope):
             await _refuse_key(scope, send)
             return
         if scope["type"] == "websocket":
@@ -125,6 +124,16 @@ class Guard:
         if monitoring and self._options.metrics_auth == "none":
             return True
         return any(self._keys.accepts(key) for key in _presented(Headers(scope=scope), monitoring))
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks before it sends a key; vLLM's CORS middleware answers, and no route.
+
+    Other OPTIONS do reach routes, and /metrics answers every method.
+    """
+    headers = Headers(scope=scope)
+    named = "origin" in headers and "access-control-request-method" in headers
+    return scope.get("method") == "OPTIONS" and named
 
 
 def route_path(scope: Scope) -> str:
