@@ -60,6 +60,10 @@ def test_error_and_beta_come_from_the_log(
     assert (rows[module].error, rows[module].beta) == (0.25, 0.5)
     other = rows["model.layers.1.self_attn.qkv_proj"]
     assert (other.error, other.beta) == (None, None)
+    for number in ("NaN", "1e999", "true", '"0.5"', "[]", "9" * 400, "9" * 9000):
+        log.write_text(json.dumps(entry).replace("0.25", number))
+        rows = {row.module: row for row in inspect_checkpoint(checkpoint).modules}
+        assert rows[module].error is None, number
     log.unlink()
     print_inspection(inspect_checkpoint(checkpoint))
     assert "–" in capsys.readouterr().out

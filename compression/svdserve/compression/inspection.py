@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.text import Text
 from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
 from svdserve.compression.factors import parameters
 from svdserve.compression.schema import GROUPS
+from svdserve.compression.untrusted import MAX_JSON_BYTES
 
 _DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
 
@@ -110,7 +110,9 @@ def print_inspection(inspection: Inspection) -> None:
     )
 
 
-def _factored(checkpoint: Checkpoint, log: dict[str, dict[str, Any]]) -> Iterator[ModuleFacts]:
+def _factored(
+    checkpoint: Checkpoint, log: dict[str, dict[str, float | None]]
+) -> Iterator[ModuleFacts]:
     for name, spec in checkpoint.config.modules.items():
         nbytes, dense_nbytes = checkpoint.bytes_of(name)
         logged = log.get(name, {})
@@ -154,22 +156,37 @@ def _dtype(checkpoint: Checkpoint, tensor: str) -> str:
     return str(checkpoint.files.info[tensor].dtype).removeprefix("torch.")
 
 
-def _log(path: Path) -> dict[str, dict[str, Any]]:
-    """The last ``group`` line of every module; lines that are cut off or foreign are ignored."""
-    entries: dict[str, dict[str, Any]] = {}
+def _log(path: Path) -> dict[str, dict[str, float | None]]:
+    """The last ``group`` line of every module; lines that are cut off or foreign are ignored.
+
+    So is what comes after more bytes than any real log has.
+    """
+    entries: dict[str, dict[str, float | None]] = {}
     if not path.exists():
         return entries
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES)
+    for line in content.splitlines():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if not isinstance(entry, dict) or entry.get("event") != "group":
             continue
-        numbers = {key: entry.get(key) for key in ("error", "beta")}
-        if all(value is None or isinstance(value, int | float) for value in numbers.values()):
-            entries[str(entry.get("module"))] = numbers
+        entries[str(entry.get("module"))] = {
+            key: _finite(entry.get(key)) for key in ("error", "beta")
+        }
     return entries
+
+
+def _finite(value: object) -> float | None:
+    """A number that a float can hold; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _order(module: str) -> list[tuple[int, int, str]]:
