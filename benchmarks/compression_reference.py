@@ -130,7 +130,9 @@ def main() -> None:
     }
     entries = read_json(given.json) if given.json.exists() else {}
     write_json(given.json, entries | {f"{given.name} / {recipe.method}": entry})
-    print(json.dumps({key: entry[key] for key in ("ratio", "ratio_of_bare", "perplexity")}, indent=2))
+    print(
+        json.dumps({key: entry[key] for key in ("ratio", "ratio_of_bare", "perplexity")}, indent=2)
+    )
 
 
 def commit(clone: Path) -> str:

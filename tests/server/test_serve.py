@@ -1,5 +1,6 @@
 """`svdserve serve` and plain `vllm serve` of a factored checkpoint, as a client sees them."""
 
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -266,6 +267,36 @@ def test_given_flags_are_kept(models: Models) -> None:
     ours = server_arguments(str(models.factored), ["--uds", "socket"])
     extension = ["--worker-extension-cls", EXTENSION]
     assert ours == ["--uds", "socket", *defaults, *extension, *middleware]
+
+
+def test_flags_of_a_config_file_are_kept(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "flags.yaml"
+    flags = ["--config", str(file)]
+    own = {"host": "0.0.0.0", "port": free_port(), "served_model_name": ["a", "b"]}
+    file.write_text(json.dumps({**own, "shutdown-timeout": 3, "enforce-eager": True}))
+    arguments = server_arguments(str(models.factored), flags)
+    assert arguments[:2] == flags
+    assert not {"--host", "--served-model-name", "--shutdown-timeout"} & set(arguments)
+    assert "--api-keys-file" in capsys.readouterr().err  # it is open to all
+    assert "--host" in server_arguments(str(models.factored), [*flags, "--host", "127.0.0.1"])
+
+    file.write_text('{"kv-cache-memory-bytes": "9999999999999999"}')
+    with pytest.raises(UserError, match="9,999,999,999,999,999 bytes of KV cache"):
+        server_arguments(str(models.factored), flags)
+    for text in ("api-key: secret", "api_key: [secret]"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="--api-keys-file") as refused:
+            server_arguments(str(models.factored), flags)
+        assert "secret" not in str(refused.value)
+    for text in ("- port", "{", "\0"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"--config .*flags\.yaml"):
+            server_arguments(str(models.factored), flags)
+    file.unlink()
+    with pytest.raises(UserError, match=r"flags\.yaml"):
+        server_arguments(str(models.factored), flags)
 
 
 def test_the_allow_list_takes_no_plugin_away() -> None:

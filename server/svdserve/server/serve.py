@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from svdserve.compression.checkpoint import (
     TensorFiles,
     check_sizes,
@@ -134,10 +136,10 @@ def server_arguments(
         guarded: whether requests need a key; if not, listening to other machines is warned of.
 
     Raises:
-        UserError: the port is taken or no port, or the memory does not suffice.
+        UserError: the port is taken or no port, the memory does not suffice, or ``--config`` names
+            no file of flags, or one with an API key.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument("--uds")
@@ -146,7 +148,7 @@ def server_arguments(
     parser.add_argument("--worker-extension-cls", "--worker_extension_cls")
     add_memory_flags(parser)
     try:
-        given, _ = parser.parse_known_args(extra_args)
+        given, _ = parser.parse_known_args([*configured_flags(extra_args), *extra_args])
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     arguments = list(extra_args)
@@ -170,10 +172,38 @@ def server_arguments(
         arguments += ["--worker-extension-cls", EXTENSION]
     for module in (security, shutdown):  # The last is the outermost.
         arguments += ["--middleware", module.MIDDLEWARE]
-    if serves_on_cpu() and given.config is None and given.nnodes == 1:
+    if serves_on_cpu() and given.nnodes == 1:
         workers = given.tensor_parallel_size or 1
         check_memory(Path(directory), given.dtype, given.kv_cache_memory_bytes, workers)
     return arguments
+
+
+def configured_flags(extra_args: Sequence[str]) -> list[str]:
+    """The flags in the YAML file of vLLM's ``--config``, which count less than those given.
+
+    Raises:
+        UserError: no such file, no mapping of flags, or one with an API key.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    file = parser.parse_known_args(extra_args)[0].config
+    if file is None:
+        return []
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file}: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {file}: give a mapping of flags, such as port: 8000")
+    if {"api-key", "api_key"} & set(settings):
+        # vLLM would check it itself, and leave routes open (see security.py).
+        raise UserError(f"--config {file}: has an api-key; give --api-key or --api-keys-file")
+    flags = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(value, bool | dict | None):
+            flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 def _is_loopback(host: str) -> bool:
