@@ -1,5 +1,7 @@
 """Tables and the picture of speed of the pages here and the README, from results/*.json.
 
+That of the alerts is from their rules.
+
 python docs/tables.py            # write them
 python docs/tables.py --check    # exit code 1 if one is out of date
 """
@@ -10,6 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from svdserve.compression.compare import Comparison, markdown
 from svdserve.server.bench import BenchResult, plot_bench
@@ -135,6 +139,18 @@ def kills() -> str:
     return _table([*headings, "identical bytes in the end"], rows)
 
 
+def alerts() -> str:
+    """What Prometheus warns of."""
+    rules = yaml.safe_load((DOCS.parent / "docker/prometheus/rules.yml").read_text())
+    rows = [
+        [f"`{rule['alert']}`", rule["labels"]["severity"], f"`{rule['expr']}`", rule["for"]]
+        for group in rules["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    return _table(["alert", "severity", "if", "for"], rows)
+
+
 def reliability() -> str:
     """Fuzz, load and soak: what was sent and what came of it."""
     fuzz, load, soak = (_read(f"reliability_{name}") for name in ("fuzz", "load", "soak"))
@@ -181,6 +197,7 @@ TABLES = {
     "cost": cost,
     "kills": kills,
     "reliability": reliability,
+    "alerts": alerts,
 }
 
 
