@@ -40,10 +40,17 @@ docker-check:
 
 install: $(STAMP)
 
-# The advisories of PyPI. --strict: what could not be asked about is a failure, not a pass.
+# Asks PyPI for advisories; where it cannot be reached, a clone of github.com/pypa/advisory-database
+# tells: make audit ADVISORIES=DIR. --strict: what could not be asked about is a failure, not a pass.
+AUDIT = $(BIN)/pip-audit --strict --disable-pip
 audit: $(STAMP)
+ifdef ADVISORIES
+	$(BIN)/python requirements/audit.py $(ADVISORIES)
+else
 	$(PIP) install --quiet 'pip-audit>=2.9'
-	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements/cpu.txt
+	$(AUDIT) --require-hashes -r requirements/cpu.txt
+	sed 's/+cpu//' requirements/torch.txt | $(AUDIT) --no-deps -r /dev/stdin
+endif
 
 # For Linux on x86-64, by the oldest Python that is supported.
 # serve.txt is the part of cpu.txt that an image needs.
