@@ -60,9 +60,13 @@ class Block:
                     words.append(word)
 
 
+ELSEWHERE = ("docker/README.md", "compression/svdserve/compression/FORMAT.md")
+
+
 def pages() -> list[Path]:
-    """README.md and every page of docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md, every page of docs/, and those that lie beside what they are about."""
+    docs = sorted((ROOT / "docs").glob("*.md"))
+    return [ROOT / "README.md", *docs, *(ROOT / page for page in ELSEWHERE)]
 
 
 def blocks(page: Path) -> list[Block]:
