@@ -7,6 +7,7 @@ random. Files are read a second time by a reader of a few lines that shares noth
 import copy
 import ctypes
 import json
+import math
 import os
 import resource
 import shutil
@@ -27,7 +28,13 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
-from svdserve.compression.checkpoint import INDEX_FILE, SINGLE_FILE, check_finite, open_checkpoint
+from svdserve.compression.checkpoint import (
+    INDEX_FILE,
+    LOG_FILE,
+    SINGLE_FILE,
+    check_finite,
+    open_checkpoint,
+)
 from svdserve.compression.errors import UserError
 from svdserve.compression.inspection import inspect_checkpoint, print_inspection
 from svdserve.compression.shards import merge_shards
@@ -157,13 +164,36 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint in one file, with a linear that stays dense."""
     root = tmp_path_factory.mktemp("fuzz")
     dense = save_model("llama", root / "dense", num_hidden_layers=1)
-    return write_checkpoint(
+    target = write_checkpoint(
         dense,
         root / "whole",
         layout="interpolative",
         shared=True,
         keep_dense=frozenset({"down_proj"}),
     )
+    (target / LOG_FILE).touch()
+    return target
+
+
+@pytest.fixture(scope="module")
+def rounded(whole: Path) -> Path:
+    """The same model in pairs of int8 factors, with scales, and a linear in int8 too."""
+    return write_checkpoint(
+        whole.with_name("dense"),
+        whole.with_name("rounded"),
+        layout="pair",
+        shared=False,
+        keep_dense=frozenset({"down_proj"}),
+        int8=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["whole", "rounded"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """Both kinds of factors in turn."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Path)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -242,14 +272,14 @@ def refused(message: str) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_configurations(whole: Path, data: st.DataObject) -> None:
-    config = json.loads((whole / "config.json").read_text())
+def test_configurations(either: Path, data: st.DataObject) -> None:
+    config = json.loads((either / "config.json").read_text())
     block = config["quantization_config"]
     if data.draw(st.booleans()):
         config = data.draw(edited(config))
     else:
         config["quantization_config"] = data.draw(edited(block))
-    with changed(whole, "config.json", dumped(config)) as directory:
+    with changed(either, "config.json", dumped(config)) as directory:
         refused_or_as_declared(directory)
 
 
@@ -265,9 +295,9 @@ def test_bytes_of_json(whole: Path, data: st.DataObject) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_headers(whole: Path, data: st.DataObject) -> None:
-    raw = (whole / SINGLE_FILE).read_bytes()
-    header, start = read_header(whole / SINGLE_FILE)
+def test_headers(either: Path, data: st.DataObject) -> None:
+    raw = (either / SINGLE_FILE).read_bytes()
+    header, start = read_header(either / SINGLE_FILE)
     content = data.draw(
         st.one_of(
             edited(header).map(lambda document: with_header(raw, document)),
@@ -275,8 +305,35 @@ def test_headers(whole: Path, data: st.DataObject) -> None:
             st.integers(0, 2**64 - 1).map(lambda length: struct.pack("<Q", length) + raw[8:]),
         )
     )
-    with changed(whole, SINGLE_FILE, content) as directory:
+    with changed(either, SINGLE_FILE, content) as directory:
         refused_or_as_declared(directory)
+
+
+@FUZZ
+@given(data=st.data())
+def test_headers_of_shards(sharded: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(path.name for path in sharded.glob("*.safetensors"))))
+    raw = (sharded / name).read_bytes()
+    header, start = read_header(sharded / name)
+    document = edited(header).map(lambda changed: with_header(raw, changed))
+    content = data.draw(st.one_of(document, damaged(raw, start)))
+    with changed(sharded, name, content) as directory:
+        refused_or_as_declared(directory)
+
+
+@FUZZ
+@given(data=st.data())
+def test_logs(whole: Path, data: st.DataObject) -> None:
+    """Whatever the log says, the checkpoint is read, and what is told of it is valid JSON."""
+    entry = {"event": "group", "module": "model.layers.0.self_attn.qkv_proj", "rank": 3}
+    raw = dumped({**entry, "error": 0.25, "beta": 0.5})
+    document = edited(json.loads(raw)).map(dumped)
+    content = data.draw(st.one_of(document, damaged(raw, len(raw)), st.binary(max_size=40)))
+    with changed(whole, LOG_FILE, content) as directory:
+        assert refused_or_as_declared(directory)
+        told = json.loads(inspect_checkpoint(directory).model_dump_json())
+    errors = [module["error"] for module in told["modules"]]
+    assert all(error is None or math.isfinite(error) for error in errors)
 
 
 @FUZZ
