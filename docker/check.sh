@@ -7,7 +7,8 @@
 # The base image is made here by debootstrap, since none can be pulled; every instruction of
 # docker/cpu.Dockerfile then runs in a chroot (buildah). What comes out runs as compose.yaml would
 # run it: as uid 10001 without capabilities, with a read-only root and no network but loopback.
-# There it compresses MODEL, serves the result, is found healthy and answers a question.
+# There it compresses MODEL, serves the result, is found healthy and answers a question. What ran
+# and what it said goes to results/docker_check.json.
 #
 # BUILD_ARGS: more arguments for `buildah build`, such as an index and its pip configuration:
 #   BUILD_ARGS='--secret id=pip.conf,src=pip.conf --build-arg TORCH_INDEX=https://...'
@@ -75,5 +76,6 @@ mkdir "$work/models" "$work/cache"
 cp -rL "$model" "$work/models/dense"
 chown -R 10001:10001 "$work/models" "$work/cache"
 unshare --mount --pid --ipc --net --uts --fork --kill-child -- \
-  bash docker/check_confined.sh "$root" "$work"
+  bash docker/check_confined.sh "$root" "$work" | tee "$work/transcript"
+python3 docker/check_record.py "$base" "$root" "$work/transcript" > results/docker_check.json
 say "done"
