@@ -133,9 +133,9 @@ def edited(draw: st.DrawFn, document: Any, steps: int = 2) -> Any:
         elif action == "rename" and isinstance(owner, dict):
             owner[draw(st.sampled_from(["x", "", "a.b", "..", "\x1b", f"{key}2"]))] = owner.pop(key)
         elif action == "add" and isinstance(owner, dict):
-            owner[draw(st.text(max_size=5))] = draw(junk)
+            owner[draw(st.text(max_size=5))] = copy.deepcopy(draw(junk))  # just() shares its value
         else:
-            owner[key] = draw(junk)
+            owner[key] = copy.deepcopy(draw(junk))
     return document
 
 
