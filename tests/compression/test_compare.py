@@ -165,6 +165,23 @@ def test_another_recipe_under_the_same_name_is_refused(found, text: Path) -> Non
         compare(str(model), root / "work", other, [0.7], Evaluation(), RUN)
 
 
+def test_other_inputs_than_those_of_the_folder_are_refused(
+    found, text: Path, tmp_path: Path
+) -> None:
+    _, model, root = found
+    evaluation = Evaluation(texts=(text,), seq_len=64)
+    other = save_model("llama", tmp_path / model.name, num_hidden_layers=1)
+    with pytest.raises(UserError, match="results of another model; use another folder"):
+        compare(str(other), root / "work", recipes(text), [0.7], evaluation, RUN)
+    before = text.read_text()
+    try:
+        text.write_text(before + "more")
+        with pytest.raises(UserError, match=r"results of another .*\.txt; use another folder"):
+            compare(str(model), root / "work", recipes(text), [0.7], evaluation, RUN)
+    finally:
+        text.write_text(before)
+
+
 def test_plot_is_a_drawing(found, tmp_path: Path) -> None:
     result, *_ = found
     plot(result, tmp_path / "picture.svg")

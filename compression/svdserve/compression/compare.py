@@ -7,7 +7,7 @@ and recipe.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from svdserve.compression.card import add_results
-from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, perplexity
 from svdserve.compression.integrity import file_sha256
@@ -107,13 +107,15 @@ def compare(
         run: how this machine compresses; what depends on the teacher alone is kept in ``work``.
 
     Raises:
-        UserError: nothing to measure, or ``work`` holds another recipe under the same name.
+        UserError: nothing to measure, or ``work`` holds another recipe under the same name, or
+            results of another model or calibration text.
     """
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
     directory = resolve_model(model)
     run = (run or Run()).model_copy(update={"cache": work / "teacher"})
     work.mkdir(parents=True, exist_ok=True)
+    _refuse_other_inputs(work, directory, recipes.values())
     cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
     for keep in keeps:
         for name, template in recipes.items():
@@ -126,6 +128,24 @@ def compare(
             beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
             add_results(out, markdown(beside))
     return Comparison(model=directory.name, cells=cells)
+
+
+def _refuse_other_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> None:
+    """Keep in ``work`` which model and calibration files it is about; texts may be added later."""
+    record = work / "inputs.json"
+    known = read_json(record) if record.exists() else {}
+    info = TensorFiles(directory).info
+    weights = {name: [str(one.dtype), *one.shape] for name, one in info.items()}
+    shape = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+    found = {"model": f"{directory.name} {shape}"}
+    for recipe in recipes:
+        files = (Path(source) for source in recipe.calibration.split("+"))
+        found |= {str(file): file_sha256(file) for file in files if file.is_file()}
+    for name, digest in found.items():
+        if known.get(name, digest) != digest:
+            raise UserError(f"{work}: holds results of another {name}; use another folder")
+    if known | found != known:
+        save_json(known | found, record)
 
 
 def checkpoint_of(work: Path, name: str, keep: float) -> Path:
