@@ -8,8 +8,9 @@ keep ratio with the same threads, each in a process of its own, in turn. A proce
 its start to the end of its stage: svdserve's up to the finished checkpoint, the reference's
 without writing its result (reference_stages.py says how it is run). Both results, and the dense
 model, are read on the same text; the reference's as dense weights. A third process, ``bare``, does
-only the arithmetic that no such stage can do without, so that reference over bare is the most that
-any code could reach on the machine. Results of several references stay side by side in one file.
+only the arithmetic that no such stage can do without, in plain torch: reference over bare is what
+leaving everything else out would reach. Results of several references stay side by side in one
+file.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def commands(given: argparse.Namespace, recipe: Recipe) -> dict[str, list[str]]:
     places: dict[str, list[str | Path]] = {
         OURS: [*compress, given.model, "--recipe", written, "--out", given.work / OURS]
     }
-    for side, name in ((REFERENCE, given.name), (BARE, "bare")):
+    for side, name in ((REFERENCE, given.name), (BARE, BARE)):
         places[side] = [
             Path(__file__).with_name("reference_stages.py"),
             *(name, given.clone, given.model, tokens, given.work / name),

@@ -65,6 +65,12 @@ def without_datasets(rows: Callable[[], Any]) -> Any:
     return patch.dict(sys.modules, {"datasets": module})
 
 
+def rank_of_pair(weight: Tensor, keep: float) -> int:
+    """The largest rank r at which r (m + n) parameters are at most ``keep`` of W's [m, n]."""
+    m, n = weight.shape
+    return int(keep * m * n / (m + n))
+
+
 def swift_svd(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
     """The model with weights V_r V_rᵀ W; V from the Gram matrices of the outputs."""
     count, length = tokens.shape
@@ -98,8 +104,8 @@ def swift_svd(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
         ranks.append({})
         for parent, names in _PARENTS.items():
             for name in names:
-                m, n = layer.get_submodule(parent).get_submodule(f"{name}_proj").weight.shape
-                ranks[-1][f"{_SWIFT.get(name, name)}_rank"] = int(keep * m * n / (m + n))
+                weight = layer.get_submodule(parent).get_submodule(f"{name}_proj").weight
+                ranks[-1][f"{_SWIFT.get(name, name)}_rank"] = rank_of_pair(weight, keep)
     return module.apply_full_svd_redemption(
         network, trained["final_svd_list"], rank_allocation=ranks
     )
@@ -130,7 +136,9 @@ def bare(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
     def add(linear: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].flatten(0, 1).float()
         half = x.shape[1] // 2
-        total = sums.setdefault(linear, torch.zeros(x.shape[1], x.shape[1]))
+        if linear not in sums:
+            sums[linear] = torch.zeros(x.shape[1], x.shape[1])
+        total = sums[linear]
         total[half:] += x[:, half:].T @ x
         total[:half, :half] += x[:, :half].T @ x[:, :half]
 
@@ -157,7 +165,7 @@ def _truncate(weight: Tensor, gram: Tensor, keep: float) -> None:
     gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(n)
     root = torch.linalg.cholesky(gram.tril() + gram.tril(-1).T)
     product = weight.float() @ root
-    rank = int(keep * m * n / (m + n))
+    rank = rank_of_pair(weight, keep)
     if m <= n:
         left = torch.linalg.eigh(product @ product.T).eigenvectors[:, -rank:]
     else:

@@ -79,7 +79,7 @@ def layers() -> str:
     rows: list[list[str]] = []
     for file in ("kernels_1b", "kernels_1b_xeon"):
         found = _read(file)
-        names = {layer["name"]: None for layer in found["options"]["layers"]}
+        names = [layer["name"] for layer in found["options"]["layers"]]
         for count in found["options"]["rows"]:
             cells = []
             for name in names:

@@ -131,9 +131,10 @@ def _is_preflight(scope: Scope) -> bool:
 
     Other OPTIONS do reach routes, and /metrics answers every method.
     """
+    if scope.get("method") != "OPTIONS":
+        return False
     headers = Headers(scope=scope)
-    named = "origin" in headers and "access-control-request-method" in headers
-    return scope.get("method") == "OPTIONS" and named
+    return "origin" in headers and "access-control-request-method" in headers
 
 
 def route_path(scope: Scope) -> str:
