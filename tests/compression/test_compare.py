@@ -159,7 +159,7 @@ def test_another_recipe_under_the_same_name_is_refused(found, text: Path) -> Non
     _, model, root = found
     other = {"ours": make_recipe(method="svd", calibration=str(text), tokens=256, seq_len=32)}
     evaluation = Evaluation(texts=(text,), seq_len=64)
-    with pytest.raises(UserError, match="made by another recipe"):
+    with pytest.raises(UserError, match=r"cannot resume, recipe\.method was"):
         compare(str(model), root / "work", other, [0.7], evaluation, RUN)
     with pytest.raises(UserError, match="nothing to compare on"):
         compare(str(model), root / "work", other, [0.7], Evaluation(), RUN)

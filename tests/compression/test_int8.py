@@ -18,6 +18,7 @@ from svdserve.compression.factors import LAYOUTS, Layout
 from svdserve.compression.inspection import inspect_checkpoint
 from svdserve.compression.int8 import dequantized, quantized
 from svdserve.compression.job import compress
+from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import Refinement, Run, make_recipe
 from svdserve.compression.refine import refine
 from svdserve.compression.schema import parse_config
@@ -253,7 +254,7 @@ def test_the_student_sees_the_rounded_weights(keep: float, text: str, tmp_path: 
     recipe = recipe_for(text, tokens=64, keep=keep, precision="float32")
     compress(str(model), tmp_path / "out", recipe, RUN)
     assert open_checkpoint(tmp_path / "out").config.int8_linears
-    log = (tmp_path / "out" / LOG_FILE).read_text().splitlines()
+    events = list(read_log(tmp_path / "out" / LOG_FILE))
     states = []
     for directory in (model, tmp_path / "out"):
         loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -262,7 +263,8 @@ def test_the_student_sees_the_rounded_weights(keep: float, text: str, tmp_path: 
             states.append(loaded.model(calibration_tokens(model, recipe)).last_hidden_state)
     expected = float((states[0] - states[1]).norm() / states[0].norm())
     assert expected > 1e-3
-    assert json.loads(log[-2])["error"] == pytest.approx(expected, rel=1e-3)
+    error = [event["error"] for event in events if event["event"] == "block"][-1]
+    assert error == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, save_model
@@ -19,6 +20,7 @@ from svdserve.compression.calibration import calibration_tokens
 from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.job import compress
+from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import Run, make_recipe
 from svdserve.compression.schema import linears_of
 
@@ -35,6 +37,11 @@ def calibration(tmp_path: Path) -> str:
 
 def recipe_for(calibration: str, **fields):
     return make_recipe(calibration=calibration, **{"tokens": 256, "seq_len": 32, **fields})
+
+
+def final_error(checkpoint: Path) -> float:
+    """Of the hidden states behind the last block, as the log has it."""
+    return [e["error"] for e in read_log(checkpoint / LOG_FILE) if e["event"] == "block"][-1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,17 +123,19 @@ def test_allocators_share_one_budget_over_the_model(
     assert 0.6 * dense - 2 * 512 < report.stored_parameters <= 0.6 * dense
 
 
-def test_last_blocks_are_searched_by_the_error_at_the_final_block(tmp_path: Path, calibration: str):
+@pytest.mark.parametrize("method", ["saes-svd", "res-svd", "saes-kfac"])
+def test_last_blocks_are_searched_by_the_error_at_the_final_block(
+    method: str, tmp_path: Path, calibration: str
+):
     model = save_model("llama", tmp_path / "model", num_hidden_layers=6)
-    recipe = recipe_for(calibration, keep=0.8, allocator="last-blocks")
+    recipe = recipe_for(calibration, method=method, keep=0.8, allocator="last-blocks")
     report = compress(str(model), tmp_path / "out", recipe, QUIET)
     checkpoint = open_checkpoint(tmp_path / "out")
     errors = {}
     for folder in (tmp_path / "out.search").iterdir():
         tried = open_checkpoint(folder).config.modules
         assert {int(name.split(".")[2]) for name in tried} == set(range(6 - int(folder.name), 6))
-        log = (folder / LOG_FILE).read_text().splitlines()
-        errors[int(folder.name)] = json.loads(log[-2])["error"]
+        errors[int(folder.name)] = final_error(folder)
     assert set(errors) == {2, 3, 4, 5, 6}
     chosen = min(errors, key=errors.get)
     assert checkpoint.config.recipe["allocator_parameters"] == {"blocks": chosen}
@@ -136,11 +145,24 @@ def test_last_blocks_are_searched_by_the_error_at_the_final_block(tmp_path: Path
     assert report.stored_parameters <= 0.8 * report.dense_parameters
 
 
+def test_a_search_of_another_recipe_is_not_taken_over(tmp_path: Path, calibration: str):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=2)
+    search = {"allocator": "last-blocks", "method": "res-svd"}
+    compress(str(model), tmp_path / "out", recipe_for(calibration, **search), QUIET)
+    other = recipe_for(calibration, seed=1, **search)
+    run = QUIET.model_copy(update={"resume": True})
+    with pytest.raises(UserError, match=r"out.search/\d: cannot resume, recipe.seed was 0"):
+        compress(str(model), tmp_path / "out", other, run)
+    compress(str(model), tmp_path / "out", other, QUIET.model_copy(update={"force": True}))
+    uncalibrated = recipe_for(calibration, **search | {"method": "svd"})
+    with pytest.raises(UserError, match="reads no calibration text to measure"):
+        compress(str(model), tmp_path / "svd", uncalibrated, QUIET)
+
+
 def test_final_error_is_that_of_the_models(tmp_path: Path, calibration: str):
     model = save_model("llama", tmp_path / "model")
     recipe = recipe_for(calibration, tokens=64, precision="float32")
     compress(str(model), tmp_path / "out", recipe, QUIET)
-    log = (tmp_path / "out" / LOG_FILE).read_text().splitlines()
     tokens = calibration_tokens(model, recipe)
     states = []
     for directory in (model, tmp_path / "out"):
@@ -149,7 +171,7 @@ def test_final_error_is_that_of_the_models(tmp_path: Path, calibration: str):
         with torch.no_grad():
             states.append(loaded.model(tokens).last_hidden_state)
     expected = float((states[0] - states[1]).norm() / states[0].norm())
-    assert json.loads(log[-2])["error"] == pytest.approx(expected, rel=1e-3)
+    assert final_error(tmp_path / "out") == pytest.approx(expected, rel=1e-3)
 
 
 def test_reduced_products_change_little_and_leave_no_trace(tmp_path: Path, calibration: str):
@@ -177,6 +199,7 @@ _COMMAND = """
 import sys
 from pathlib import Path
 from svdserve.compression.job import compress
+from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import make_recipe, make_run
 model, out, text = sys.argv[1:4]
 compress(model, Path(out), make_recipe(calibration=text, tokens=2048, seq_len=64),
@@ -239,6 +262,32 @@ def test_changed_recipe_is_not_resumed(tmp_path: Path, calibration: str):
         compress(str(model), out, make_recipe(**fields), QUIET)
     compress(str(model), out, make_recipe(**fields), run)
     open_checkpoint(out)
+
+
+def test_resuming_what_is_complete_changes_nothing(tmp_path: Path, calibration: str):
+    model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
+    first = compress(str(model), out, recipe_for(calibration), QUIET)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    run = QUIET.model_copy(update={"resume": True, "batch_size": 2})  # other sums, same job
+    second = compress(str(model), out, recipe_for(calibration), run)
+    assert second == replace(first, made=False)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(UserError, match=r"out: cannot resume, recipe.keep was 0.8 and is 0.7"):
+        compress(str(model), out, recipe_for(calibration, keep=0.7), run)
+    weights = load_file(model / "model.safetensors")
+    tuned = {name: tensor * 1.001 for name, tensor in weights.items()}  # same shapes and sizes
+    save_file(tuned, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"out: cannot resume, weights.model was"):
+        compress(str(model), out, recipe_for(calibration), run)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    Path(calibration).write_text(TEXT[::-1])
+    with pytest.raises(UserError, match=r"out: cannot resume, texts\..*text.txt was"):
+        compress(str(model), out, recipe_for(calibration), run)
+    Path(calibration).write_text(TEXT)
+    assert not compress(str(model), out, recipe_for(calibration), run).made
+    (out / LOG_FILE).unlink()
+    with pytest.raises(UserError, match="nothing to resume, and its log does not tell"):
+        compress(str(model), out, recipe_for(calibration), run)
 
 
 def test_existing_output_is_kept_without_force(tmp_path: Path, calibration: str):

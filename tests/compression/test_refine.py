@@ -101,6 +101,8 @@ def test_killed_and_resumed_gives_the_same_bytes(
     refine(str(dense), small, out, given, resumed)
     assert calls[45:] == list(range(calls[45], 58))  # 58 steps
     assert calls[45] >= 28  # the finished part was not trained again
+    again = refine(str(dense), small, out, given, resumed)
+    assert (again.made, again.steps) == (False, 58)
     whole, parts = (path / SINGLE_FILE for path in (tmp_path / "whole", out))
     assert whole.read_bytes() == parts.read_bytes()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from svdserve.compression.errors import UserError
+from svdserve.compression.integrity import file_sha256
 from svdserve.compression.recipe import Recipe
 
 _SAMPLING_BATCH = 32
@@ -43,6 +44,13 @@ def check_calibration(model: Path, recipe: Recipe) -> None:
                 f"calibration {source}: no such file; give a text file, hf:DATASET or self, or "
                 "several joined by +"
             )
+
+
+def calibration_digests(recipes: Iterable[Recipe]) -> dict[str, str]:
+    """SHA-256 of the calibration files of the recipes, by name; what is no file has none."""
+    sources = {source for recipe in recipes for source in _sources(recipe.calibration)}
+    files = sorted(source for source in sources if Path(source).is_file())
+    return {file: file_sha256(Path(file)) for file in files}
 
 
 def calibration_tokens(model: Path, recipe: Recipe) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
+from svdserve.compression.integrity import fingerprint
 from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of, parse_config
 from svdserve.compression.untrusted import check_entries
 from svdserve.compression.untrusted import read_json as read_json
@@ -120,6 +121,11 @@ class TensorFiles:
     def paths(self) -> list[Path]:
         """The files, in order of their names."""
         return sorted({info.file for info in self.info.values()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of config.json and the tensors, as integrity.py takes it: which model this is."""
+        return fingerprint([self.directory / "config.json", *self.paths])
 
     def load(self, names: list[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The named tensors, each file opened once."""

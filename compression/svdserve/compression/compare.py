@@ -14,14 +14,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from svdserve.compression.calibration import calibration_digests
 from svdserve.compression.card import add_results
-from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint, read_json
+from svdserve.compression.checkpoint import TensorFiles, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, perplexity
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
 from svdserve.compression.plotting import new_figure, save_figure
-from svdserve.compression.recipe import Recipe, Run, make_recipe
+from svdserve.compression.recipe import Recipe, Run
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
 from svdserve.compression.workdir import save_json
@@ -113,7 +114,7 @@ def compare(
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
     directory = resolve_model(model)
-    run = (run or Run()).model_copy(update={"cache": work / "teacher"})
+    run = (run or Run()).model_copy(update={"cache": work / "teacher", "resume": True})
     work.mkdir(parents=True, exist_ok=True)
     _refuse_other_inputs(work, directory, recipes.values())
     cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
@@ -123,7 +124,7 @@ def compare(
             if recipe.keeps_all:
                 continue  # the dense model, which has its row
             out = checkpoint_of(work, name, keep)
-            _compress(model, out, recipe, run)
+            compress(model, out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
             beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
             add_results(out, markdown(beside))
@@ -134,13 +135,7 @@ def _refuse_other_inputs(work: Path, directory: Path, recipes: Iterable[Recipe])
     """Keep in ``work`` which model and calibration files it is about; texts may be added later."""
     record = work / "inputs.json"
     known = read_json(record) if record.exists() else {}
-    info = TensorFiles(directory).info
-    weights = {name: [str(one.dtype), *one.shape] for name, one in info.items()}
-    shape = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
-    found = {"model": f"{directory.name} {shape}"}
-    for recipe in recipes:
-        files = (Path(source) for source in recipe.calibration.split("+"))
-        found |= {str(file): file_sha256(file) for file in files if file.is_file()}
+    found = {"model": TensorFiles(directory).fingerprint} | calibration_digests(recipes)
     for name, digest in found.items():
         if known.get(name, digest) != digest:
             raise UserError(f"{work}: holds results of another {name}; use another folder")
@@ -153,14 +148,6 @@ def checkpoint_of(work: Path, name: str, keep: float) -> Path:
     return work / f"{name}-keep{keep:g}"
 
 
-def _compress(model: str, out: Path, recipe: Recipe, run: Run) -> None:
-    if not is_checkpoint(out):
-        partial = out.with_name(f"{out.name}.partial").exists()
-        compress(model, out, recipe, run.model_copy(update={"resume": partial}))
-    elif not _made_by(recipe, open_checkpoint(out).config.recipe):
-        raise UserError(f"{out} was made by another recipe; remove it or use another folder")
-
-
 def _by_name(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _by_name(item) for key, item in value.items()}
@@ -170,13 +157,6 @@ def _by_name(value: Any) -> Any:
         parts = value.split("+")
         return "+".join(Path(part).name if Path(part).exists() else part for part in parts)
     return value
-
-
-def _made_by(recipe: Recipe, stored: dict[str, Any]) -> bool:
-    """Whether ``stored`` is the recipe, but for what a search has filled in."""
-    if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
-        stored = stored | {"allocator_parameters": recipe.allocator_parameters}
-    return make_recipe(**stored) == recipe  # which knows fields that are newer than the checkpoint
 
 
 def _cell(

@@ -1,6 +1,5 @@
 """`svdserve inspect`: what a checkpoint stores, module by module."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.text import Text
 
 from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
 from svdserve.compression.factors import parameters
+from svdserve.compression.progress import read_log
 from svdserve.compression.schema import GROUPS
-from svdserve.compression.untrusted import MAX_JSON_BYTES
 
 _DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
 
@@ -157,26 +156,12 @@ def _dtype(checkpoint: Checkpoint, tensor: str) -> str:
 
 
 def _log(path: Path) -> dict[str, dict[str, float | None]]:
-    """The last ``group`` line of every module; lines that are cut off or foreign are ignored.
-
-    So is what comes after more bytes than any real log has.
-    """
-    entries: dict[str, dict[str, float | None]] = {}
-    if not path.exists():
-        return entries
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES)
-    for line in content.splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(entry, dict) or entry.get("event") != "group":
-            continue
-        entries[str(entry.get("module"))] = {
-            key: _finite(entry.get(key)) for key in ("error", "beta")
-        }
-    return entries
+    """The last ``group`` line of every module."""
+    return {
+        str(entry.get("module")): {key: _finite(entry.get(key)) for key in ("error", "beta")}
+        for entry in read_log(path)
+        if entry.get("event") == "group"
+    }
 
 
 def _finite(value: object) -> float | None:

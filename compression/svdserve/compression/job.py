@@ -5,7 +5,6 @@ carries the streams over the finished blocks with their stored factors and goes 
 files are byte for byte those of an uninterrupted run.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +16,12 @@ from torch import Tensor
 from svdserve.compression.allocation import Ranks, get_allocator
 from svdserve.compression.assembly import Assembly
 from svdserve.compression.block_refine import refine_block
-from svdserve.compression.calibration import calibration_tokens, check_calibration
-from svdserve.compression.checkpoint import LOG_FILE, is_checkpoint
+from svdserve.compression.calibration import (
+    calibration_digests,
+    calibration_tokens,
+    check_calibration,
+)
+from svdserve.compression.checkpoint import LOG_FILE
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative
 from svdserve.compression.gradients import BoundaryGradients
@@ -36,7 +39,7 @@ from svdserve.compression.planning import (
     swept,
     units_of,
 )
-from svdserve.compression.progress import Progress
+from svdserve.compression.progress import Progress, read_log
 from svdserve.compression.recipe import Recipe, Refinement, Run, make_recipe
 from svdserve.compression.refine import RefineReport, refine
 from svdserve.compression.schema import ModuleSpec
@@ -60,6 +63,13 @@ class Report:
     stored_parameters: int
     dense_parameters: int
     refinement: RefineReport | None = None
+    made: bool = True
+    """False where the output was complete before; the figures are those of the job that made it."""
+
+    def facts(self) -> dict[str, Any]:
+        """The figures, as JSON."""
+        named = ("seconds", "peak_bytes", "tokens", "stored_parameters", "dense_parameters")
+        return {name: getattr(self, name) for name in named}
 
 
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:
@@ -82,22 +92,20 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
 
 def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recipe:
     """The recipe with its number of blocks searched, on a quarter of the calibration tokens."""
-    if not {"gram", "shift"} <= get_method(recipe.method).statistics:
+    if not recipe.calibrated:
         raise UserError(
-            f"allocator last-blocks: method {recipe.method} does not carry the error to the final "
-            "block; set allocator_parameters.blocks, or take saes-svd"
+            f"allocator last-blocks: method {recipe.method} reads no calibration text to measure "
+            "the final block on; set allocator_parameters.blocks"
         )
     fields, tokens = recipe.model_dump(), max(recipe.length, recipe.tokens // 4)
+    again = run.model_copy(update={"resume": True})
 
     def error(blocks: int) -> float:
         out = work / str(blocks)
-        if not is_checkpoint(out):
-            work.mkdir(parents=True, exist_ok=True)
-            changed = {"allocator_parameters": {"blocks": blocks}, "tokens": tokens}
-            tried = make_recipe(**fields | changed)
-            Job(model, out, tried, run.model_copy(update={"resume": True})).execute()
-        events = map(json.loads, (out / LOG_FILE).read_text().splitlines())
-        return float([event["error"] for event in events if event["event"] == "block"][-1])
+        work.mkdir(parents=True, exist_ok=True)
+        changed = {"allocator_parameters": {"blocks": blocks}, "tokens": tokens}
+        Job(model, out, make_recipe(**fields | changed), again, both=True).execute()
+        return float([e["error"] for e in read_log(out / LOG_FILE) if e["event"] == "block"][-1])
 
     total = Skeleton(resolve_model(model)).blocks
     found = {"blocks": search_last_blocks(total, recipe.keep, error)}
@@ -109,6 +117,7 @@ class Job:
 
     Args:
         ranks: given, with the ``tokens``, where the closed form of a learned method is wanted.
+        both: measure the error behind every block, whatever the method needs.
     """
 
     learned: Learned | None = None
@@ -122,8 +131,11 @@ class Job:
         run: Run,
         ranks: Ranks | None = None,
         tokens: Tensor | None = None,
+        *,
+        both: bool = False,
     ) -> None:
         bound_kernel_cache()
+        self.both = both or recipe.block_refinement is not None
         self.recipe, self.run = recipe, run
         self.work = WorkDirectory(out, resume=run.resume, force=run.force)
         self.method = get_method(recipe.method)
@@ -152,14 +164,15 @@ class Job:
         self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
-            # Sizes are enough to notice that the model was exchanged.
-            "weights": {file.name: file.stat().st_size for file in self.skeleton.files.paths},
+            "weights": {"model": self.skeleton.files.fingerprint},
+            "texts": calibration_digests([recipe, *(text for _, text in recipe.trainings)]),
             "order": summation(self.device, run.batch_size),
         }
 
     def execute(self) -> Report:
         started = time.perf_counter()
-        self.work.open(self.signature)
+        if (facts := self.work.open(self.signature)) is not None:
+            return Report(self.work.out, **facts, made=False)
         finished = self.work.finished(self.skeleton.blocks)
         if self.learner is not None:
             self._learn(self.learner)
@@ -175,15 +188,14 @@ class Job:
             stored, dense = parameters_with_dense(self.units, specs)
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
-            facts = {k: v for k, v in asdict(report).items() if isinstance(v, int | float)}
-            progress.event("done", **facts)
+            progress.event("done", **report.facts())
         linears = int8_linears(self.units, self.recipe, specs)
         final = self.assembly.assemble(specs, linears)
         if self.recipe.refinement is not None and specs:
             final, refined = self._refine(final, tokens, self.recipe.refinement)
             seconds = round(time.perf_counter() - started, 3)
             report = replace(report, seconds=seconds, peak_bytes=peak_bytes(), refinement=refined)
-        self.work.publish(final)
+        self.work.publish(final, report.facts())
         return report
 
     def _refine(
@@ -269,7 +281,7 @@ class Job:
             self.run.batch_size,
             self.run.offload,
             gradients,
-            both=self.recipe.block_refinement is not None,
+            both=self.both,
         )
         for index in range(self.skeleton.blocks):
             if index < finished:

@@ -2,12 +2,15 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich import progress as bars
 from rich.console import Console
+
+from svdserve.compression.untrusted import MAX_JSON_BYTES
 
 
 def bar(show: bool) -> bars.Progress:
@@ -26,13 +29,37 @@ def bar(show: bool) -> bars.Progress:
     )
 
 
+def log_event(path: Path, kind: str, **fields: Any) -> None:
+    """Append one line to a log."""
+    with path.open("a") as log:
+        log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a log, from wherever it came; lines that are cut off or foreign are left out.
+
+    So is what comes after more bytes than any real log has.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES)
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
     Log lines: ``start`` (the recipe), ``gradients`` (index, solve_seconds: of the spectra),
     ``group`` (module, rank, error, beta, solve_seconds, pass_seconds),
     ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
-    peak_bytes) and ``done``.
+    peak_bytes), ``done`` and, behind those of a refinement, ``published`` (workdir.py).
     """
 
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
@@ -69,8 +96,7 @@ class Progress:
         self._path.write_text("".join(line + "\n" for line in kept))
 
     def event(self, kind: str, **fields: Any) -> None:
-        with self._path.open("a") as log:
-            log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
+        log_event(self._path, kind, **fields)
 
     def gradients(self, index: int, solve_seconds: float) -> None:
         """The gradients of a block are taken; they go from the last block to the first."""

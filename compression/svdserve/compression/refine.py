@@ -19,7 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.calibration import calibration_tokens, check_calibration
+from svdserve.compression.calibration import (
+    calibration_digests,
+    calibration_tokens,
+    check_calibration,
+)
 from svdserve.compression.card import CARD_FILE, model_card
 from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoint, read_json
 from svdserve.compression.distillation import Distillation, Targets
@@ -45,6 +49,8 @@ class RefineReport:
     after: float
     steps: int
     seconds: float
+    made: bool = True
+    """False where the output was complete before; the figures are those of the job that made it."""
 
 
 def refine(
@@ -116,7 +122,8 @@ class _Refiner:
 
     def execute(self) -> RefineReport:
         started = time.perf_counter()
-        self.work.open(self._signature())
+        if (facts := self.work.open(self._signature())) is not None:
+            return RefineReport(self.work.out, **facts, made=False)
         tokens = self.work.tokens(self._draw)
         self.settings.check_sequences(len(tokens))
         targets = Targets(self.work.path / "targets")
@@ -137,19 +144,20 @@ class _Refiner:
                 shown.update(task, completed=step, facts=facts)
 
             state = trainer.train(notify)
-        self._publish(trainer.best())
-        seconds = round(time.perf_counter() - started, 3)
-        return RefineReport(self.work.out, state.before, state.best, state.step, seconds)
+        facts = {"before": state.before, "after": state.best, "steps": state.step}
+        facts["seconds"] = round(time.perf_counter() - started, 3)
+        self._publish(trainer.best(), facts)
+        return RefineReport(self.work.out, **facts)
 
     def _signature(self) -> dict[str, dict[str, Any]]:
         return {
             "refinement": self.settings.model_dump(mode="json"),
             "text": self.text.model_dump(mode="json", include=set(_TEXT)),
             "weights": {
-                f"{role}/{file.name}": file.stat().st_size
-                for role, path in (("teacher", self.teacher), ("student", self.student))
-                for file in TensorFiles(path).paths
+                "teacher": TensorFiles(self.teacher).fingerprint,
+                "student": TensorFiles(self.student).fingerprint,
             },
+            "texts": calibration_digests([self.text] if self.tokens is None else []),
             "order": summation(self.device, self.settings.batch_size),
         }
 
@@ -171,7 +179,7 @@ class _Refiner:
             self.work.path,
         )
 
-    def _publish(self, best: dict[str, Tensor]) -> None:
+    def _publish(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The student's directory with the best factors in it."""
         final, source = self.work.final(), self.student
         others = shutil.ignore_patterns("*.safetensors")
@@ -187,7 +195,7 @@ class _Refiner:
             self._describe(make_recipe(**recipe), final)
         with (final / LOG_FILE).open("a") as log:
             log.write((self.work.path / LOG).read_text())
-        self.work.publish(final)
+        self.work.publish(final, facts)
 
     def _describe(self, recipe: Recipe, final: Path) -> None:
         (final / "recipe.yaml").write_text(dump_recipe(recipe))

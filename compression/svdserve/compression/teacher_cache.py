@@ -24,13 +24,11 @@ def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[
 
     Args:
         root: the cache.
-        skeleton: the teacher; its files count by path, size and time of change.
+        skeleton: the teacher.
         tokens: [N, L].
         settings: all else that changes what is kept, as JSON holds it.
     """
-    stats = [(str(file.resolve()), file.stat()) for file in skeleton.files.paths]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    key = hashlib.sha256(json.dumps([files, settings]).encode())
+    key = hashlib.sha256(json.dumps([skeleton.files.fingerprint, settings]).encode())
     key.update(tokens.contiguous().numpy().tobytes())
     folder = root / key.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,16 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.factors import parameters
 from svdserve.compression.integrity import write_sums
 from svdserve.compression.memory import release
+from svdserve.compression.progress import log_event, read_log
 from svdserve.compression.schema import ModuleSpec
 
 _JOB = "job.json"
 _TOKENS = "calibration.safetensors"
 _PUBLISHED = "published.json"
+
+
+Signature = dict[str, dict[str, Any]]
+"""All that decides the bytes of an output: named parts, each of named JSON values."""
 
 
 class WorkDirectory:
@@ -40,22 +45,11 @@ class WorkDirectory:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._resume, self._force = resume, force
-        if out.is_dir() and any(out.iterdir()) and not force:
-            self._refuse_output()
-
-    def _refuse_output(self) -> None:
-        """Unless it is this job's own, which was killed between publishing and cleaning up."""
-        if self._resume and (self.path / _PUBLISHED).exists():
-            return
-        if self._resume and not self.path.exists():
-            shutil.rmtree(self._done, ignore_errors=True)
-            raise UserError(
-                f"{self.out}: nothing to resume, this directory is complete; add --force without "
-                "--resume to make it again"
-            )
-        raise UserError(
-            f"{self.out}: is not empty; give another --out or add --force to replace it"
-        )
+        kept = out.is_dir() and any(out.iterdir()) and not force
+        self._complete = kept and resume and not self.path.exists()
+        # A job that was killed between publishing and cleaning up has left its own output.
+        if kept and not self._complete and not (resume and (self.path / _PUBLISHED).exists()):
+            raise UserError(f"{out}: is not empty; give another --out or --force to replace it")
 
     @property
     def _done(self) -> Path:
@@ -78,14 +72,21 @@ class WorkDirectory:
         """How many blocks, from the first on, are done."""
         return next((i for i in range(blocks) if not self.block(i).exists()), blocks)
 
-    def open(self, signature: dict[str, dict[str, Any]]) -> None:
+    def open(self, signature: Signature) -> dict[str, Any] | None:
         """Start, or resume what was started with the same signature.
+
+        Returns:
+            None, or the facts of ``publish`` if there is nothing left to do: a job of the same
+            signature, but for the order of its sums, has written the output.
 
         Raises:
             UserError: unfinished work without ``resume``, or of another signature.
         """
+        self._signature = signature
         job = self.path / _JOB
         shutil.rmtree(self._done, ignore_errors=True)
+        if self._complete:
+            return self._finished_output()
         if self._force and not self._resume:
             shutil.rmtree(self.path, ignore_errors=True)
         if not job.exists():
@@ -97,17 +98,21 @@ class WorkDirectory:
                 "over"
             )
         else:
-            self._refuse_changes(read_json(job), signature)
+            _refuse_changes(self.path, read_json(job), signature)
+        return None
 
-    def _refuse_changes(self, old: dict[str, Any], new: dict[str, dict[str, Any]]) -> None:
-        for part, fields in new.items():
-            for name, value in fields.items():
-                before = old.get(part, {}).get(name)
-                if before != value:
-                    raise UserError(
-                        f"{self.path}: cannot resume, {part}.{name} was {before!r} and is "
-                        f"{value!r}; restore it, or start over with --force"
-                    )
+    def _finished_output(self) -> dict[str, Any]:
+        events = read_log(self.out / LOG_FILE)
+        *_, last = [{}, *(event for event in events if event.get("event") == "published")]
+        if not last:
+            raise UserError(
+                f"{self.out}: nothing to resume, and its log does not tell which job it is from; "
+                "give another --out, or --force without --resume to replace it"
+            )
+        parts = {name: fields for name, fields in self._signature.items() if name != "order"}
+        _refuse_changes(self.out, last["job"], parts)
+        facts: dict[str, Any] = last["facts"]
+        return facts
 
     def tokens(self, draw: Callable[[], Tensor]) -> Tensor:
         """The calibration tokens of this job: drawn once, the same after a resume."""
@@ -143,13 +148,15 @@ class WorkDirectory:
         final.mkdir()
         return final
 
-    def publish(self, final: Path) -> None:
+    def publish(self, final: Path, facts: dict[str, Any]) -> None:
         """Rename ``final`` to the output; what stood there goes once the new one is in place.
 
         A kill between any two steps leaves either the whole work directory, and resuming publishes
-        again, or none.
+        again, or none. The log ends with the job's signature and ``facts``, which ``open`` gives to
+        whoever asks for the same once more.
         """
         old, done = self.out.with_name(self.out.name + ".replaced"), self._done
+        log_event(final / LOG_FILE, "published", job=self._signature, facts=facts)
         write_sums(final)
         save_json({}, self.path / _PUBLISHED)
         for rest in (old, done):
@@ -160,6 +167,17 @@ class WorkDirectory:
         self.path.rename(done)
         for rest in (old, done):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
+    for part, fields in new.items():
+        for name, value in fields.items():
+            before = old.get(part, {}).get(name)
+            if before != value:
+                raise UserError(
+                    f"{where}: cannot resume, {part}.{name} was {before!r} and is {value!r}; "
+                    "restore it, or start over with --force and without --resume"
+                )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

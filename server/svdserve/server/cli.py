@@ -157,6 +157,7 @@ def _compress(given: dict[str, Any]) -> None:
     from svdserve.compression.job import compress as run_job
 
     report = run_job(given["model"], given["out"], checked, run)
+    study.tell_if_complete(report)
     typer.echo(
         f"{report.directory}: {report.stored_parameters:,} of {report.dense_parameters:,} "
         f"parameters of the blocks' linears kept, {report.seconds:.0f} s, "

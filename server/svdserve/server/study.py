@@ -14,6 +14,7 @@ from svdserve.server.resumable import resumable
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
+    from svdserve.compression.job import Report
     from svdserve.compression.refine import RefineReport
     from svdserve.compression.tasks import TaskScores
 
@@ -62,7 +63,14 @@ def refine(
         run = make_run(**{name: given[name] for name in names if name in given})
         check_own_calibration(student, settings)
         report = run_refinement(teacher, student, out, settings, run)
+    tell_if_complete(report)
     typer.echo(f"{report.directory}: {held_out_divergence(report)}")
+
+
+def tell_if_complete(report: "Report | RefineReport") -> None:
+    """Before the figures of a job that had ended before it was asked to resume."""
+    if not report.made:
+        typer.echo(f"{report.directory}: was complete; nothing is changed", err=True)
 
 
 def held_out_divergence(report: "RefineReport") -> str:
