@@ -304,3 +304,12 @@ def test_the_allow_list_takes_no_plugin_away() -> None:
     general = {entry.name for entry in entry_points(group="vllm.general_plugins")}
     assert len(general) > 1
     assert general <= set(allowed_plugins(None))
+
+
+def test_the_log_holds_no_path(server: Server, models: Models) -> None:
+    """The model's is among the arguments that vLLM logs, and traces and caches have theirs."""
+    log = server.log.read_text()
+    assert "non-default args" in log
+    assert str(models.factored) not in log
+    paths = set(re.findall(r"(?<![\w.~-])/+[\w.-]+/[\w./-]+", log))
+    assert not [path for path in paths if Path("/", Path(path).parts[1]).is_dir()]

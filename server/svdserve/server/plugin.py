@@ -5,6 +5,9 @@ starts: the front end, the engine core and each worker.
 """
 
 import logging
+import os
+
+from svdserve.server.log_paths import VARIABLE, shorten_paths
 
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
 SUPPORTED_CPU = ("0.32", "0.33")
@@ -15,6 +18,8 @@ logger = logging.getLogger("vllm.svdserve")  # below vLLM's logger, hence in its
 
 def register() -> None:
     """Make the quantization method and the load format known to vLLM; safe to call repeatedly."""
+    if os.environ.get(VARIABLE):
+        shorten_paths()
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         register_quantization_config,

@@ -27,6 +27,7 @@ from svdserve.server import security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.keys import ApiKeys, digest_of
+from svdserve.server.log_paths import VARIABLE, shorten_paths
 from svdserve.server.security import SecurityOptions
 from svdserve.server.worker import EXTENSION
 
@@ -66,10 +67,12 @@ def serve(
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
+    os.environ[VARIABLE] = "1"
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
 
+    shorten_paths()
     try:
         main()
     except RuntimeError as error:
