@@ -56,7 +56,7 @@ endif
 # serve.txt is the part of cpu.txt that an image needs.
 COMPILE = $(BIN)/uv pip compile pyproject.toml --extra cpu --python-platform x86_64-manylinux_2_28 \
   --python-version 3.11 --no-annotate --no-header --quiet $(LOCK_FLAGS)
-OTHERS = --extra eval --extra demo --extra dev
+OTHERS = --extra eval --extra ray --extra demo --extra dev --extra docker
 DIGESTS = --generate-hashes --no-emit-package torch
 lock: $(STAMP)
 	$(PIP) install --quiet 'uv>=0.9'
