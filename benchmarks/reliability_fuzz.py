@@ -4,8 +4,10 @@
 
 Schemathesis generates the cases from two documents: the one that the server publishes, every route;
 and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. About
-every second body is then cut to the essential fields and two others, with the name of the served
-model, since with all fields at once some value is refused nearly always. Answers are kept short.
+every second body is then cut to the essential fields and two others at most, with the name of the
+served model, since with all fields at once some value is refused nearly always. Most of those get
+essential fields that are valid: the schemas allow no prompt, an empty one, and token ids of any
+size, so what is drawn from them hardly ever gets through to the model. Answers are kept short.
 """
 
 import argparse
@@ -33,6 +35,9 @@ SHORT = 8
 WHOLE = schemathesis.Config.from_dict({"output": {"sanitization": {"enabled": False}}})
 # Without these a request asks for nothing.
 ESSENTIAL = {"model", "messages", "prompt", "input", "query", "items", "label_token_ids", "tokens"}
+VALID_SHARE = 0.75
+# Token ids that are text in the tokenizers of SmolLM2 and of the tests' models.
+TOKEN_IDS = range(260, 500)
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 
 
@@ -114,16 +119,35 @@ def shortened(body: Any) -> Any:
     return {**body, **changes}
 
 
+def valid_essentials(path: str, source: random.Random) -> dict[str, Any]:
+    """What a route that generates text cannot do without, but for the name of the model."""
+    text = " ".join(source.choices(("one", "Two", "3,", "fo\u00fcr", "\u4e94", "\U0001f642"), k=8))
+    conversation = [{"role": "user", "content": text}]
+    tokens = source.sample(TOKEN_IDS, 3)
+    routes: dict[str, dict[str, Any]] = {
+        "/invocations": {"prompt": text},
+        "/completions": {"prompt": source.choice((text, tokens))},
+        "/chat/completions": {"messages": conversation},
+        "/chat/completions/batch": {"messages": [conversation, conversation]},
+        "/responses": {"input": text},
+        "/messages": {"messages": conversation},
+        "/generative_scoring": {"query": text, "items": [text], "label_token_ids": tokens},
+    }
+    return routes.get(path.removeprefix("/v1"), {})
+
+
 def plausible(body: Any, path: str, model: str, source: random.Random) -> Any:
-    """The same body with the served model's name, what is essential, and two more of its fields.
+    """The served model's name, what is essential, and two more fields of the same body at most.
 
     It may pass all checks, so it gets a length even if it asks for none.
     """
     if not isinstance(body, dict):
         return body
     others = sorted(set(body) - ESSENTIAL)
-    chosen = ESSENTIAL | set(source.sample(others, min(2, len(others))))
-    kept = {name: value for name, value in body.items() if name in chosen}
+    chosen = source.sample(others, min(source.randint(0, 2), len(others)))
+    generated = {name: value for name, value in body.items() if name in ESSENTIAL}
+    valid = valid_essentials(path, source) if source.random() < VALID_SHARE else {}
+    kept = {name: body[name] for name in chosen} | (valid or generated)
     if "model" in body:
         kept["model"] = model
     length = "max_output_tokens" if "responses" in path else "max_tokens"

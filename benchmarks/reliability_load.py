@@ -5,17 +5,22 @@
 What must hold: no 5xx; every accepted request is answered, or was cut off by us; what cannot be
 answered is refused with 4xx; the server's memory returns to its level within 2 %; and greedy
 answers under load are those of the idle server as often as the dense model's are, whose batches
-change the order of sums just as much (Fisher's exact test at 1 %). One such load goes before, so
-that the level is that of a server whose KV cache has been in use.
+change the order of sums just as much (Fisher's exact test at 1 %). vLLM's own metrics must agree
+with the clients: as many requests finished as were answered, none but those that were cut off
+besides, and nothing is left running, waiting or in the KV cache. One such load goes before, so that
+the level is that of a server whose KV cache has been in use.
 """
 
 import argparse
 import asyncio
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 from reliability_client import (
     Answer,
@@ -34,6 +39,15 @@ MEMORY_BAR = 0.02
 SIGNIFICANCE = 0.01
 SETTLE_SECONDS = 60
 REFUSED = {"malformed", "too_long"}
+IN_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What vLLM counts: finished requests by reason, and what still is in its engine."""
+
+    finished: dict[str, int]
+    left: dict[str, float]
 
 
 class LoadResult(BaseModel):
@@ -44,7 +58,11 @@ class LoadResult(BaseModel):
         server_errors: answers with 5xx, or none.
         unanswered: accepted requests that neither ended nor were cut off by us.
         wrongly_accepted: malformed and over-long requests that were not refused.
-        differing: greedy answers under load that differ from the idle server's, of ``compared``.
+        compared: requests that were answered in full.
+        differing: those whose greedy answer is not the idle server's.
+        cut_off: requests that were cut off by us.
+        finished: by vLLM's count, by reason.
+        left: vLLM's gauges of what is in the engine, once the work is over.
         memory_before, memory_after: resident bytes of all processes.
     """
 
@@ -55,6 +73,9 @@ class LoadResult(BaseModel):
     wrongly_accepted: int
     compared: int
     differing: int
+    cut_off: int
+    finished: dict[str, int]
+    left: dict[str, float]
     memory_before: int
     memory_after: int
     examples: list[str]
@@ -62,6 +83,18 @@ class LoadResult(BaseModel):
     @property
     def memory_growth(self) -> float:
         return self.memory_after / self.memory_before - 1
+
+    @property
+    def counts_agree(self) -> bool:
+        """Whether vLLM counted what the clients saw.
+
+        It does not count every request that was cut off (vLLM's issue 31503), and some of them
+        ended before it noticed.
+        """
+        ended = self.finished["stop"] + self.finished["length"]
+        counted = sum(self.finished.values())
+        no_others = counted == ended + self.finished["abort"]
+        return no_others and self.compared <= ended and counted <= self.compared + self.cut_off
 
 
 async def idle_answers(target: Target, requests: Requests) -> dict[tuple[int, ...], str]:
@@ -77,13 +110,40 @@ async def load(target: Target, vocabulary: int, arguments: argparse.Namespace) -
     requests = Requests(arguments.seed, target.max_model_len, vocabulary)
     expected = await idle_answers(target, requests)
     await send_all(target, requests.mix(arguments.requests), arguments.concurrency)
-    before = await settled(target)
+    before, counted = await settled(target), await idle(target)
     sent = requests.mix(arguments.requests)
     started = time.perf_counter()
     answers = await send_all(target, sent, arguments.concurrency)
     seconds = time.perf_counter() - started
-    after = await settled(target, before)
-    return judge(sent, answers, expected, seconds, before, after)
+    metrics, after = await idle(target), await settled(target, before)
+    finished = {reason: n - counted.finished[reason] for reason, n in metrics.finished.items()}
+    during = Metrics(finished, metrics.left)
+    return judge(sent, answers, expected, during, seconds, (before, after))
+
+
+async def idle(target: Target) -> Metrics:
+    """vLLM's metrics once nothing is in its engine, or after long enough."""
+    metrics = scrape(target)
+    for _ in range(SETTLE_SECONDS):
+        if not any(metrics.left.values()):
+            break
+        await asyncio.sleep(1)
+        metrics = scrape(target)
+    return metrics
+
+
+def scrape(target: Target) -> Metrics:
+    text = httpx.get(f"{target.url}/metrics", timeout=60).raise_for_status().text
+    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+    values = {one.name: one.value for one in samples}
+    return Metrics(
+        finished={
+            one.labels["finished_reason"]: int(one.value)
+            for one in samples
+            if one.name == "vllm:request_success_total"
+        },
+        left={name: values[name] for name in IN_ENGINE},
+    )
 
 
 async def settled(target: Target, level: int | None = None) -> int:
@@ -101,9 +161,9 @@ def judge(
     sent: list[Request],
     answers: list[Answer],
     expected: dict[tuple[int, ...], str],
+    metrics: Metrics,
     seconds: float,
-    before: int,
-    after: int,
+    memory: tuple[int, int],
 ) -> LoadResult:
     """Count what went well and what did not."""
     pairs = list(zip(sent, answers, strict=True))
@@ -124,8 +184,11 @@ def judge(
         wrongly_accepted=len(accepted),
         compared=len(greedy),
         differing=sum(answer.text != expected[request.prompt] for request, answer in greedy),
-        memory_before=before,
-        memory_after=after,
+        cut_off=sum(r.kind == "cancelled" and a.complete for r, a in pairs),
+        finished=metrics.finished,
+        left=metrics.left,
+        memory_before=memory[0],
+        memory_after=memory[1],
         examples=problems[:10],
     )
 
@@ -136,6 +199,8 @@ def bars(compressed: LoadResult, dense: LoadResult | None) -> dict[str, bool]:
         "no 5xx": compressed.server_errors == 0,
         "every accepted request answered or cut off by the client": compressed.unanswered == 0,
         "malformed and over-long requests refused": compressed.wrongly_accepted == 0,
+        "vLLM's counts are the clients'": compressed.counts_agree,
+        "nothing left in the engine": not any(compressed.left.values()),
         "memory within 2 %": compressed.memory_growth <= MEMORY_BAR,
     }
     if dense is not None:
@@ -153,7 +218,8 @@ def measure(model: Path, arguments: argparse.Namespace) -> LoadResult:
         f"{model.name}: {arguments.requests} requests in {result.seconds:.0f} s, "
         f"{result.server_errors} 5xx, {result.unanswered} unanswered, {result.wrongly_accepted} "
         f"wrongly accepted, {result.differing} of {result.compared} greedy answers differ from the "
-        f"idle server's, memory {result.memory_growth:+.1%}"
+        f"idle server's, memory {result.memory_growth:+.1%}, finished by vLLM's count "
+        f"{result.finished}, left {result.left}"
     )
     return result
 
