@@ -18,6 +18,8 @@ from svdserve.compression.recipe import make_recipe
 from svdserve.compression.workdir import save_json
 
 UNIFORM = {"allocator": "uniform"}
+PAPER = UNIFORM | {"layout": "pair", "grouping": "separate"}
+RES_SVD = PAPER | {"method": "res-svd"}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "beta": {
         f"beta {beta}": {"parameters": {"beta": beta}}
@@ -28,6 +30,20 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         f"saes-svd beta {beta}": {"method": "saes-svd", "parameters": {"beta": beta}} | UNIFORM
         for beta in ("aces", 0.25, 0.5, 0.75, "exact", "held-out")
     },
+    # As in the paper; then both truncations in one metric, where the residual changes nothing, in
+    # the two metrics the other way round, and with the last blocks alone.
+    "res-svd": {
+        "res-svd": RES_SVD,
+        "res-svd, both whitened": RES_SVD | {"parameters": {"residual_metric": "whitened"}},
+        "res-svd, plain then whitened": RES_SVD
+        | {"parameters": {"metric": "plain", "residual_metric": "whitened"}},
+        "res-svd, last blocks": RES_SVD | {"allocator": "last-blocks"},
+    },
+    "method": {
+        "saes-kfac, pair, uniform": PAPER,
+        "saes-svd, pair, uniform": PAPER | {"method": "saes-svd"},
+    },
+    "refinement": {"block refinement": {"block_refinement": {}}},
     "allocator": {
         "uniform": UNIFORM,
         "energy": {"allocator": "energy"},
@@ -71,11 +87,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--seq-len", type=int, default=2_048, help="of the calibration")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--max-chunks", type=int, default=None, help="of the text")
     parser.add_argument("--only", action="append", choices=sorted(CHANGES), default=[])
     given = parser.parse_args()
-    same = {"calibration": given.calibration, "tokens": given.tokens}
+    same = {
+        "calibration": given.calibration,
+        "tokens": given.tokens,
+        "seq_len": given.seq_len,
+    }
     recipes = {"default": make_recipe(**same)} | {
         name: make_recipe(**same, **fields)
         for kind in given.only or CHANGES

@@ -153,8 +153,10 @@ def alerts() -> str:
 
 def reliability() -> str:
     """Fuzz, load and soak: what was sent and what came of it."""
-    fuzz, load, soak = (_read(f"reliability_{name}") for name in ("fuzz", "load", "soak"))
+    names = ("fuzz", "load", "soak", "faults")
+    fuzz, load, soak, faults = (_read(f"reliability_{name}") for name in names)
     one = load["compressed"]
+    ended, killed = faults["sigterm"], faults["engine_killed"]
     growth = one["memory_after"] / one["memory_before"] - 1
     rows = [
         [
@@ -178,8 +180,36 @@ def reliability() -> str:
             f"{soak['server_errors']} 5xx, memory {soak['memory_drift']:+.1%}, "
             f"median latency {soak['latency_drift']:+.1%}",
         ],
+        [
+            "`reliability_faults.py`",
+            f"SIGTERM with {_total(ended, 'in_flight')} streams under way in {len(ended)} rounds",
+            f"{_total(ended, 'completed')} ended in full, {_total(ended, 'refused')} later "
+            f"requests got 503 and {_total(ended, 'otherwise')} anything else, exit "
+            f"{_all(ended, 'exit_code')} after at most {_most(ended, 'exit_seconds')} s",
+        ],
+        [
+            "`reliability_faults.py`",
+            f"the engine killed with {_total(killed, 'in_flight')} streams under way in "
+            f"{len(killed)} rounds",
+            f"`/health` says 503 after at most {_most(killed, 'first_503_seconds')} s, exit "
+            f"{_all(killed, 'exit_code')} after at most {_most(killed, 'exit_seconds')} s, the "
+            "next server answers",
+        ],
     ]
     return _table(["benchmark", "what is sent", "what came of it"], rows)
+
+
+def _total(rounds: list[dict[str, Any]], key: str) -> int:
+    return sum(one[key] for one in rounds)
+
+
+def _most(rounds: list[dict[str, Any]], key: str) -> float:
+    return max(one[key] for one in rounds)
+
+
+def _all(rounds: list[dict[str, Any]], key: str) -> str:
+    """The values, each once."""
+    return ", ".join(map(str, sorted({one[key] for one in rounds})))
 
 
 TABLES = {

@@ -149,6 +149,15 @@ def extras() -> dict[str, list[str]]:
     return {"": project["dependencies"], **project["optional-dependencies"]}
 
 
+@cache
+def script_options(file: str) -> set[str]:
+    """Of a script of ours, as its help page lists them."""
+    done = subprocess.run(
+        [sys.executable, ROOT / file, "--help"], capture_output=True, text=True, check=True
+    )
+    return {"--", *re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout)}
+
+
 def objections(words: list[str]) -> Iterator[str]:
     """What is wrong with a command, as far as the command line alone tells."""
     while words and re.fullmatch(r"\w+=.*", words[0]):
@@ -177,6 +186,9 @@ def objections(words: list[str]) -> Iterator[str]:
         case ["python" | "python3", file, *_] if file.endswith(".py") and "/" in file:
             if not (ROOT / file).exists():
                 yield f"there is no file {file!r}"
+                return
+            own = [word for word in given if "--" not in words[: words.index(word)]]
+            yield from (f"{file} has no {o}" for o in own if o not in script_options(file))
         case ["pip", "install", *rest]:
             for extra in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
                 yield from (f"no extra {e!r}" for e in extra.split(",") if e not in extras())
@@ -209,11 +221,13 @@ def test_wrong_commands_are_noticed() -> None:
         "make demmo",
         "python -m svdserve.nothing",
         "python benchmarks/nothing.py",
+        "python benchmarks/reliability_load.py --models m",
         "pip install -e '.[cpus]'",
     ):
         (words,) = Block(ROOT / "README.md", 1, "bash", line).commands()
         assert list(objections(words)), line
     for line in (
+        "python benchmarks/reliability_load.py --model m -- --enforce-eager",
         "svdserve serve m --port 1 -tp 2 --compilation-config.mode 3 --no-enable-log-requests",
     ):
         (words,) = Block(ROOT / "README.md", 1, "bash", line).commands()
@@ -299,12 +313,21 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_number_can_be_had_again() -> None:
+    """docs/reproducing.md names each results file, or the script whose default it is."""
+    page = (ROOT / "docs" / "reproducing.md").read_text()
+    scripts = {Path(name).stem for name in re.findall(r"benchmarks/\w+\.py", page)}
+    names = {path.stem for path in (ROOT / "results").glob("*.json")}
+    missing = {name for name in names - scripts if f"{name}.json" not in page}
+    assert not missing
+
+
 # The lock file
 
 
 @pytest.mark.parametrize(
     ("file", "sets"),
-    [("cpu.txt", ("", "cpu", "eval", "demo", "dev")), ("serve.txt", ("", "cpu"))],
+    [("cpu.txt", ("", "cpu", "eval", "ray", "demo", "dev", "docker")), ("serve.txt", ("", "cpu"))],
 )
 def test_the_lock_satisfies_the_project(file: str, sets: tuple[str, ...]) -> None:
     """Exact versions with digests of all that these sets ask for, and nobody's index."""
