@@ -65,9 +65,11 @@ def speed(file: str) -> str:
 
 def profile() -> str:
     """Where the time of a step goes, in seconds, and what the machine allows."""
-    rows = []
-    for workload, models in _read("serving_profile")["workloads"].items():
-        for name, one in models.items():
+    rows, found = [], _read("serving_profile")
+    options = found["options"]
+    names = [Path(directory).name for directory in (options["dense"], *options["models"])]
+    for workload, models in found["workloads"].items():
+        for name, one in ((name, models[name]) for name in names):
             figures = one["seconds"] | {"over dense": one["over_dense"], "allowed": one["allowed"]}
             cells = (f"{figure:.2f}" for figure in figures.values())
             rows.append([workload.replace("_", " "), f"`{name}`", *cells])
