@@ -71,7 +71,7 @@ def perplexity(
     """
     started = time.perf_counter()
     _check_options(seq_len, max_chunks, batch_size, dtype)
-    chunks = _chunks(model_dir, text, seq_len, max_chunks)
+    chunks = text_chunks(model_dir, text, seq_len, max_chunks)
     model = load_model(model_dir, dtype, device)
     total = 0.0
     with torch.inference_mode():
@@ -150,8 +150,12 @@ def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype:
         raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
 
 
-def _chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:
-    """Token ids [chunks, seq_len]."""
+def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:
+    """Token ids [chunks, seq_len] of a text, without special tokens; a shorter rest is not used.
+
+    Raises:
+        UserError: no model or text, or a text shorter than one chunk.
+    """
     read_json(model_dir / "config.json")
     try:
         words = text.read_text(encoding="utf-8")
