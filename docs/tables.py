@@ -127,6 +127,20 @@ def betas() -> str:
     return _table(["model", "mean β of the modules", "wikitext2.valid.txt: ppl (excess)"], rows)
 
 
+def variants() -> str:
+    """The default recipe with one choice changed, and methods beside variants of themselves."""
+    found = _read("ablation_variants")
+    rows = [
+        [
+            name,
+            f"{one['stored_bytes'] / 2**20:,.1f}",
+            f"{one['perplexity']:.2f} ({one['excess']:.3f})",
+        ]
+        for name, one in found["results"].items()
+    ]
+    return _table(["model", "MiB", f"{found['text']['file']}: ppl (excess)"], rows)
+
+
 def kills() -> str:
     """What was killed, and what it resumed to."""
     found = _read("reliability_kill")
@@ -226,6 +240,7 @@ TABLES = {
     "profile": profile,
     "layers": layers,
     "beta": betas,
+    "variants": variants,
     "cost": cost,
     "kills": kills,
     "reliability": reliability,
