@@ -285,7 +285,7 @@ def test_resuming_what_is_complete_changes_nothing(tmp_path: Path, calibration: 
         compress(str(model), out, recipe_for(calibration), run)
     Path(calibration).write_text(TEXT)
     assert not compress(str(model), out, recipe_for(calibration), run).made
-    (out / LOG_FILE).unlink()
+    (out / LOG_FILE).write_text('{"event": "published", "job": 1}\n')
     with pytest.raises(UserError, match="nothing to resume, and its log does not tell"):
         compress(str(model), out, recipe_for(calibration), run)
 

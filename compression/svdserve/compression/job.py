@@ -98,7 +98,7 @@ def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recip
             "the final block on; set allocator_parameters.blocks"
         )
     fields, tokens = recipe.model_dump(), max(recipe.length, recipe.tokens // 4)
-    again = run.model_copy(update={"resume": True})
+    again = run if run.force else run.model_copy(update={"resume": True})
 
     def error(blocks: int) -> float:
         out = work / str(blocks)

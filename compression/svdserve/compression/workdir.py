@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +31,13 @@ _PUBLISHED = "published.json"
 
 Signature = dict[str, dict[str, Any]]
 """All that decides the bytes of an output: named parts, each of named JSON values."""
+
+
+class _Published(BaseModel):
+    """The last event of the log of an output."""
+
+    job: Signature
+    facts: dict[str, Any]
 
 
 class WorkDirectory:
@@ -104,15 +112,16 @@ class WorkDirectory:
     def _finished_output(self) -> dict[str, Any]:
         events = read_log(self.out / LOG_FILE)
         *_, last = [{}, *(event for event in events if event.get("event") == "published")]
-        if not last:
+        try:
+            published = _Published.model_validate(last)
+        except ValidationError:
             raise UserError(
                 f"{self.out}: nothing to resume, and its log does not tell which job it is from; "
                 "give another --out, or --force without --resume to replace it"
-            )
+            ) from None
         parts = {name: fields for name, fields in self._signature.items() if name != "order"}
-        _refuse_changes(self.out, last["job"], parts)
-        facts: dict[str, Any] = last["facts"]
-        return facts
+        _refuse_changes(self.out, published.job, parts)
+        return published.facts
 
     def tokens(self, draw: Callable[[], Tensor]) -> Tensor:
         """The calibration tokens of this job: drawn once, the same after a resume."""
