@@ -1,5 +1,6 @@
 """A grid of recipes on a pico model: one table, resumable, nothing measured twice."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -57,9 +58,15 @@ def test_every_cell_is_what_its_checkpoint_measures(found, text: Path) -> None:
         assert cell.perplexities[0].perplexity == pytest.approx(own.perplexity)
         excess = math.log(own.perplexity / dense.perplexity)
         assert cell.excess(result.cells[0], 0) == pytest.approx(excess, abs=1e-9)
+        assert make_recipe(**cell.perplexities[0].recipe) == cell.recipe
         assert cell.stored_bytes == sum(i.nbytes for i in TensorFiles(out).info.values())
     assert str(root) not in json.dumps(result.portable())
     assert result.portable()["cells"][1]["recipe"]["calibration"] == text.name
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert result.portable()["inputs"] == {
+        "model": TensorFiles(model).fingerprint,
+        text.name: digest,
+    }
     table = markdown(result)
     assert len(table.splitlines()) == 2 + 5
     assert f"{dense.perplexity:.2f} (0.000)" in table

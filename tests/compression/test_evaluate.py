@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
 from svdserve.compression import evaluate
+from svdserve.compression.checkpoint import TensorFiles, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import perplexity
 
@@ -66,6 +67,11 @@ def test_compressed_equals_its_dense_twin(dense: Path, text: Path, tmp_path: Pat
     assert values[2].mean_loss == pytest.approx(values[1].mean_loss, abs=1e-4)
     assert abs(values[2].mean_loss - values[0].mean_loss) > 1e-2
     assert values[0].chunks == 2
+    assert [value.fingerprint for value in values] == [
+        TensorFiles(path).fingerprint for path in (dense, twin, small)
+    ]
+    assert values[0].recipe is None
+    assert values[2].recipe == open_checkpoint(small).config.recipe
 
 
 def test_non_finite_logits_fail(dense: Path, text: Path, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def test_full_keep_leaves_the_model_as_it_is(tmp_path: Path, calibration: str):
     compress(str(model), tmp_path / "out", recipe_for(calibration, keep=1.0), QUIET)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config.modules == {}
+    lines = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
+    assert not any(line["event"] == "gradients" for line in lines)
     dense = load_file(model / "model.safetensors")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert dense.keys() == stored.keys()

@@ -1,6 +1,7 @@
 """Learned scores: gradients, selection against brute force, and whole jobs on a pico model."""
 
 import json
+import math
 from itertools import combinations
 from pathlib import Path
 
@@ -158,6 +159,46 @@ def test_the_stages_of_soco_only_rise():
     free = torch.tensor([0.0, 0.3, 0.7, 1.4])
     torch.testing.assert_close(learner.amplitudes(free, 0.5), free)
     torch.testing.assert_close(learner.amplitudes(free, 1.0), free * (free > 0.5))
+
+
+@pytest.mark.parametrize("progress", [0.1, 0.35, 0.75, 1.0])
+def test_the_penalty_of_soco_is_its_formula(progress: float):
+    """Component by component in plain Python; its gradient against differences."""
+    learner = Soco(ratio_weight=3.0, polarisation_weight=0.7, exploration=0.2, refinement=0.2)
+    scores, price = [0.1, 0.47, 0.52, 0.9, 1.3], [0.2, 0.1, 0.3, 0.15, 0.25]
+    keep = 0.6
+
+    def by_hand(scores: list[float]) -> float:
+        decided = max(0.0, (progress - 0.4) / 0.6)
+        width = 0.1**decided
+        stored = undecided = 0.0
+        for score, cost in zip(scores, price, strict=True):
+            stored += cost * min(1.0, max(0.0, (score - 0.5) / width + 0.5))
+            undecided += cost * score * max(0.0, 1 - score) / sum(price)
+        ratio = 0.05 * math.log1p(math.exp((stored - keep) / (1 - keep) / 0.05))
+        return 3.0 * min(1.0, progress / 0.2) * ratio + 0.7 * decided * undecided
+
+    free = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+    found = learner.penalty(free, torch.tensor(price, dtype=torch.float64), keep, progress)
+    assert found.item() == pytest.approx(by_hand(scores), rel=1e-9)
+    found.backward()
+    for index, slope in enumerate(free.grad.tolist()):
+        sides = [
+            by_hand([s + step * (i == index) for i, s in enumerate(scores)])
+            for step in (-1e-6, 1e-6)
+        ]
+        assert slope == pytest.approx((sides[1] - sides[0]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+def test_the_penalty_of_acip_stops_at_the_budget():
+    learner = get_method("acip").make_learner({"l1_weight": 4.0})
+    scores = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64, requires_grad=True)
+    price = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    penalty = learner.penalty(scores, price, 0.7, 0.25)  # 0.8 is open
+    penalty.backward()
+    assert penalty.item() == pytest.approx(4.0 * 0.25 * (0.45 + 0.18 + 0.08) / 0.3)
+    torch.testing.assert_close(scores.grad, 4.0 * 0.25 * price / 0.3)
+    assert learner.penalty(scores, price, 0.9, 0.25).item() == 0
 
 
 @pytest.mark.parametrize("learner", [Soco(), get_method("acip").make_learner({})])

@@ -78,6 +78,8 @@ class Comparison(BaseModel):
     """All cells; the first one is the dense model."""
 
     model: str
+    inputs: dict[str, str] = {}
+    """Digests of the model and of the calibration files."""
     cells: list[Cell]
 
     def portable(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def compare(
     directory = resolve_model(model)
     run = (run or Run()).model_copy(update={"cache": work / "teacher", "resume": True})
     work.mkdir(parents=True, exist_ok=True)
-    _refuse_other_inputs(work, directory, recipes.values())
+    inputs = _same_inputs(work, directory, recipes.values())
     cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
     for keep in keeps:
         for name, template in recipes.items():
@@ -128,11 +130,15 @@ def compare(
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
             beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
             add_results(out, markdown(beside))
-    return Comparison(model=directory.name, cells=cells)
+    return Comparison(model=directory.name, inputs=inputs, cells=cells)
 
 
-def _refuse_other_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> None:
-    """Keep in ``work`` which model and calibration files it is about; texts may be added later."""
+def _same_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> dict[str, str]:
+    """Digests of model and calibration files, also kept in ``work``; texts may be added later.
+
+    Raises:
+        UserError: ``work`` is about others.
+    """
     record = work / "inputs.json"
     known = read_json(record) if record.exists() else {}
     found = {"model": TensorFiles(directory).fingerprint} | calibration_digests(recipes)
@@ -141,6 +147,7 @@ def _refuse_other_inputs(work: Path, directory: Path, recipes: Iterable[Recipe])
             raise UserError(f"{work}: holds results of another {name}; use another folder")
     if known | found != known:
         save_json(known | found, record)
+    return found
 
 
 def checkpoint_of(work: Path, name: str, keep: float) -> Path:
@@ -150,7 +157,7 @@ def checkpoint_of(work: Path, name: str, keep: float) -> Path:
 
 def _by_name(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _by_name(item) for key, item in value.items()}
+        return {_by_name(key): _by_name(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_by_name(item) for item in value]
     if isinstance(value, str) and "/" in value:

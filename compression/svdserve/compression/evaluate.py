@@ -26,12 +26,25 @@ LOSS_SLICE = 256  # positions whose logits are float32 at the same time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Perplexity(BaseModel):
-    """The result of one evaluation, with all that is needed to repeat it."""
+class Measurement(BaseModel):
+    """What every evaluation says of its model and itself, so that it can be repeated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
+    fingerprint: str | None = None
+    """Of the model's files (``TensorFiles.fingerprint``); None in files of older versions."""
+    recipe: dict[str, Any] | None = None
+    """Of a compressed model, with its seed; None for a dense one."""
+    dtype: str
+    machine: Machine
+    seconds: float
+    measured_at: datetime
+
+
+class Perplexity(Measurement):
+    """Perplexity on one text."""
+
     perplexity: float
     mean_loss: float
     chunks: PositiveInt
@@ -40,10 +53,6 @@ class Perplexity(BaseModel):
     seq_len: PositiveInt
     text: str
     text_sha256: str
-    dtype: str
-    machine: Machine
-    seconds: float
-    measured_at: datetime
 
 
 def perplexity(
@@ -79,7 +88,6 @@ def perplexity(
             total += _loss(model, batch.to(device), first)
     tokens = chunks.shape[0] * (seq_len - 1)
     return Perplexity(
-        model=str(model_dir),
         perplexity=math.exp(total / tokens),
         mean_loss=total / tokens,
         chunks=chunks.shape[0],
@@ -87,11 +95,27 @@ def perplexity(
         seq_len=seq_len,
         text=str(text),
         text_sha256=file_sha256(text),
-        dtype=str(model.dtype).removeprefix("torch."),
-        machine=this_machine(device),
-        seconds=time.perf_counter() - started,
-        measured_at=datetime.now(UTC),
+        **measured(model_dir, model, device, started),
     )
+
+
+def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[str, Any]:
+    """The fields of a Measurement.
+
+    Args:
+        model: loaded from ``model_dir``.
+        started: of ``time.perf_counter``.
+    """
+    recipe = open_checkpoint(model_dir).config.recipe if is_checkpoint(model_dir) else None
+    return {
+        "model": str(model_dir),
+        "fingerprint": TensorFiles(model_dir).fingerprint,
+        "recipe": recipe,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": this_machine(device),
+        "seconds": time.perf_counter() - started,
+        "measured_at": datetime.now(UTC),
+    }
 
 
 def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any:

@@ -6,7 +6,7 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +41,16 @@ from svdserve.compression.planning import (
 )
 from svdserve.compression.progress import Progress, read_log
 from svdserve.compression.recipe import Recipe, Refinement, Run, make_recipe
-from svdserve.compression.refine import RefineReport, refine
+from svdserve.compression.refine import refine
+from svdserve.compression.report import RefineReport, Report
 from svdserve.compression.schema import ModuleSpec
 from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Group, Skeleton, resolve_model
 from svdserve.compression.statistics import OF_GRADIENTS, OF_TEACHER, Statistics
-from svdserve.compression.student import put_factors, put_int8, put_stored
+from svdserve.compression.student import put_factors, put_int8, replay
 from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder
 from svdserve.compression.walk import BlockPass, Walk
 from svdserve.compression.workdir import WorkDirectory, summation
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a finished job did."""
-
-    directory: Path
-    seconds: float
-    peak_bytes: int
-    tokens: int
-    stored_parameters: int
-    dense_parameters: int
-    refinement: RefineReport | None = None
-    made: bool = True
-    """False where the output was complete before; the figures are those of the job that made it."""
-
-    def facts(self) -> dict[str, Any]:
-        """The figures, as JSON."""
-        named = ("seconds", "peak_bytes", "tokens", "stored_parameters", "dense_parameters")
-        return {name: getattr(self, name) for name in named}
 
 
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:
@@ -148,7 +129,12 @@ class Job:
         if ranks is None and learner is not None and recipe.keep < 1:
             learner.training(recipe.seed).check_sequences(recipe.sequences)
             self.learner, self.statistics = learner, frozenset()
-        self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or self.allocator.profile
+        self.keeps_linears = ranks is None and recipe.keep == 1
+        """Every linear stays dense: nothing is planned, and gradients would say nothing."""
+        if self.keeps_linears:
+            self.statistics -= OF_GRADIENTS
+        profiled = self.allocator.profile and not self.keeps_linears
+        self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or profiled
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
         for settings, text in recipe.trainings:
@@ -160,8 +146,7 @@ class Job:
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.assembly = Assembly(self.skeleton, self.work, recipe, self.base_model)
         self.units = units_of(self.skeleton, recipe.grouping)
-        planned_later = self.allocator.profile or self.learner is not None
-        self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
+        self.ranks = ranks or self._first_ranks(planned_later=profiled or self.learner is not None)
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             "weights": {"model": self.skeleton.files.fingerprint},
@@ -211,6 +196,11 @@ class Job:
         return out, refine(teacher, closed_form, out, settings, run, tokens if same else None)
 
     # Planning
+
+    def _first_ranks(self, *, planned_later: bool) -> Ranks:
+        if self.keeps_linears:
+            return {unit.name: None for block in self.units for unit in block}
+        return {} if planned_later else ranks_of(self.units, self.recipe, {})
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
@@ -363,11 +353,7 @@ class Job:
         if not walk.runs or not advance:
             return specs
         block = walk.block(index)
-        for group in block.groups:
-            block.statistics(group, collect=False)
-            for unit in self.units[index]:
-                if unit.group == group:
-                    put_stored(block, unit, specs.get(unit.name), stored)
+        replay(block, self.units[index], specs, stored)
         block.finish(refined=self.recipe.block_refinement is not None and bool(specs))
         return specs
 

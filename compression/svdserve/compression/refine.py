@@ -11,7 +11,6 @@ import json
 import shlex
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +32,12 @@ from svdserve.compression.machine import usable_device
 from svdserve.compression.modules import trainable_factors
 from svdserve.compression.progress import bar
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
+from svdserve.compression.report import RefineReport
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.training import LOG, State, Trainer
 from svdserve.compression.workdir import WorkDirectory, save_tensors, summation
 
 _TEXT = ("calibration", "tokens", "seq_len", "seed")
-
-
-@dataclass(frozen=True)
-class RefineReport:
-    """Held-out KL in nats per token, before and after, and what it took."""
-
-    directory: Path
-    before: float
-    after: float
-    steps: int
-    seconds: float
-    made: bool = True
-    """False where the output was complete before; the figures are those of the job that made it."""
 
 
 def refine(

@@ -41,7 +41,26 @@ def put_int8(block: BlockPass, unit: Unit, tensors: dict[str, Tensor]) -> Tensor
     return _replace_weights(block, unit, tensors)
 
 
-def put_stored(
+def replay(
+    block: BlockPass,
+    units: list[Unit],
+    specs: Mapping[str, ModuleSpec],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Carry the streams through a block that is finished, with what ``tensors`` hold of it.
+
+    Args:
+        units: of the block.
+        specs: of its factored units; the others are dense.
+    """
+    for group in block.groups:
+        block.statistics(group, collect=False)
+        for unit in units:
+            if unit.group == group:
+                _put_stored(block, unit, specs.get(unit.name), tensors)
+
+
+def _put_stored(
     block: BlockPass, unit: Unit, spec: ModuleSpec | None, tensors: Mapping[str, Tensor]
 ) -> None:
     """Give the student what ``tensors`` hold of a unit; ``spec`` is None where it is dense."""

@@ -8,16 +8,14 @@ divided by the characters of the choice.
 import json
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import load_model, load_tokenizer
+from svdserve.compression.evaluate import Measurement, load_model, load_tokenizer, measured
 from svdserve.compression.integrity import file_sha256
-from svdserve.compression.machine import Machine, this_machine
 
 # Their choices are continuations or phrases of very different lengths.
 NORMALISED = ("hellaswag", "openbookqa", "arc_challenge")
@@ -47,18 +45,11 @@ class TaskScore(BaseModel):
         return (second if first is None else first) or 0.0
 
 
-class TaskScores(BaseModel):
-    """All tasks of one model, with what is needed to repeat the evaluation."""
+class TaskScores(Measurement):
+    """All tasks of one model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
     scores: tuple[TaskScore, ...]
     limit: PositiveInt | None
-    dtype: str
-    machine: Machine
-    seconds: float
-    measured_at: datetime
 
     @property
     def accuracy(self) -> float:
@@ -113,7 +104,6 @@ def task_scores(
     except (KeyError, ValueError, FileNotFoundError) as error:
         raise UserError(f"lm-evaluation-harness: {str(error).strip() or repr(error)}") from None
     return TaskScores(
-        model=str(model_dir),
         scores=tuple(
             TaskScore(
                 task=name,
@@ -126,10 +116,7 @@ def task_scores(
             if name in found["n-samples"]
         ),
         limit=limit,
-        dtype=str(model.dtype).removeprefix("torch."),
-        machine=this_machine(device),
-        seconds=time.perf_counter() - started,
-        measured_at=datetime.now(UTC),
+        **measured(model_dir, model, device, started),
     )
 
 

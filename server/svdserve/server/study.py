@@ -14,8 +14,7 @@ from svdserve.server.resumable import resumable
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
-    from svdserve.compression.job import Report
-    from svdserve.compression.refine import RefineReport
+    from svdserve.compression.report import RefineReport, Report
     from svdserve.compression.tasks import TaskScores
 
 
