@@ -7,6 +7,7 @@ python docs/tables.py --check    # exit code 1 if one is out of date
 """
 
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -141,6 +142,19 @@ def variants() -> str:
     return _table(["model", "MiB", f"{found['text']['file']}: ppl (excess)"], rows)
 
 
+def served() -> str:
+    """Perplexity as transformers computes it, and as clients of the server get it."""
+    found = _read("served_quality")["mean_loss"]
+    rows, dense = [], next(iter(found.values()))
+    for name, one in found.items():
+        row = [f"`{name}`", f"{one['stored_bytes'] / 2**20:,.1f}"]
+        for engine in ("transformers", "served"):
+            excess = one[engine] - dense[engine]
+            row.append(f"{math.exp(one[engine]):.2f} ({excess:.3f})")
+        rows.append(row)
+    return _table(["model", "MiB", "transformers: ppl (excess)", "vLLM: ppl (excess)"], rows)
+
+
 def kills() -> str:
     """What was killed, and what it resumed to."""
     found = _read("reliability_kill")
@@ -242,6 +256,7 @@ TABLES = {
     "beta": betas,
     "variants": variants,
     "cost": cost,
+    "served": served,
     "kills": kills,
     "reliability": reliability,
     "alerts": alerts,
