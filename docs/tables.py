@@ -246,6 +246,7 @@ TABLES = {
     "quality": partial(comparison, "comparison_smollm2"),
     "lower": partial(comparison, "comparison_smollm2_keep06"),
     "methods": partial(comparison, "methods_smollm2"),
+    "gemma": partial(comparison, "gemma3_270m"),
     "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": partial(speed, "serving_1b"),
