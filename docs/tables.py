@@ -250,6 +250,7 @@ TABLES = {
     "int8": partial(comparison, "int8_smollm2"),
     "curve": partial(comparison, "curve_smollm2"),
     "speed": partial(speed, "serving_1b"),
+    "xeon": partial(speed, "serving_1b_xeon"),
     "small": partial(speed, "serving_smollm2"),
     "compiled": partial(speed, "serving_1b_compiled"),
     "profile": profile,
