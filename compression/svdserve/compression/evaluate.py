@@ -106,11 +106,12 @@ def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[s
         model: loaded from ``model_dir``.
         started: of ``time.perf_counter``.
     """
-    recipe = open_checkpoint(model_dir).config.recipe if is_checkpoint(model_dir) else None
+    checkpoint = open_checkpoint(model_dir) if is_checkpoint(model_dir) else None
+    files = checkpoint.files if checkpoint else TensorFiles(model_dir)
     return {
         "model": str(model_dir),
-        "fingerprint": TensorFiles(model_dir).fingerprint,
-        "recipe": recipe,
+        "fingerprint": files.fingerprint,
+        "recipe": checkpoint.config.recipe if checkpoint else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "machine": this_machine(device),
         "seconds": time.perf_counter() - started,

@@ -129,11 +129,9 @@ class Job:
         if ranks is None and learner is not None and recipe.keep < 1:
             learner.training(recipe.seed).check_sequences(recipe.sequences)
             self.learner, self.statistics = learner, frozenset()
-        self.keeps_linears = ranks is None and recipe.keep == 1
-        """Every linear stays dense: nothing is planned, and gradients would say nothing."""
-        if self.keeps_linears:
-            self.statistics -= OF_GRADIENTS
-        profiled = self.allocator.profile and not self.keeps_linears
+        profiled = self.allocator.profile
+        if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
+            self.statistics, profiled = self.statistics - OF_GRADIENTS, False
         self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or profiled
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
@@ -146,7 +144,8 @@ class Job:
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.assembly = Assembly(self.skeleton, self.work, recipe, self.base_model)
         self.units = units_of(self.skeleton, recipe.grouping)
-        self.ranks = ranks or self._first_ranks(planned_later=profiled or self.learner is not None)
+        planned_later = profiled or self.learner is not None
+        self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
             "weights": {"model": self.skeleton.files.fingerprint},
@@ -196,11 +195,6 @@ class Job:
         return out, refine(teacher, closed_form, out, settings, run, tokens if same else None)
 
     # Planning
-
-    def _first_ranks(self, *, planned_later: bool) -> Ranks:
-        if self.keeps_linears:
-            return {unit.name: None for block in self.units for unit in block}
-        return {} if planned_later else ranks_of(self.units, self.recipe, {})
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
