@@ -5,6 +5,8 @@ import torch
 
 from svdserve.compression.linalg import (
     left_subspace,
+    lower_products,
+    mirrored,
     relative_error,
     shrunk,
     shrunk_root,
@@ -67,7 +69,16 @@ def test_squared_singular_values_in_a_metric(kind: str, columns: int):
     torch.testing.assert_close(metric, torch.linalg.svdvals(root.mT @ matrix) ** 2)
 
 
-@pytest.mark.parametrize("shape", [(10, 30), (30, 10), (12, 12)])
+@pytest.mark.parametrize("m", [1, 255, 600, 1700])  # one panel, and several with a ragged last one
+def test_half_a_symmetric_product_mirrored_is_the_whole(m: int):
+    matrix = torch.randn(m, 5, dtype=torch.float64)
+    lower = torch.full((m, m), 7.0, dtype=torch.float64)  # nothing above the diagonal is used
+    for rows, columns, values in lower_products(matrix):
+        lower[rows, columns] = values
+    torch.testing.assert_close(mirrored(lower), matrix @ matrix.T)
+
+
+@pytest.mark.parametrize("shape", [(10, 30), (30, 10), (12, 12), (900, 600)])
 @pytest.mark.parametrize("rank", [1, 7, 10])
 def test_left_subspace_is_that_of_the_svd(shape: tuple[int, int], rank: int):
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -87,9 +98,10 @@ def test_left_subspace_beyond_the_numerical_rank(shape: tuple[int, int]):
     torch.testing.assert_close(left @ (left.T @ matrix), matrix)
 
 
-def test_relative_error_is_that_of_the_outputs():
-    x = torch.randn(24, 50, dtype=torch.float64)
-    weight, other = torch.randn(2, 9, 24, dtype=torch.float64)
+@pytest.mark.parametrize("n", [24, 700])
+def test_relative_error_is_that_of_the_outputs(n: int):
+    x = torch.randn(n, 50, dtype=torch.float64)
+    weight, other = torch.randn(2, 9, n, dtype=torch.float64)
     want = ((weight - other) @ x).norm() / (weight @ x).norm()
     assert relative_error(weight, other, x @ x.T) == pytest.approx(float(want))
     assert relative_error(weight, weight, None) == 0

@@ -19,11 +19,12 @@ from svdserve.compression.walk import Walk
 
 CPU = torch.device("cpu")
 ALL = frozenset({"gram", "shift", "teacher_gram"})
+TEACHER = frozenset({"teacher_gram", "teacher_magnitude"})
 ROWS, LENGTH = 5, 40  # longer than the sliding window, and a last batch that is smaller
 
 
-def walk_of(directory: Path, tokens: Tensor, **options) -> Walk:
-    return Walk(Skeleton(directory), tokens, ALL, torch.float32, CPU, batch_size=2, **options)
+def walk_of(directory: Path, tokens: Tensor, wanted=ALL, **options) -> Walk:
+    return Walk(Skeleton(directory), tokens, wanted, torch.float32, CPU, batch_size=2, **options)
 
 
 def hidden_states(model: nn.Module, layers: str, tokens: Tensor) -> list[Tensor]:
@@ -71,6 +72,50 @@ def test_dense_walk_is_the_models_own_forward(architecture: str, tmp_path: Path)
         student = walk.streams.read("student", slice(None))
         assert torch.equal(student, walk.streams.read("teacher", slice(None)))
         torch.testing.assert_close(student, expected[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_teacher_alone_is_the_models_own_forward(architecture: str, tmp_path: Path):
+    directory = save_model(architecture, tmp_path / "model")
+    tokens = random_tokens(ROWS, LENGTH)
+    walk = walk_of(directory, tokens, TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = hidden_states(model, walk.skeleton.layers_name, tokens)
+    for index in range(walk.skeleton.blocks):
+        block = walk.block(index)
+        collect = index != 1  # as of a resumed block, whose factors are known
+        for group in block.groups:
+            got = block.statistics(group, collect=collect)
+            if not collect:
+                continue
+            name = f"{walk.skeleton.block_name(index)}.{group.parent}.{group.members[0]}"
+            x = linear_inputs(model, [name], tokens)[name].reshape(tokens.numel(), -1).double()
+            torch.testing.assert_close(got.teacher_gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                got.teacher_magnitude, x.abs().mean(dim=0), rtol=1e-4, atol=1e-5
+            )
+            assert (got.tokens, got.gram) == (len(x), None)
+        block.finish()
+        teacher = walk.streams.read("teacher", slice(None))
+        torch.testing.assert_close(teacher, expected[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [ALL, TEACHER])
+def test_bfloat16_passes_change_little_and_do_not_round_the_sums(wanted, tmp_path: Path):
+    directory = save_model("llama", tmp_path / "model")
+    found = []
+    for precision in ("float32", "bfloat16"):
+        walk = walk_of(directory, random_tokens(2, LENGTH), wanted, precision=precision)
+        block = walk.block(0)
+        found.append([block.statistics(group) for group in block.groups])
+        block.finish()
+    for exact, rounded in zip(*found, strict=True):
+        gram = rounded.teacher_gram
+        assert float((gram - exact.teacher_gram).norm() / gram.norm()) < 0.02
+        assert float(gram.sub(gram.bfloat16()).count_nonzero()) > 0.5 * gram.numel()
+        assert torch.equal(gram, gram.T)
+        if wanted == ALL:
+            assert not rounded.shift.any()
 
 
 def test_held_out_sequences_are_apart_and_complete(tmp_path: Path):
@@ -144,11 +189,12 @@ def test_replaced_groups_act_on_all_later_statistics(
         assert left == {"student.bin", "teacher.bin"}
 
 
-def test_each_linear_and_attention_runs_once_per_stream(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("wanted", [ALL, TEACHER])
+def test_each_linear_and_attention_runs_once_per_stream(wanted, tmp_path: Path, monkeypatch):
     """The cost claim of walk.py: one pass each, and only the student's gate and up again."""
     directory = save_model("llama", tmp_path / "model")
     tokens = random_tokens(4, 16)
-    walk = walk_of(directory, tokens)
+    walk = walk_of(directory, tokens, wanted)
     calls: dict[str, int] = {}
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -167,8 +213,10 @@ def test_each_linear_and_attention_runs_once_per_stream(tmp_path: Path, monkeypa
     for group in block.groups:
         block.statistics(group)
     block.finish()
-    again = {"mlp.gate_proj", "mlp.up_proj"}
-    assert calls == {name: (2 + (name in again)) * len(walk.batches) for name in calls}
+    passes = dict.fromkeys(calls, 1)
+    if walk.uses_student:
+        passes = {name: 2 + (name in {"mlp.gate_proj", "mlp.up_proj"}) for name in calls}
+    assert calls == {name: times * len(walk.batches) for name, times in passes.items()}
     assert len(calls) == 8
 
 

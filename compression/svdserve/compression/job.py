@@ -265,6 +265,7 @@ class Job:
             self.run.batch_size,
             self.run.offload,
             gradients,
+            precision=self.recipe.precision,
             both=self.both,
         )
         for index in range(self.skeleton.blocks):

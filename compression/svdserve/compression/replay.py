@@ -72,6 +72,17 @@ def input_of(linear: nn.Module, run: Any) -> Tensor:
     raise RuntimeError("the linear was not called")  # learn_containers has seen the call
 
 
+@contextmanager
+def inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
+    """While inside, what ``linear`` is called with is added to the list."""
+    seen: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def learn_containers(
     block: nn.Module, groups: tuple[Group, ...], call: Call, shape: torch.Size, name: str
 ) -> Mapping[str, Container]:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from svdserve.compression.linalg import lower_products, mirrored
+
 Statistic = Literal[
     "gram",
     "shift",
@@ -110,7 +112,7 @@ class Accumulator:
         done: dict[str, Any] = {}
         for name, total in self._sums.items():
             if name in ("gram", "teacher_gram"):
-                _mirror(total)
+                mirrored(total)
             if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum
                 raise FloatingPointError(f"{name}: the calibration inputs are not finite")
             done[name] = total.div_(max(self._tokens, 1))
@@ -152,16 +154,9 @@ class GradientAccumulator:
 
     def into(self, statistics: Statistics) -> Statistics:
         """``statistics`` with the means over the tokens that were added."""
-        gram = None if self._gram is None else _mirror(self._gram).div_(self._tokens)
+        gram = None if self._gram is None else mirrored(self._gram).div_(self._tokens)
         fisher = None if self._fisher is None else self._fisher.div_(self._tokens)
         return replace(statistics, gradient_gram=gram, row_fisher=fisher)
-
-
-def _mirror(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle, in place."""
-    lower.tril_()
-    lower += lower.tril(-1).T
-    return lower
 
 
 def _rows(inputs: Tensor | None) -> Tensor | None:
@@ -174,8 +169,6 @@ def _given(inputs: Tensor | None) -> Tensor:
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
-    """total += xᵀ x on and below the diagonal only: panels skip what symmetry gives for free."""
-    n = x.shape[1]
-    panel = -(-n // max(1, min(6, n // 256)))
-    for start in range(0, n, panel):
-        total[start:, start : start + panel] += x[:, start:].T @ x[:, start : start + panel]
+    """total += xᵀ x, on and below the diagonal only."""
+    for rows, columns, values in lower_products(x.T):
+        total[rows, columns] += values

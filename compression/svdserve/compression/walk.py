@@ -5,14 +5,15 @@ block they advance group by group (q,k,v → o → gate,up → down), so that th
 are taken after all earlier groups of the same block are already replaced in the student. The
 block's own forward is run each time, stopped at the group in hand, with the attention or MLP
 container replayed from its stored output: attention and every linear are computed once for each
-stream, only norms, residual additions and the student's gate and up are repeated.
+stream, only norms, residual additions and the student's gate and up are repeated. Where no student
+runs there is nothing to wait for, and the teacher's block runs once for all its groups.
 """
 
 import copy
 import math
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from svdserve.compression.factors import Factors
 from svdserve.compression.gradients import BoundaryGradients, back_through
+from svdserve.compression.machine import Precision, forward_precision
 from svdserve.compression.modules import replace_group
-from svdserve.compression.replay import input_of, learn_containers
+from svdserve.compression.replay import input_of, inputs_of, learn_containers
 from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.skeleton import Call, Group, Skeleton
 from svdserve.compression.statistics import (
@@ -34,8 +36,8 @@ from svdserve.compression.statistics import (
     Statistics,
 )
 
-Inputs = tuple[Tensor | None, Tensor | None]
-"""A group's inputs in the student and in the teacher; None for a stream that does not run."""
+Inputs = tuple[Tensor, Tensor | None]
+"""A group's inputs in the student and in the teacher, None where that does not run."""
 
 
 class Streams:
@@ -94,6 +96,7 @@ class Walk:
         batch_size: sequences per forward step.
         offload: folder for the streams, or None for memory.
         gradients: at the block boundaries, where ``wanted`` has a statistic of gradients.
+        precision: of the blocks' forward passes.
         both: run both streams whatever is wanted.
     """
 
@@ -108,9 +111,11 @@ class Walk:
         offload: Path | None = None,
         gradients: BoundaryGradients | None = None,
         *,
+        precision: Precision = "float32",
         both: bool = False,
     ) -> None:
         self.skeleton, self.device, self.gradients = skeleton, device, gradients
+        self.precision = precision
         self.wanted, self.wanted_of_gradients = wanted - OF_GRADIENTS, wanted & OF_GRADIENTS
         self.uses_student = both or bool(wanted & {"gram", "shift"})
         self.uses_teacher = both or bool(wanted - {"gram"})  # gradients are the teacher's too
@@ -181,6 +186,7 @@ class BlockPass:
         self.teacher = walk.skeleton.block(index, walk.device)
         self.student = _share_copy(self.teacher)
         self._of_gradients: dict[str, GradientAccumulator] = {}
+        self._of_teacher: dict[str, Accumulator] = {}
 
     def weight(self, group: Group, member: str) -> Tensor:
         """The teacher's weight [m, n] of one linear, float32."""
@@ -197,24 +203,47 @@ class BlockPass:
         wanted = self.walk.wanted if collect else frozenset()
         if collect and self.walk.wanted_of_gradients and not self._of_gradients:
             self._of_gradients = self._gradient_sums()
-        features = self.weight(group, group.members[0]).shape[1]
-        accumulator = Accumulator(features, wanted - {"held_out"}, self.walk.device)
-        apart = Accumulator(features, wanted & {"gram", "shift"}, self.walk.device)
-        held_out = self.walk.held_out if "held_out" in wanted else ()
-        step = self._STEPS[group.name]
-        if self.walk.runs:
-            for rows in self.walk.batches:
-                sums = apart if rows in held_out else accumulator
-                with torch.no_grad():
-                    sums.add(*step(self, rows))
-        if group.name == "gate_up_proj":
-            self.walk.streams.drop("student_heads")
-        statistics = accumulator.finish()
-        if held_out:
-            statistics = replace(statistics, held_out=apart.finish())
+        if self.walk.uses_student:
+            statistics = self._along_student(group, wanted)
+        else:
+            statistics = self._of_teacher_alone(group, wanted)
         if collect and self.walk.wanted_of_gradients:
             return self._of_gradients.pop(group.name).into(statistics)
         return statistics
+
+    def _accumulator(self, group: Group, wanted: frozenset[Statistic]) -> Accumulator:
+        features = self.weight(group, group.members[0]).shape[1]
+        return Accumulator(features, wanted, self.walk.device)
+
+    def _along_student(self, group: Group, wanted: frozenset[Statistic]) -> Statistics:
+        """One step of the student's stream, and of the teacher's where it runs."""
+        accumulator = self._accumulator(group, wanted - {"held_out"})
+        apart = self._accumulator(group, wanted & {"gram", "shift"})
+        held_out = self.walk.held_out if "held_out" in wanted else ()
+        for rows in self.walk.batches:
+            with self._forward():
+                inputs = self._STEPS[group.name](self, rows)
+            (apart if rows in held_out else accumulator).add(*inputs)
+        if group.name == "gate_up_proj":
+            self.walk.streams.drop("student_heads")
+        statistics = accumulator.finish()
+        return replace(statistics, held_out=apart.finish()) if held_out else statistics
+
+    def _of_teacher_alone(self, group: Group, wanted: frozenset[Statistic]) -> Statistics:
+        """From the teacher's only pass over the block, which the first group to ask makes."""
+        if not self._of_teacher:
+            self._of_teacher = {g.name: self._accumulator(g, wanted) for g in self.groups}
+            for rows in self.walk.batches if self.walk.runs else ():
+                with ExitStack() as stack, self._forward():
+                    seen = {
+                        g.name: stack.enter_context(inputs_of(self._linear(self.teacher, g.name)))
+                        for g in self.groups
+                    }
+                    output = self._run(self.teacher, "teacher", rows, {})
+                self.walk.streams.write("teacher", rows, output)
+                for name, inputs in seen.items():
+                    self._of_teacher[name].add(None, inputs.pop())
+        return self._of_teacher.pop(group.name).finish()
 
     def _gradient_sums(self) -> dict[str, GradientAccumulator]:
         """Run the teacher's block back from its boundary gradients, before its stream moves on."""
@@ -269,7 +298,7 @@ class BlockPass:
         streams = self.walk.streams
         if self.walk.uses_student:
             for rows in self.walk.batches:
-                with torch.no_grad():
+                with self._forward():
                     # The MLP is run again, as its widest activations would be the largest stream.
                     replay = {} if refined else {"o_proj": streams.read("student_attention", rows)}
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
@@ -278,18 +307,14 @@ class BlockPass:
     # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 
     def _at_attention_input(self, rows: slice) -> Inputs:
-        student = teacher = None
-        if self.walk.uses_student:
-            student = self._input(self.student, "student", rows, "qkv_proj", {})
+        student, teacher = self._input(self.student, "student", rows, "qkv_proj", {}), None
         if self.walk.uses_teacher:
             teacher = self._input(self.teacher, "teacher", rows, "qkv_proj", {})
         return student, teacher
 
     def _at_attention_output(self, rows: slice) -> Inputs:
-        student = teacher = None
-        if self.walk.uses_student:
-            student = self._input(self.student, "student", rows, "o_proj", {})
-            self.walk.streams.write("student_heads", rows, student)
+        student, teacher = self._input(self.student, "student", rows, "o_proj", {}), None
+        self.walk.streams.write("student_heads", rows, student)
         if self.walk.uses_teacher:
             teacher = self._input(self.teacher, "teacher", rows, "o_proj", {})
             attention = self._linear(self.teacher, "o_proj")(teacher)
@@ -297,34 +322,24 @@ class BlockPass:
         return student, teacher
 
     def _at_mlp_input(self, rows: slice) -> Inputs:
-        student = teacher = None
-        if self.walk.uses_student:
-            heads = self.walk.streams.read("student_heads", rows)
-            attention = self._linear(self.student, "o_proj")(heads)
-            self.walk.streams.write("student_attention", rows, attention)
-            replay = {"o_proj": attention}
-            student = self._input(self.student, "student", rows, "gate_up_proj", replay)
+        heads = self.walk.streams.read("student_heads", rows)
+        attention = self._linear(self.student, "o_proj")(heads)
+        self.walk.streams.write("student_attention", rows, attention)
+        replay = {"o_proj": attention}
+        student, teacher = self._input(self.student, "student", rows, "gate_up_proj", replay), None
         if self.walk.uses_teacher:
             replay = {"o_proj": self.walk.streams.read("teacher_attention", rows)}
             teacher = self._input(self.teacher, "teacher", rows, "gate_up_proj", replay)
         return student, teacher
 
     def _at_mlp_output(self, rows: slice) -> Inputs:
-        student = teacher = None
         streams = self.walk.streams
-        if self.walk.uses_student:
-            replay = {"o_proj": streams.read("student_attention", rows)}
-            student = self._input(self.student, "student", rows, "down_proj", replay)
+        replay = {"o_proj": streams.read("student_attention", rows)}
+        student, teacher = self._input(self.student, "student", rows, "down_proj", replay), None
         if self.walk.uses_teacher:
             replay = {"o_proj": streams.read("teacher_attention", rows)}
-            seen: list[Tensor] = []
-            hook = self._linear(self.teacher, "down_proj").register_forward_pre_hook(
-                lambda _module, args: seen.append(args[0])
-            )
-            try:
+            with inputs_of(self._linear(self.teacher, "down_proj")) as seen:
                 streams.write("teacher", rows, self._run(self.teacher, "teacher", rows, replay))
-            finally:
-                hook.remove()
             teacher = seen[0]
         return student, teacher
 
@@ -336,6 +351,9 @@ class BlockPass:
         "gate_up_proj": _at_mlp_input,
         "down_proj": _at_mlp_output,
     }
+
+    def _forward(self) -> AbstractContextManager[None]:
+        return forward_precision(self.walk.precision, self.walk.device)
 
     def _input(
         self, block: nn.Module, stream: str, rows: slice, group: str, replay: dict[str, Tensor]
