@@ -34,7 +34,6 @@ namespace {
 
 constexpr int64_t kChunk = 768;             // tokens at a time, which bounds the scratch memory
 constexpr int64_t kGroupBytes = 384 << 10;  // panels that stay in the L2 cache while tiles pass
-constexpr int64_t kBlockPairs = 512;        // of columns, where whole panels would fill that
 constexpr int64_t kPairBytes = 4 * kPanel;  // of a panel
 constexpr std::size_t kHugePage = 2 << 20;
 
@@ -139,7 +138,7 @@ void multiply_all(const Engine& engine, const Activations& x, const Weight& w, c
   const int64_t tile_count = some.end - some.begin, panel_bytes = w.pairs * kPairBytes;
   // Where even a few panels would fill the cache, a group is wider and is done in blocks of columns.
   const bool whole = tile_count < 2 || panel_bytes <= kGroupBytes / 4;
-  const int64_t block = whole ? std::max<int64_t>(1, w.pairs) : kBlockPairs;
+  const int64_t block = whole ? std::max<int64_t>(1, w.pairs) : engine.block_pairs();
   const int64_t group = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, block * kPairBytes));
   const int64_t kept = whole ? 0 : kAmxTile * kPanel;  // between the sums of two tiles or panels
   float* const sums = scratch<float>(kAmxTile * kPanel + tile_count * group * kept);

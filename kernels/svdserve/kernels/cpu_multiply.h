@@ -128,6 +128,9 @@ struct Engine {
   bool amx;
 
   int64_t tile() const { return amx ? kAmxTile : kVectorTile; }
+  // Columns of a block where panels are cut. AMX waits for its operands: there a block of a tile
+  // stays in the L1 cache.
+  int64_t block_pairs() const { return amx ? 128 : 512; }
   Multiply multiply(int blocks, int tokens) const {
     return amx ? kMultiplyAmx[blocks - 1][tokens > kLanes] : kMultiply[blocks - 1][tokens - 1];
   }
