@@ -64,9 +64,9 @@ def speed(file: str) -> str:
     return _table(["model", "weights, MiB", "worker memory, MiB", *labels], rows)
 
 
-def profile() -> str:
+def profile(file: str) -> str:
     """Where the time of a step goes, in seconds, and what the machine allows."""
-    rows, found = [], _read("serving_profile")
+    rows, found = [], _read(file)
     options = found["options"]
     names = [Path(directory).name for directory in (options["dense"], *options["models"])]
     for workload, models in found["workloads"].items():
@@ -80,8 +80,10 @@ def profile() -> str:
 def layers() -> str:
     """Time of a low-rank layer over its two products alone, lowest and highest over κ."""
     rows: list[list[str]] = []
-    for file in ("kernels_1b", "kernels_1b_xeon"):
+    files = {"kernels_1b": "", "kernels_1b_xeon": "", "kernels_1b_amx": " with AMX"}
+    for file, units in files.items():
         found = _read(file)
+        processor = found["machine"]["processor"] + units
         names = [layer["name"] for layer in found["options"]["layers"]]
         for count in found["options"]["rows"]:
             cells = []
@@ -92,7 +94,7 @@ def layers() -> str:
                     if one["rows"] == count and one["layer"]["name"] == name
                 ]
                 cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
-            rows.append([found["machine"]["processor"], str(count), *cells])
+            rows.append([processor, str(count), *cells])
     return _table(["processor", "rows", *(f"`{name}`" for name in names)], rows)
 
 
@@ -251,9 +253,11 @@ TABLES = {
     "curve": partial(comparison, "curve_smollm2"),
     "speed": partial(speed, "serving_1b"),
     "xeon": partial(speed, "serving_1b_xeon"),
+    "amx": partial(speed, "serving_1b_amx"),
     "small": partial(speed, "serving_smollm2"),
     "compiled": partial(speed, "serving_1b_compiled"),
-    "profile": profile,
+    "profile": partial(profile, "serving_profile"),
+    "profile_amx": partial(profile, "serving_profile_amx"),
     "layers": layers,
     "beta": betas,
     "variants": variants,
