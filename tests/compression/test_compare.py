@@ -138,13 +138,13 @@ def test_methods_share_the_teachers_pass_and_change_nothing(
         make_recipe(method="kfac-svd", layout="pair", **fields),
     ]
     passes: list[int] = []
-    forward = BlockPass._at_attention_input
+    forward = BlockPass._run
 
-    def counted(block: BlockPass, rows: slice):
+    def counted(block: BlockPass, *args):
         passes.append(block.index)
-        return forward(block, rows)
+        return forward(block, *args)
 
-    monkeypatch.setitem(BlockPass._STEPS, "qkv_proj", counted)
+    monkeypatch.setattr(BlockPass, "_run", counted)
     shared = RUN.model_copy(update={"cache": tmp_path / "teacher"})
     counts = []
     for index, recipe in enumerate(chosen):
