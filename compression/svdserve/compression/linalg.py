@@ -75,10 +75,11 @@ def mirrored(lower: Tensor) -> Tensor:
     return lower
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    """M Mᵀ [m, m]; what is above the diagonal is 0 or right: LAPACK does not read it."""
-    product = matrix.new_zeros(matrix.shape[0], matrix.shape[0])
-    for rows, columns, values in lower_products(matrix):
+def _smaller_gram(matrix: Tensor) -> Tensor:
+    """M Mᵀ or, where M [m, n] is tall, Mᵀ M; the lower triangle, which is all that LAPACK reads."""
+    short = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    product = short.new_zeros(short.shape[0], short.shape[0])
+    for rows, columns, values in lower_products(short):
         product[rows, columns] = values
     return product
 
@@ -128,7 +129,7 @@ def squared_singular_values(matrix: Tensor, outer: Tensor | None = None) -> Tens
         squared = matrix.mT @ (outer @ matrix)
     else:
         matrix = matrix if outer is None else whiten(outer, 0.0).root.mT @ matrix
-        squared = _symmetric(matrix.mT if m > n else matrix)
+        squared = _smaller_gram(matrix)
     values: Tensor = torch.linalg.eigvalsh(squared)
     return values.clamp_min(0).flip(0)
 
@@ -156,7 +157,7 @@ def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     m, n = matrix.shape
     tall = m > n
-    values, vectors = torch.linalg.eigh(_symmetric(matrix.mT if tall else matrix))
+    values, vectors = torch.linalg.eigh(_smaller_gram(matrix))
     sigma = values.clamp_min(0).sqrt().flip(0)
     reach = float(sigma[rank - 1]) / max(float(sigma[0]), 1e-300)
     if reach <= 1e-7:

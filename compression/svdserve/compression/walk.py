@@ -206,7 +206,8 @@ class BlockPass:
         if self.walk.uses_student:
             statistics = self._along_student(group, wanted)
         else:
-            statistics = self._of_teacher_alone(group, wanted)
+            self._of_teacher = self._of_teacher or self._teacher_sums(wanted)
+            statistics = self._of_teacher.pop(group.name).finish()
         if collect and self.walk.wanted_of_gradients:
             return self._of_gradients.pop(group.name).into(statistics)
         return statistics
@@ -229,21 +230,20 @@ class BlockPass:
         statistics = accumulator.finish()
         return replace(statistics, held_out=apart.finish()) if held_out else statistics
 
-    def _of_teacher_alone(self, group: Group, wanted: frozenset[Statistic]) -> Statistics:
-        """From the teacher's only pass over the block, which the first group to ask makes."""
-        if not self._of_teacher:
-            self._of_teacher = {g.name: self._accumulator(g, wanted) for g in self.groups}
-            for rows in self.walk.batches if self.walk.runs else ():
-                with ExitStack() as stack, self._forward():
-                    seen = {
-                        g.name: stack.enter_context(inputs_of(self._linear(self.teacher, g.name)))
-                        for g in self.groups
-                    }
-                    output = self._run(self.teacher, "teacher", rows, {})
-                self.walk.streams.write("teacher", rows, output)
-                for name, inputs in seen.items():
-                    self._of_teacher[name].add(None, inputs.pop())
-        return self._of_teacher.pop(group.name).finish()
+    def _teacher_sums(self, wanted: frozenset[Statistic]) -> dict[str, Accumulator]:
+        """Carry the teacher's stream over the block, where no student runs, and sum on the way."""
+        sums = {group.name: self._accumulator(group, wanted) for group in self.groups}
+        for rows in self.walk.batches if self.walk.runs else ():
+            with ExitStack() as stack, self._forward():
+                seen = {
+                    name: stack.enter_context(inputs_of(self._linear(self.teacher, name)))
+                    for name in sums
+                }
+                output = self._run(self.teacher, "teacher", rows, {})
+            self.walk.streams.write("teacher", rows, output)
+            for name, inputs in seen.items():
+                sums[name].add(None, inputs.pop())
+        return sums
 
     def _gradient_sums(self) -> dict[str, GradientAccumulator]:
         """Run the teacher's block back from its boundary gradients, before its stream moves on."""
