@@ -5,6 +5,6 @@
 
 from svdserve.kernels.implementations import NoImplementation
 from svdserve.kernels.lowrank import lowrank_linear, prepare
-from svdserve.kernels.parts import Part
+from svdserve.kernels.parts import Activation, Part
 
-__all__ = ["NoImplementation", "Part", "lowrank_linear", "prepare"]
+__all__ = ["Activation", "NoImplementation", "Part", "lowrank_linear", "prepare"]

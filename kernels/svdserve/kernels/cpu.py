@@ -14,19 +14,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from svdserve.kernels.parts import PreparedFactors
+from svdserve.kernels.parts import Activation, PreparedFactors
 
 SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
-HEADER = SOURCE.with_name("cpu_multiply.h")
+HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("activation", "multiply"))
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
 ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt")
 NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
 _WORD = 32  # channels in one word of the mask
+_LANES = 16  # rows of gate, then of up, in the packed C of a gated layer
+_ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")  # cpu_activation.h
 
 
 class PackedFactors(PreparedFactors):
     """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
+
+    With an activation, y = act(gate) * up of the two halves of that.
 
     Attributes:
         stored_bytes: of the factors before packing, which pads rows to multiples of 16.
@@ -42,6 +47,7 @@ class PackedFactors(PreparedFactors):
         factor_out: Tensor,
         pivots: Tensor | None = None,
         *,
+        activation: Activation | None = None,
         amx: bool | None = None,
     ) -> None:
         """Copy the factors; the caller may free its own.
@@ -50,6 +56,7 @@ class PackedFactors(PreparedFactors):
             factor_in: [r, n], or [r, n - r] with pivots; bfloat16 on CPU.
             factor_out: [m, r]; bfloat16 on CPU.
             pivots: [r] strictly ascending channels of x, or None for the pair layout.
+            activation: where the rows of factor_out are gate and up, m / 2 of each.
             amx: whether to multiply with AMX; None takes it where the processor has it.
 
         Raises:
@@ -57,7 +64,8 @@ class PackedFactors(PreparedFactors):
             RuntimeError: ``unsupported()`` says why.
         """
         super().__init__()
-        self.outputs, self.rank = factor_out.shape
+        rows, self.rank = factor_out.shape
+        self.outputs = rows // 2 if activation else rows
         self.pivots = 0 if pivots is None else len(pivots)
         self.channels = self.pivots + factor_in.shape[1]
         _check(factor_in, factor_out, pivots, self.channels)
@@ -66,10 +74,12 @@ class PackedFactors(PreparedFactors):
         self.amx: bool = torch.ops.svdserve.has_amx() if amx is None else amx
         pack = torch.ops.svdserve.pack
         self.register_buffer("packed_in", pack(factor_in), persistent=False)
-        self.register_buffer("packed_out", pack(factor_out), persistent=False)
+        outer = _interleaved(factor_out) if activation else factor_out
+        self.register_buffer("packed_out", pack(outer), persistent=False)
         self.register_buffer("mask", _mask(pivots, self.channels), persistent=False)
         self.stored_bytes = factor_in.nbytes + factor_out.nbytes
         # A small layer costs a few microseconds; looking all this up on every call would double it.
+        self._activation = _ACTIVATIONS.index(activation)
         self._operation = torch.ops.svdserve.lowrank.default
         self._operands = (
             *(self.packed_in, self.packed_out, self.mask),
@@ -77,8 +87,13 @@ class PackedFactors(PreparedFactors):
         )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None."""
-        return self._operation(x, *self._operands, bias, self.amx)  # type: ignore[no-any-return]
+        """y [..., m] of x [..., n], bfloat16 on CPU; bias [m] or None.
+
+        With an activation, y [..., m / 2] and no bias.
+        """
+        return self._operation(  # type: ignore[no-any-return]
+            x, *self._operands, bias, self._activation, self.amx
+        )
 
 
 @cache
@@ -97,7 +112,7 @@ def unsupported() -> str | None:
 
 def library() -> Path:
     """The compiled library; compiled now where it is missing or older than its source."""
-    sources = SOURCE.read_bytes() + HEADER.read_bytes()
+    sources = b"".join(file.read_bytes() for file in (SOURCE, *HEADERS))
     digest = hashlib.sha256(sources + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
     library = Path(root) / f"svdserve_cpu_{digest.hexdigest()[:16]}.so"
@@ -155,6 +170,15 @@ def _check(factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None, channel
         raise ValueError(f"pivots must ascend strictly within 0 .. {channels - 1}")
 
 
+def _interleaved(factor_out: Tensor) -> Tensor:
+    """Rows of gate and up [m / 2, r] each by turns, 16 at a time; the last ones padded with 0."""
+    halves = factor_out.chunk(2)
+    padding = -len(halves[0]) % _LANES
+    blocks = (-1, _LANES, factor_out.shape[1])
+    padded = [pad(half, (0, 0, 0, padding)).reshape(blocks) for half in halves]
+    return torch.stack(padded, dim=1).flatten(0, 2)
+
+
 def _mask(pivots: Tensor | None, channels: int) -> Tensor:
     """One bit for each channel, set for pivots; 32 in an int32, the lowest bit first."""
     bits = torch.zeros(-(-channels // _WORD), _WORD, dtype=torch.int64)
@@ -173,7 +197,8 @@ def _fake(
     rank: int,
     outputs: int,
     bias: Tensor | None,
+    activation: int,
     amx: bool,
 ) -> Tensor:
-    del packed_in, packed_out, mask, pivots, rank, bias, amx
+    del packed_in, packed_out, mask, pivots, rank, bias, activation, amx
     return x.new_empty(*x.shape[:-1], outputs)

@@ -9,6 +9,9 @@
 // [block of 32 columns][token][32], so that one pointer walks a tile and whole vectors fill it: 12
 // tokens times 32 rows keep 24 of the 32 vector registers busy. With AMX a tile has up to 32 tokens;
 // both operands already lie as its tile registers want them.
+//
+// The outputs may be gate and up of a gated MLP: C then has 16 rows of one, 16 of the other, and so
+// on, so that a panel's sums become act(gate) * up before they are rounded or leave the cache.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -28,6 +31,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu_activation.h"
 #include "cpu_multiply.h"
 
 namespace {
@@ -257,19 +261,24 @@ at::Tensor pack(const at::Tensor& weight) {
 }
 
 // y = C (x[pivots] + Z x[rest]) + b. The first product has a pivot for each of its `rank` rows, or
-// none at all; `mask` tells the pivots among the channels.
+// none at all; `mask` tells the pivots among the channels. With an activation, C
+// has rows of gate and up for each of the `outputs`, each in whole vectors.
 at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::Tensor& packed_out,
                    const at::Tensor& mask, int64_t pivots, int64_t rank, int64_t outputs,
-                   const std::optional<at::Tensor>& bias, bool amx) {
+                   const std::optional<at::Tensor>& bias, int64_t activation, bool amx) {
   TORCH_CHECK(x.dim() > 0 && x.scalar_type() == at::kBFloat16 && x.is_cpu(),
               "lowrank: x must be bfloat16 on CPU with at least one dimension");
+  const Activation gate{activation};
+  const bool gated = gate != Activation::none;
+  const int64_t rows_out = gated ? 2 * round_up(outputs, kLanes) : outputs;
   TORCH_CHECK(packed_in.numel() == packed_size(rank, x.size(-1) - pivots) &&
-                  packed_out.numel() == packed_size(outputs, rank) &&
+                  packed_out.numel() == packed_size(rows_out, rank) &&
                   mask.numel() * kPanel == round_up(x.size(-1), kPanel),
               "lowrank: x has ", x.size(-1), " channels, the packed factors have others");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
                         bias->numel() == outputs),
               "lowrank: the bias must be bfloat16 [", outputs, "]");
+  TORCH_CHECK(!gated || !bias, "lowrank: an activation takes no bias");
   TORCH_CHECK(!amx || has_amx(), "lowrank: this processor has no AMX");
   const at::Tensor rows = x.reshape({-1, x.size(-1)});
   const at::Tensor input = rows.stride(-1) == 1 ? rows : rows.contiguous();
@@ -281,7 +290,7 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
 
   Input part{halves(input), input.stride(0), input.size(1), words(mask), pivots};
   const Weight inner{halves(packed_in), rank, (part.channels - pivots + 1) / 2};
-  const Weight outer{halves(packed_out), outputs, (rank + 1) / 2};
+  const Weight outer{halves(packed_out), rows_out, (rank + 1) / 2};
   const Half* offset = bias ? halves(*bias) : nullptr;
   Half* result = halves(y);
 
@@ -314,11 +323,23 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
                                     _mm512_maskz_mov_epi16(lanes, values));
               });
 #pragma omp barrier
-      product(engine, z, outer, tiles, [&](int64_t token, int, int, int64_t row, const float* sums) {
-        const __mmask32 lanes = present(outputs - row);
-        const __m512i values = add_and_round(sums, offset ? offset + row : nullptr, lanes);
-        _mm512_mask_storeu_epi16(result + token * outputs + row, lanes, values);
-      });
+      if (gated) {
+        product(engine, z, outer, tiles,
+                [&](int64_t token, int, int, int64_t row, const float* sums) {
+                  const __mmask16 lanes = present(outputs - row / 2);
+                  const __m512 values = multiplied(gate, _mm512_loadu_ps(sums),
+                                                   _mm512_loadu_ps(sums + kLanes));
+                  _mm256_mask_storeu_epi16(result + token * outputs + row / 2, lanes,
+                                           (__m256i)_mm512_cvtneps_pbh(values));
+                });
+      } else {
+        product(engine, z, outer, tiles,
+                [&](int64_t token, int, int, int64_t row, const float* sums) {
+                  const __mmask32 lanes = present(outputs - row);
+                  const __m512i values = add_and_round(sums, offset ? offset + row : nullptr, lanes);
+                  _mm512_mask_storeu_epi16(result + token * outputs + row, lanes, values);
+                });
+      }
       engine.leave();
     }
     part.data += chunk * part.stride;
@@ -334,7 +355,7 @@ TORCH_LIBRARY(svdserve, library) {
   library.def("pack(Tensor weight) -> Tensor");
   library.def(
       "lowrank(Tensor x, Tensor packed_in, Tensor packed_out, Tensor mask, int pivots, int rank, "
-      "int outputs, Tensor? bias, bool amx) -> Tensor");
+      "int outputs, Tensor? bias, int activation, bool amx) -> Tensor");
   library.def("has_amx() -> bool", &has_amx);
 }
 

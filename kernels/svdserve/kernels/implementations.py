@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from svdserve.kernels import cpu
-from svdserve.kernels.parts import Part, PreparedFactors
+from svdserve.kernels.parts import Activation, Part, PreparedFactors
 from svdserve.kernels.plain import PlainFactors
 
 OVERRIDE = "SVDSERVE_KERNEL"
@@ -32,18 +32,22 @@ class Request:
         dtype: of x and the factors.
         columns: of every factor: n - r or n, and r, for each part.
         prepared: whether the factors may be packed before, once for many calls.
+        activation: that of a gated MLP, to be applied to the outputs; None for the outputs.
     """
 
     device: str
     dtype: torch.dtype
     columns: tuple[int, ...]
     prepared: bool
+    activation: Activation | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Part], *, prepared: bool) -> "Request":
+    def of(
+        cls, parts: Sequence[Part], *, prepared: bool, activation: Activation | None = None
+    ) -> "Request":
         first = parts[0].factor_in
         columns = tuple(f.shape[1] for part in parts for f in (part.factor_in, part.factor_out))
-        return cls(first.device.type, first.dtype, columns, prepared)
+        return cls(first.device.type, first.dtype, columns, prepared, activation)
 
     @property
     def parts(self) -> int:
@@ -59,14 +63,15 @@ class Implementation:
         devices: types of devices; empty for all.
         dtypes: of x and the factors; empty for all.
         why_not: the reason against a request on such a device and dtype, None if there is none.
-        prepare: packs parts that were checked, with ascending pivots where prepared.
+        prepare: packs parts that were checked, with ascending pivots where prepared, for outputs or
+            for an activation of them.
     """
 
     name: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[Request], str | None]
-    prepare: Callable[[Sequence[Part]], PreparedFactors]
+    prepare: Callable[[Sequence[Part], Activation | None], PreparedFactors]
 
     def reason_against(self, request: Request) -> str | None:
         """Why it cannot compute the request; None if it can."""
@@ -85,8 +90,8 @@ def _not_cpu(request: Request) -> str | None:
     return cpu.unsupported()
 
 
-def _cpu(parts: Sequence[Part]) -> PreparedFactors:
-    return cpu.PackedFactors(*parts[0])
+def _cpu(parts: Sequence[Part], activation: Activation | None) -> PreparedFactors:
+    return cpu.PackedFactors(*parts[0], activation=activation)
 
 
 def _not_triton(request: Request) -> str | None:
@@ -97,24 +102,28 @@ def _not_triton(request: Request) -> str | None:
         return "Triton is not installed"
     if not request.prepared and any(columns % 16 for columns in request.columns):
         return "pads factors to multiples of 16 columns, which pays only where prepare() does it"
-    return None
+    return _no_activation(request)
 
 
-def _triton(parts: Sequence[Part]) -> PreparedFactors:
+def _triton(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
     from svdserve.kernels.triton_linear import TritonFactors
 
     return TritonFactors(parts)
 
 
-def _always(_: Request) -> None:
-    return None
+def _no_activation(request: Request) -> str | None:
+    return "leaves activations to the caller" if request.activation else None
+
+
+def _torch(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
+    return PlainFactors(parts)
 
 
 _HALF = (torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = (
     Implementation("cpu", ("cpu",), (torch.bfloat16,), _not_cpu, _cpu),
     Implementation("triton", ("cuda", "cpu"), (*_HALF, torch.float32), _not_triton, _triton),
-    Implementation("torch", (), (), _always, PlainFactors),
+    Implementation("torch", (), (), _no_activation, _torch),
 )
 
 

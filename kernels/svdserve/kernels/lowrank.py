@@ -10,6 +10,7 @@ from svdserve.kernels import reference
 from svdserve.kernels.implementations import Request, choose
 from svdserve.kernels.operations import define
 from svdserve.kernels.parts import (
+    Activation,
     Part,
     PreparedFactors,
     check_bias,
@@ -66,20 +67,27 @@ def lowrank_linear(
     )
 
 
-def prepare(parts: Sequence[Part], *, implementation: str | None = None) -> PreparedFactors:
+def prepare(
+    parts: Sequence[Part],
+    *,
+    activation: Activation | None = None,
+    implementation: str | None = None,
+) -> PreparedFactors:
     """The same operation for factors that many calls share: packed or padded once.
 
     Several parts read the same x, each with its own rank; their outputs stand side by side.
 
     Args:
         parts: one or more, on one device and in one dtype.
+        activation: for the outputs gate and up of a gated MLP; see reference.gated.
         implementation: the name of one, to override the choice; see implementations.py.
 
     Returns:
         A module of x and bias, for inference only.
 
     Raises:
-        ValueError: shapes, dtypes, devices or pivots that do not fit together.
+        ValueError: shapes, dtypes, devices or pivots that do not fit together, or an activation of
+            an odd number of outputs.
         NoImplementation: the named implementation does not exist or cannot compute this.
     """
     for part in parts:
@@ -87,8 +95,11 @@ def prepare(parts: Sequence[Part], *, implementation: str | None = None) -> Prep
         if part.pivots is not None:
             check_pivots(part.pivots, part.in_features)
     same_inputs(parts)
-    chosen = choose(Request.of(parts, prepared=True), implementation)
-    return chosen.prepare([_ascending(part) for part in parts])
+    outputs = sum(part.outputs for part in parts)
+    if activation and outputs % 2:
+        raise ValueError(f"an activation of {outputs} outputs; gate and up are as many each")
+    chosen = choose(Request.of(parts, prepared=True, activation=activation), implementation)
+    return chosen.prepare([_ascending(part) for part in parts], activation)
 
 
 def _ascending(part: Part) -> Part:
@@ -109,7 +120,7 @@ def _run(
 ) -> Tensor:
     parts = [Part(factor_in, factor_out, pivots)]
     chosen = choose(Request.of(parts, prepared=False), implementation)
-    return chosen.prepare(parts)(x, bias)  # type: ignore[no-any-return]
+    return chosen.prepare(parts, None)(x, bias)  # type: ignore[no-any-return]
 
 
 def _fake(

@@ -1,10 +1,13 @@
 """The arguments of a low-rank linear and the checks that every implementation shares."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+# Of a gated MLP, whose outputs are gate and up, one above the other: act(gate) * up.
+Activation = Literal["silu", "gelu_tanh"]
 
 
 class Part(NamedTuple):
@@ -31,7 +34,7 @@ class PreparedFactors(nn.Module):
     """One or several low-rank linears of the same x, as one implementation likes their factors.
 
     Called with x [..., n] and a bias [sum of m] or None, it gives y [..., sum of m], the outputs of
-    the parts side by side.
+    the parts side by side; prepared with an activation, act(gate) * up [..., sum of m / 2].
 
     Attributes:
         stored_bytes: of the factors as they were given.

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
+
+from svdserve.kernels.parts import Activation
 
 
 def lowrank_linear(
@@ -40,3 +42,9 @@ def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tenso
         whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
         return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
     return x[..., pivots] + linear(x[..., rest], factor_in)
+
+
+def gated(y: Tensor, activation: Activation) -> Tensor:
+    """act(gate) * up [..., m / 2] of the outputs [..., m] of a gated MLP's first layer."""
+    gate, up = y.chunk(2, dim=-1)
+    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")) * up

@@ -14,9 +14,8 @@ Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one 
 these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
 inputs; the scales of its rows are those of the whole rows.
 
-Order. Gathering the pivots of x costs most at down_proj, which has the most inputs. It needs no
-gather where gate_up_proj writes its outputs in that order already: its rows are free to be stored
-in any order (``input_order`` of the one layer is ``row_order`` of the other).
+Gathering the pivots of x costs most at down_proj, which has the most inputs; gated_mlp.py says how
+it is spared, and when gate_up_proj takes over the activation.
 
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
@@ -37,11 +36,12 @@ from vllm.model_executor.layers.linear import (
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors, other_channels
+from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
-from svdserve.kernels import prepare
 from svdserve.server.products import (
     LowRankProduct,
     fused_kernel,
+    fuses_activation,
     int8_kernel,
     kernel_part,
     product,
@@ -163,6 +163,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         *,
         row_order: Tensor | None = None,
         ordered_input: bool = False,
+        activation: Activation | None = None,
     ) -> StoredBytes:
         """Read this rank's share of the layer and bring it into the form that ``apply`` uses.
 
@@ -174,6 +175,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             checkpoint: the files.
             row_order: of the outputs of every member; the layer must have no bias.
             ordered_input: whether the inputs come in ``input_order``.
+            activation: to apply to the outputs, for a layer that ``fuses`` it.
 
         Returns:
             What the rank now stores, also kept as ``stored``.
@@ -207,7 +209,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored += StoredBytes(lowrank=lowrank.stored_bytes)
                 products.append(lowrank)
             if kernel is not None:
-                fused = prepare(ready, implementation=kernel)
+                fused = prepare(ready, activation=activation, implementation=kernel)
                 stored += StoredBytes(lowrank=fused.stored_bytes)
                 products.append(fused)
         layer.products = nn.ModuleList(products)
@@ -217,16 +219,26 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.stored = stored
         return stored
 
+    def fuses(self, layer: LinearBase, activation: Activation) -> bool:
+        """Whether the layer's kernel can apply the activation of a gated MLP to its outputs."""
+        columns = self._columns(self.parts)
+        return bool(columns) and fuses_activation(columns, layer.weight, activation)
+
     def _kernel(self, layer: LinearBase, parts: Sequence[Part]) -> str | None:
         """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""
+        columns = self._columns(parts)
+        return fused_kernel(columns, layer.weight) if columns else None
+
+    def _columns(self, parts: Sequence[Part]) -> list[int]:
+        """Of every factor, where a kernel of svdserve may compute the parts; else none."""
         if len(self.channels) != self.input_size:
-            return None
+            return []
         columns: list[int] = []
         for part in parts:
             if part.spec is None or part.weights == "int8":
-                return None
+                return []
             columns += [part.spec.tensors()["factor_in"][1], part.spec.rank]
-        return fused_kernel(columns, layer.weight)
+        return columns
 
     def _factors(
         self,

@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +26,6 @@ from vllm.config import (
 )
 from vllm.logger import init_logger
 from vllm.model_executor import model_loader
-from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -36,12 +34,13 @@ from vllm.platforms import current_platform
 from svdserve.compression.checkpoint import Checkpoint, check_finite, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import QUANT_METHOD
+from svdserve.server.gated_mlp import join_layers
 from svdserve.server.linear import LowRankLinearMethod, StoredBytes
+from svdserve.server.norms import prefer_norms
 
 logger = init_logger("vllm.svdserve")
 
 LOAD_FORMAT = "svdserve"
-GATED_ACTIVATIONS = (SiluAndMul, GeluAndMul)
 REPLACED_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -126,6 +125,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         if model_config.quantization == QUANT_METHOD:
             _require_compiled_pipeline(vllm_config)
             self._checkpoint = self._open(model_config)
+            self._adapters = vllm_config.lora_config is not None
+            prefer_norms(vllm_config)
         elif self.explicit:
             raise UserError(
                 f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
@@ -172,9 +173,9 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         _require_all_loaded(self._checkpoint, model, expected, loaded)
         rest = sum(p.nbytes for p in expected.values())
         stored = StoredBytes(dense=rest, dense_equivalent=rest)
-        orders = _gated_orders(model, self._checkpoint)
+        joined = {} if self._adapters else join_layers(model, self._checkpoint)
         for layer, method in layers:
-            stored += method.load(layer, self._checkpoint, **orders.get(layer, {}))
+            stored += method.load(layer, self._checkpoint, **joined.get(layer, {}))
         self._stored = stored
 
     def get_all_weights(
@@ -230,30 +231,6 @@ def _require_all_used(
                 f"{checkpoint.directory}: module {name} is {kind}, but {type(model).__name__} of "
                 "vLLM has no such linear; keep it (experts, embeddings, fused attention) dense"
             )
-
-
-def _gated_orders(model: nn.Module, checkpoint: Checkpoint) -> dict[nn.Module, dict[str, Any]]:
-    """Arguments of ``load`` that spare down_proj its gather, for every gated MLP that allows it.
-
-    Channel i of down_proj's input must come from rows i of gate and up and from nothing else, so
-    the MLP may hold these two layers and an elementwise gated activation, and no more.
-    """
-    found: dict[nn.Module, dict[str, Any]] = {}
-    for parent in model.modules():
-        children = dict(parent.named_children())
-        if children.keys() != {"gate_up_proj", "down_proj", "act_fn"}:
-            continue
-        first, last = children["gate_up_proj"], children["down_proj"]
-        methods = [getattr(layer, "quant_method", None) for layer in (first, last)]
-        if not all(isinstance(method, LowRankLinearMethod) for method in methods):
-            continue
-        if not isinstance(children["act_fn"], GATED_ACTIVATIONS) or first.bias is not None:
-            continue
-        order = methods[1].input_order(checkpoint)
-        if order is not None and set(methods[0].output_sizes) == {len(order)}:
-            found[first] = {"row_order": order}
-            found[last] = {"ordered_input": True}
-    return found
 
 
 def _mark_unloaded(model: nn.Module) -> None:

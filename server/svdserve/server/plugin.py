@@ -30,12 +30,14 @@ def register() -> None:
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
     from svdserve.server.loader import register_loader
+    from svdserve.server.norms import register_norms
     from svdserve.server.quantization import SvdserveConfig
 
     if warning := unsupported_version():
         logger.warning(warning)
     register_quantization_config(QUANT_METHOD)(SvdserveConfig)
     register_loader()
+    register_norms()
 
 
 def unsupported_version() -> str | None:

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
-from svdserve.kernels import NoImplementation, Part
+from svdserve.kernels import Activation, NoImplementation, Part
 from svdserve.kernels.implementations import Request, choose, reasons_against
 
 logger = init_logger(__name__)
@@ -43,6 +43,13 @@ def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
         reasons = "; ".join(f"{name} {why}" for name, why in reasons_against(request).items())
         logger.info_once("Factors run as two products: %s", reasons or "SVDSERVE_KERNEL=torch")
     return None
+
+
+def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activation) -> bool:
+    """Whether that kernel can apply the activation of a gated MLP too."""
+    request = Request(like.device.type, like.dtype, tuple(columns), True, activation)
+    kernel = fused_kernel(columns, like)
+    return kernel is not None and kernel not in reasons_against(request)
 
 
 def kernel_part(layer: LinearBase, factors: Factors, ordered_input: bool) -> Part:
