@@ -158,7 +158,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder")
     parser.add_argument("--work", type=Path, default=Path("work/serving_1b"), help="models, 6 GiB")
     parser.add_argument("--mode", choices=FILES, action="append", help="both when absent")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=5, help="rounds of each start")
+    parser.add_argument("--starts", type=int, default=1, help="of all engines")
     parser.add_argument("--output-len", type=int, default=64)
     arguments = parser.parse_args()
     dense, *factored = directories = [
@@ -176,6 +177,7 @@ def main() -> int:
                 dense=dense,
                 models=tuple(factored),
                 pairs=arguments.pairs,
+                starts=arguments.starts,
                 output_len=arguments.output_len,
                 dtype="bfloat16",
                 eager=mode == "eager",

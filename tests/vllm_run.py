@@ -63,8 +63,9 @@ def run(
 ) -> list[Served]:
     """Start one engine for each dictionary of LLM arguments, generate from all prompts.
 
-    Extra arguments: ``reload`` then makes the workers reload their weights in place;
-    ``top_logprobs`` asks for that many, where all of a large vocabulary would be too many.
+    Extra arguments: ``reload`` then makes the workers reload their weights in place; ``adapter``
+    names the directory of a LoRA adapter that every request uses; ``top_logprobs`` asks for that
+    many, where all of a large vocabulary would be too many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps({"engines": engines, "prompts": prompts}))
@@ -103,6 +104,7 @@ def _serve(
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     import vllm_run  # Ray's workers can import it, while __main__ is another script there.
 
@@ -118,6 +120,9 @@ def _serve(
     }
     reload = engine.pop("reload", False)
     top = engine.pop("top_logprobs", None)
+    adapter = engine.pop("adapter", None)
+    if adapter:
+        defaults |= {"enable_lora": True, "max_lora_rank": 8}
     llm = None
     try:
         llm = LLM(**(defaults | engine))
@@ -130,7 +135,8 @@ def _serve(
             detokenize=False,
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        lora = LoRARequest("adapter", 1, adapter) if adapter else None
+        outputs = llm.generate(inputs, sampling, use_tqdm=False, lora_request=lora)
         for index, output in enumerate(outputs):
             if top:
                 likeliest = [sorted(row)[:top] for row in output.outputs[0].logprobs]
@@ -164,12 +170,20 @@ def _serve(
 def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from dataclasses import asdict
 
+    from vllm import ir
+
     from svdserve.kernels.parts import PreparedFactors
     from svdserve.server.loader import load_report
 
     report = load_report(model)
-    fused = sum(isinstance(module, PreparedFactors) for module in model.modules())
-    return None if report is None else asdict(report) | {"fused": fused}
+    if report is None:
+        return None
+    activations = [getattr(module, "act_fn", None) for module in model.modules()]
+    return asdict(report) | {
+        "fused": sum(isinstance(module, PreparedFactors) for module in model.modules()),
+        "joined": sum(isinstance(activation, torch.nn.Identity) for activation in activations),
+        "norms": ir.ops.fused_add_rms_norm.get_priority(),
+    }
 
 
 if __name__ == "__main__":

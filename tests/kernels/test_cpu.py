@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdserve.kernels import cpu, lowrank_linear
+from svdserve.kernels import Activation, cpu, lowrank_linear, reference
 
 needs_kernel = pytest.mark.skipif(bool(cpu.unsupported()), reason=str(cpu.unsupported()))
 
@@ -80,6 +80,36 @@ def test_equals_the_definition(
 
 
 @needs_kernel
+@pytest.mark.parametrize("amx", ENGINES)
+@pytest.mark.parametrize("tokens", [1, 13, 32, 800])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("m", "n", "r"), [(2, 3, 1), (30, 33, 15), (32, 64, 33), (1280, 576, 301)])
+def test_activations_equal_the_definition(
+    m: int, n: int, r: int, activation: Activation, tokens: int, amx: bool
+) -> None:
+    z, c, pivots = factors(m, n, r, pivots=True)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    packed = cpu.PackedFactors(z, 4 * c, pivots, activation=activation, amx=amx)
+    assert_close(packed(x), reference.gated(expected(x, z, 4 * c, pivots), activation))
+    assert packed(x[:0]).shape == (0, m // 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_far_from_zero(activation: Activation) -> None:
+    """Nothing overflows on the way, where the sigmoid is 0 or 1; a NaN stays one."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    packed = cpu.PackedFactors(one, torch.cat([one, one]), activation=activation)  # act(x) x
+    x = torch.tensor([-3e38, -1e4, -200, -90, -1e-3, 0, 1e-3, 90, 200, 1e4]).bfloat16()[:, None]
+    want = reference.gated(torch.cat([x, x], dim=1).float(), activation)
+    got = packed(x).float()
+    near = x.abs() < 1e5
+    torch.testing.assert_close(got[near], want[near], rtol=2**-7, atol=1e-30)
+    assert not got.isnan().any()
+    assert packed(torch.full_like(x, torch.nan)).isnan().all()
+
+
+@needs_kernel
 def test_strides_and_leading_dimensions_of_x() -> None:
     z, c, pivots = factors(48, 100, 20, pivots=True)
     packed = cpu.PackedFactors(z, c, pivots)
@@ -126,6 +156,9 @@ def test_compiles_as_one_operation() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, bias), packed(x, bias))
+    gated = cpu.PackedFactors(z, c, pivots, activation="silu")
+    compiled = torch.compile(gated, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), gated(x))
 
 
 @needs_kernel
@@ -138,6 +171,9 @@ def test_wrong_inputs_are_refused() -> None:
         packed(torch.ones(3, 64))
     with pytest.raises(RuntimeError, match="bias"):
         packed(torch.ones(3, 64, dtype=torch.bfloat16), torch.ones(47, dtype=torch.bfloat16))
+    gated = cpu.PackedFactors(z, c, pivots, activation="silu")
+    with pytest.raises(RuntimeError, match="no bias"):
+        gated(torch.ones(3, 64, dtype=torch.bfloat16), torch.ones(24, dtype=torch.bfloat16))
 
 
 def test_wrong_factors_are_refused() -> None:

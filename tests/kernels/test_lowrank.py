@@ -5,8 +5,22 @@ import torch
 from torch import Tensor
 
 from lowrank_cases import Shape, assert_equals_definition, inputs
-from svdserve.kernels import NoImplementation, Part, lowrank_linear, prepare, reference
-from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, choose
+from svdserve.kernels import (
+    Activation,
+    NoImplementation,
+    Part,
+    cpu,
+    lowrank_linear,
+    prepare,
+    reference,
+)
+from svdserve.kernels.implementations import (
+    IMPLEMENTATIONS,
+    OVERRIDE,
+    Request,
+    choose,
+    reasons_against,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [
@@ -126,6 +140,23 @@ def test_wrong_arguments_are_named() -> None:
             prepare([Part(inner, outer, repeated)])
     with pytest.raises(ValueError, match="the same x"):
         prepare([Part(inner, outer, pivots), Shape(16, 31, 8).part(torch.float32)])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_are_for_kernels_that_fuse_them(activation: Activation) -> None:
+    shape = Shape(24, 32, 8)
+    parts, x = [shape.part(torch.bfloat16)], inputs(5, 32, torch.bfloat16)
+    with pytest.raises(ValueError, match="an activation of 23 outputs"):
+        prepare([Shape(23, 32, 8).part(torch.float32)], activation=activation)
+    for name in ("torch", "triton"):
+        request = Request("cuda", torch.bfloat16, (24, 8), True, activation)
+        assert "leaves activations to the caller" in reasons_against(request)[name]
+    if cpu.unsupported() is None:
+        got = prepare(parts, activation=activation)(x)
+        want = lowrank_linear(x.double(), *(f.double() for f in parts[0][:2]), parts[0].pivots)
+        want = reference.gated(want, activation)
+        atol = 2**-7 * float(want.abs().max())
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
 
 def test_the_override_and_the_error_that_lists_all(monkeypatch: pytest.MonkeyPatch) -> None:

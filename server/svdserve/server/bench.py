@@ -2,6 +2,8 @@
 
 All engines are loaded at once and measured in turn, A B C, C B A, ..., so that whatever else the
 machine does strikes every model alike; a ratio compares two measurements that lie seconds apart.
+Where an engine's speed depends on the memory that it happened to get, several starts of all engines
+show it.
 Medians are reported with the extremes of the rounds, beside the ideal ratio: of the bytes that a
 decoding step reads, of the operations of prefill (ideal.py). Each engine is a process
 (bench_worker.py).
@@ -48,6 +50,7 @@ class BenchOptions(BaseModel):
     dense: Path
     models: tuple[Path, ...] = Field(min_length=1)
     pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
+    starts: PositiveInt = Field(default=1, description="of all engines, with so many rounds each")
     batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="decode batches")
     prompt_len: PositiveInt = Field(default=32, description="prompt of a decode measurement")
     output_len: int = Field(default=64, ge=2, description="tokens decoded for each prompt")
@@ -75,7 +78,10 @@ class BenchOptions(BaseModel):
 
 
 class ModelResult(BaseModel):
-    """One model: its size, its memory after loading in bytes, and tokens per second by workload."""
+    """One model: its size, its memory after loading in bytes, and tokens per second by workload.
+
+    Seconds and memory are those of the first start; tokens per second of all, one after the other.
+    """
 
     directory: str
     facts: ModelFacts
@@ -158,24 +164,32 @@ def run_bench(options: BenchOptions) -> BenchResult:
         UserError: a directory that cannot be served, or a model too short for the prompts.
         RuntimeError: an engine died; carries the end of its log.
     """
-    with start_engines(options) as engines:
-        results = [
-            ModelResult(
-                directory=str(d), facts=model_facts(d), work=options.work(d), **engine.description
-            )
-            for d, engine in zip(options.directories, engines, strict=True)
-        ]
-        members = list(zip(engines, results, strict=True))
-        for counts, workload, call, (engine, result) in turns(members, options):
-            speed = engine.call(call)
-            if counts:
-                result.tokens_per_second.setdefault(workload, []).append(speed)
+    results: list[ModelResult] = []
+    for start in range(options.starts):
+        with start_engines(options, last_first=bool(start % 2)) as engines:
+            results = results or [
+                ModelResult(
+                    directory=str(d), facts=model_facts(d), work=options.work(d), **e.description
+                )
+                for d, e in zip(options.directories, engines, strict=True)
+            ]
+            members = list(zip(engines, results, strict=True))
+            for counts, workload, call, (engine, result) in turns(members, options):
+                speed = engine.call(call)
+                if counts:
+                    result.tokens_per_second.setdefault(workload, []).append(speed)
     return BenchResult(options=options, machine=this_machine(), models=results)
 
 
 @contextmanager
-def start_engines(options: BenchOptions) -> Iterator[list["EngineProcess"]]:
+def start_engines(
+    options: BenchOptions, last_first: bool = False
+) -> Iterator[list["EngineProcess"]]:
     """The engines of the dense and the other models, loaded; their processes end with the context.
+
+    Args:
+        options: of the benchmark.
+        last_first: load the dense model last; the order of what is yielded stays.
 
     Raises:
         UserError: a directory that cannot be served, or a model too short for the prompts.
@@ -185,11 +199,13 @@ def start_engines(options: BenchOptions) -> Iterator[list["EngineProcess"]]:
         check_model(directory)
         _check_context(directory, _context(options))
     work_around()
+    order = -1 if last_first else 1
     with ExitStack() as stack:
-        yield [
+        engines = [
             stack.enter_context(_engine(directory, options))
-            for directory in _shown(options.directories, "loading")
+            for directory in _shown(options.directories[::order], "loading")
         ]
+        yield engines[::order]
 
 
 def turns(
@@ -217,6 +233,7 @@ def print_bench(result: BenchResult) -> None:
     """Print sizes and ratios as tables."""
     options, machine = result.options, result.machine
     dense, *others = result.models
+    rounds = options.pairs * options.starts
     sizes = Table(title="Models")
     for heading in ("model", "keep", "weights MiB", "resident MiB", "start s"):
         sizes.add_column(heading, justify="left" if heading == "model" else "right")
@@ -224,7 +241,7 @@ def print_bench(result: BenchResult) -> None:
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
-        title=f"Tokens per second over dense: median, range of {options.pairs} rounds, and ideal",
+        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ideal",
         caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )

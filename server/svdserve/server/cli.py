@@ -235,7 +235,7 @@ def bench(
     ] = None,
     requests: Annotated[int | None, typer.Option(help="Of each client in a round.")] = None,
     max_len: Annotated[int | None, typer.Option(help="Tokens of a served request.")] = None,
-    starts: Annotated[int | None, typer.Option(help="Times that each server starts.")] = None,
+    starts: Annotated[int | None, typer.Option(help="Starts of each server or engine.")] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Single layers of DENSE, or of a 1B Llama shape.")
     ] = False,

@@ -53,7 +53,7 @@ def _gated_mlps(model: nn.Module) -> Iterator[Any]:
     for mlp in model.modules():
         children = dict(mlp.named_children())
         gated = isinstance(children.get("act_fn"), (SiluAndMul, GeluAndMul))
-        if gated and children.keys() == set(CHAIN) and _is_chain(mlp):
+        if gated and children.keys() == set(CHAIN) and is_plain_chain(mlp):
             yield mlp
 
 
@@ -69,10 +69,10 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _is_chain(mlp: nn.Module) -> bool:
-    """Whether the forward pass is down_proj(act_fn(gate_up_proj(x))) and does nothing in between.
+def is_plain_chain(mlp: nn.Module) -> bool:
+    """Whether the forward pass is down_proj(act_fn(gate_up_proj(x))) and nothing else.
 
-    Some models scale the gate there (Falcon-H1), which only their code tells.
+    Some models scale the gate in between (Falcon-H1), which only their code tells.
     """
     try:
         nodes = list(_Tracer().trace(mlp).nodes)
