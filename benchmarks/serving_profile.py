@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", help="the dense one first")
     parser.add_argument("--json", type=Path, default=Path("results/serving_profile.json"))
     parser.add_argument("--pairs", type=int, default=5, help="rounds; one more warms up")
+    parser.add_argument("--compiled", action="store_true", help="what Inductor joins is outside")
     given = parser.parse_args()
     folder = Path("work/serving_1b")
     directories = given.models or [folder / "dense", *(folder / f"keep-{k:g}" for k in KEEPS)]
@@ -99,6 +100,7 @@ def main() -> None:
         batch_sizes=(8, 32),
         output_len=17,  # every step adds a thousand records
         dtype="bfloat16",
+        eager=not given.compiled,
         kv_cache_bytes=256 << 20,
     )
     rounds = record(options)
