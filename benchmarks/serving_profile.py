@@ -5,7 +5,8 @@
 The models are those of serving_1b.py unless named. Every engine records the operations of the same
 workloads in turn, A B C, C B A, ...; of the rounds the median. `allowed` is the ratio to dense that
 would be left if the compressed model's products took exactly their share of the dense model's time,
-and everything else took what it takes: the machine and vLLM allow no more.
+and everything else took what it takes. That is no upper bound where the fused kernel takes less
+than its share; its time is of all that it does, an MLP's activation included.
 """
 
 import argparse

@@ -181,7 +181,10 @@ def test_only_a_compressed_model_in_eager_mode_gets_other_norms(tmp_path: Path) 
 
 
 def test_adapters_see_the_layers_of_the_model(tmp_path: Path) -> None:
-    """LoRA on a gated MLP, whose layers would otherwise be reordered and joined."""
+    """LoRA on a gated MLP, whose layers would otherwise be reordered and joined.
+
+    On two ranks vLLM sums the base layer's and the adapter's shares together.
+    """
     case = Case("llama", "interpolative", True)
     model, reference = case.write(tmp_path), tmp_path / case.reference
     adapter = tmp_path / "adapter"
@@ -189,8 +192,14 @@ def test_adapters_see_the_layers_of_the_model(tmp_path: Path) -> None:
     prompts = PROMPTS[
         :1
     ]  # log probabilities of two at once fail in vLLM 0.32, of a dense model too
-    (served,) = run(tmp_path / "run", [{"model": str(model), "adapter": str(adapter)}], prompts)
-    assert_equals_dense(served, merged, prompts)
+    engine = {"model": str(model), "adapter": str(adapter)}
+    engines = [engine, {**engine, "tensor_parallel_size": 2}, {**engine, "dtype": "bfloat16"}]
+    *exact, rounded = run(tmp_path / "run", engines, prompts)
+    for served in exact:
+        assert_equals_dense(served, merged, prompts)
+    (report,) = rounded.reports
+    assert report is not None
+    assert report["joined"] == 0
 
 
 def write_adapter(adapter: Path, dense: Path, merged: Path, rank: int = 4) -> Path:

@@ -268,8 +268,8 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
                    const std::optional<at::Tensor>& bias, int64_t activation, bool amx) {
   TORCH_CHECK(x.dim() > 0 && x.scalar_type() == at::kBFloat16 && x.is_cpu(),
               "lowrank: x must be bfloat16 on CPU with at least one dimension");
-  const Activation gate{activation};
-  const bool gated = gate != Activation::none;
+  const Activation act{activation};
+  const bool gated = act != Activation::none;
   const int64_t rows_out = gated ? 2 * round_up(outputs, kLanes) : outputs;
   TORCH_CHECK(packed_in.numel() == packed_size(rank, x.size(-1) - pivots) &&
                   packed_out.numel() == packed_size(rows_out, rank) &&
@@ -327,7 +327,7 @@ at::Tensor lowrank(const at::Tensor& x, const at::Tensor& packed_in, const at::T
         product(engine, z, outer, tiles,
                 [&](int64_t token, int, int, int64_t row, const float* sums) {
                   const __mmask16 lanes = present(outputs - row / 2);
-                  const __m512 values = multiplied(gate, _mm512_loadu_ps(sums),
+                  const __m512 values = multiplied(act, _mm512_loadu_ps(sums),
                                                    _mm512_loadu_ps(sums + kLanes));
                   _mm256_mask_storeu_epi16(result + token * outputs + row / 2, lanes,
                                            (__m256i)_mm512_cvtneps_pbh(values));

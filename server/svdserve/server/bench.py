@@ -308,7 +308,7 @@ class EngineProcess:
     def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
         self._process = process
         self._log = log
-        self._directory = options.directory
+        self.directory = options.directory
         self.description: dict[str, Any] = self.call(asdict(options))
 
     def call(self, message: dict[str, Any]) -> Any:
@@ -322,7 +322,7 @@ class EngineProcess:
             pass
         if not answer:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the engine of {self._directory} died:\n{tail}")
+            raise RuntimeError(f"the engine of {self.directory} died:\n{tail}")
         return json.loads(answer)
 
 

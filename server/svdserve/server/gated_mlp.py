@@ -6,6 +6,8 @@ Order. down_proj needs no gather where gate_up_proj writes its outputs in the or
 Activation. Where one kernel of svdserve computes gate_up_proj, it may apply the activation to its
 sums too. gate and up are then neither written nor read, and on CPU two operations of torch less run
 for each layer.
+
+Both are for MLPs whose code, traced, is that chain and no more; another keeps vLLM's order.
 """
 
 from collections.abc import Iterator

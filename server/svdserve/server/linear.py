@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -108,7 +109,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.output_sizes = list(output_partition_sizes)
         self._check_geometry(input_size, layer.tp_size)
         # A layer whose caller sums the outputs (reduce_results off) stays a partial sum of y.
-        reduces = sharded and layer.tp_size > 1 and layer.reduce_results
+        # So does one that may get LoRA adapters: vLLM adds a rank's share of theirs before the sum.
+        adapters = get_current_vllm_config().lora_config is not None
+        reduces = sharded and layer.tp_size > 1 and layer.reduce_results and not adapters
         self.reduces_rank = reduces and self.parts[0].spec is not None
         if self.reduces_rank:
             layer.reduce_results = False

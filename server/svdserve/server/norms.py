@@ -14,7 +14,7 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
 PROVIDER = "svdserve"
-_VECTOR = 16  # channels that the operations take at a time; they refuse other multiples
+_VECTOR = 8  # channels at a time; the operations refuse what is no multiple of it
 
 
 def register_norms() -> None:
@@ -27,12 +27,16 @@ def register_norms() -> None:
 
 
 def prefer_norms(vllm_config: VllmConfig) -> None:
-    """Let the model that this worker loads have them; the next worker starts from vLLM's choice."""
+    """Let every model of this worker have them, where vLLM's own chain would run otherwise.
+
+    A later worker in the same process starts from vLLM's choice again.
+    """
     if not current_platform.is_cpu():
         return
     if vllm_config.compilation_config.mode == CompilationMode.NONE:
         for operation in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
-            operation.set_default([PROVIDER, *operation.get_priority()])
+            if operation.get_priority() == ["native"]:
+                operation.set_default([PROVIDER, "native"])
 
 
 def _takes(
@@ -64,7 +68,13 @@ def _takes_both(
     epsilon: float,
     variance_size: int | None = None,
 ) -> bool:
-    return x_residual.is_contiguous() and _takes(x, weight, epsilon, variance_size)
+    return (
+        x_residual is not x  # the operation writes both
+        and x_residual.shape == x.shape
+        and x_residual.dtype == x.dtype
+        and x_residual.is_contiguous()
+        and _takes(x, weight, epsilon, variance_size)
+    )
 
 
 def _fused_add_rms_norm(
