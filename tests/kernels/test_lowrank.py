@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_cases import Shape, assert_equals_definition, inputs
+from lowrank_cases import TOLERANCE, Shape, assert_equals_definition, inputs
 from svdserve.kernels import (
     Activation,
     NoImplementation,
@@ -149,13 +149,13 @@ def test_activations_are_for_kernels_that_fuse_them(activation: Activation) -> N
     with pytest.raises(ValueError, match="an activation of 23 outputs"):
         prepare([Shape(23, 32, 8).part(torch.float32)], activation=activation)
     for name in ("torch", "triton"):
-        request = Request("cuda", torch.bfloat16, (24, 8), True, activation)
+        request = Request("cuda", torch.bfloat16, (24, 8), prepared=True, activation=activation)
         assert "leaves activations to the caller" in reasons_against(request)[name]
     if cpu.unsupported() is None:
         got = prepare(parts, activation=activation)(x)
         want = lowrank_linear(x.double(), *(f.double() for f in parts[0][:2]), parts[0].pivots)
         want = reference.gated(want, activation)
-        atol = 2**-7 * float(want.abs().max())
+        atol = TOLERANCE[torch.bfloat16] * float(want.abs().max())
         torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
 

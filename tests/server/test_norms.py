@@ -23,10 +23,9 @@ def registered() -> None:
     current_platform.import_kernels()
 
 
-def expected(x: Tensor, weight: Tensor | None) -> Tensor:
+def expected(x: Tensor, weight: Tensor) -> Tensor:
     x = x.double()
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
-    return y if weight is None else y * weight.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight.double()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -189,9 +189,8 @@ def test_adapters_see_the_layers_of_the_model(tmp_path: Path) -> None:
     model, reference = case.write(tmp_path), tmp_path / case.reference
     adapter = tmp_path / "adapter"
     merged = write_adapter(adapter, reference, tmp_path / "merged")
-    prompts = PROMPTS[
-        :1
-    ]  # log probabilities of two at once fail in vLLM 0.32, of a dense model too
+    # Log probabilities of two at once fail in vLLM 0.32, of a dense model too.
+    prompts = PROMPTS[:1]
     engine = {"model": str(model), "adapter": str(adapter)}
     engines = [engine, {**engine, "tensor_parallel_size": 2}, {**engine, "dtype": "bfloat16"}]
     *exact, rounded = run(tmp_path / "run", engines, prompts)

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import fx, nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
-from vllm.model_executor.layers.linear import LinearBase
 
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.kernels import Activation
@@ -34,11 +33,10 @@ def join_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[nn.Module, dic
     found: dict[nn.Module, dict[str, Any]] = {}
     for mlp in _gated_mlps(model):
         first, last = mlp.gate_up_proj, mlp.down_proj
-        assert isinstance(first, LinearBase)
-        method, next_method = first.quant_method, last.quant_method
+        method, next_method = (getattr(layer, "quant_method", None) for layer in (first, last))
         if not isinstance(method, LowRankLinearMethod) or first.bias is not None:
             continue
-        joined = found.setdefault(first, {})
+        joined = found[first] = {}
         activation = _activation(mlp.act_fn)
         if activation and method.fuses(first, activation):
             joined["activation"] = activation

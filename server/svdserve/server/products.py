@@ -47,7 +47,9 @@ def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
 
 def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activation) -> bool:
     """Whether that kernel can apply the activation of a gated MLP too."""
-    request = Request(like.device.type, like.dtype, tuple(columns), True, activation)
+    request = Request(
+        like.device.type, like.dtype, tuple(columns), prepared=True, activation=activation
+    )
     kernel = fused_kernel(columns, like)
     return kernel is not None and kernel not in reasons_against(request)
 
