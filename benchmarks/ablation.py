@@ -15,7 +15,7 @@ from typing import Any
 from svdserve.compression.compare import Cell, Evaluation, checkpoint_of, compare, markdown
 from svdserve.compression.inspection import inspect_checkpoint
 from svdserve.compression.recipe import make_recipe
-from svdserve.compression.workdir import save_json
+from svdserve.compression.files import write_json
 
 UNIFORM = {"allocator": "uniform"}
 PAPER = UNIFORM | {"layout": "pair", "grouping": "separate"}
@@ -126,7 +126,7 @@ def main() -> None:
         "results": rows,
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    save_json(result, given.json)
+    write_json(given.json, result)
     print(markdown(found))
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from kills import kill_and_resume
 from models import CONFIGS, save_model
 from svdserve.compression.machine import this_machine
-from svdserve.compression.workdir import save_json
+from svdserve.compression.files import write_json
 from zygote import zygote
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(20_000))
@@ -69,7 +69,7 @@ def main() -> None:
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
-    save_json(result, given.json)
+    write_json(given.json, result)
 
 
 if __name__ == "__main__":

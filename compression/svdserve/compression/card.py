@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from svdserve.compression.checkpoint import Checkpoint
+from svdserve.compression.files import write_text
 from svdserve.compression.methods import get_method
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.workdir import parameters_of
@@ -61,9 +62,7 @@ def add_results(directory: Path, table: str) -> None:
     card = directory / CARD_FILE
     text = re.sub(rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(), flags=re.M | re.S)
     before, heading, after = text.partition(f"{_NEXT}\n")
-    temporary = card.with_name(f"{CARD_FILE}.tmp")
-    temporary.write_text(f"{before}{_RESULTS}\n\n{table}\n{heading}{after}")
-    temporary.replace(card)
+    write_text(card, f"{before}{_RESULTS}\n\n{table}\n{heading}{after}")
 
 
 def _int8(recipe: Recipe) -> str:

@@ -19,13 +19,13 @@ from svdserve.compression.card import add_results
 from svdserve.compression.checkpoint import TensorFiles, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, perplexity
+from svdserve.compression.files import exclusive, make_folder, write_json
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
 from svdserve.compression.plotting import new_figure, save_figure
 from svdserve.compression.recipe import Recipe, Run
 from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
-from svdserve.compression.workdir import save_json
 
 DENSE = "dense"
 _BROKEN = 10_000  # perplexity
@@ -116,8 +116,23 @@ def compare(
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
     directory = resolve_model(model)
+    if work.resolve() == directory.resolve():
+        raise UserError(f"{work}: is the dense model; give another folder for --work")
     run = (run or Run()).model_copy(update={"cache": work / "teacher", "resume": True})
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
+    with exclusive(work):
+        return _compare(model, directory, work, recipes, keeps, evaluation, run)
+
+
+def _compare(
+    model: str,
+    directory: Path,
+    work: Path,
+    recipes: Mapping[str, Recipe],
+    keeps: Sequence[float],
+    evaluation: Evaluation,
+    run: Run,
+) -> Comparison:
     inputs = _same_inputs(work, directory, recipes.values())
     cells = [_cell(DENSE, 1.0, None, directory, work, evaluation)]
     for keep in keeps:
@@ -146,7 +161,7 @@ def _same_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> dict
         if known.get(name, digest) != digest:
             raise UserError(f"{work}: holds results of another {name}; use another folder")
     if known | found != known:
-        save_json(known | found, record)
+        write_json(record, known | found)
     return found
 
 
@@ -202,7 +217,7 @@ def _cell(
         if evaluation.tasks
         else None,
     )
-    save_json({"key": key, "cell": cell.model_dump(mode="json")}, record)
+    write_json(record, {"key": key, "cell": cell.model_dump(mode="json")})
     return cell
 
 

@@ -24,6 +24,7 @@ from svdserve.compression.calibration import (
 from svdserve.compression.checkpoint import LOG_FILE
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative
+from svdserve.compression.files import check_output
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
@@ -66,6 +67,7 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
         UserError: anything wrong with the input, found before the long part starts.
     """
     run = run or Run()
+    check_output(out, [Path(model), *recipe.text_files])
     if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
         recipe = _with_last_blocks(model, out.with_name(out.name + ".search"), recipe, run)
     return Job(model, out, recipe, run).execute()
@@ -118,7 +120,13 @@ class Job:
         bound_kernel_cache()
         self.both = both or recipe.block_refinement is not None
         self.recipe, self.run = recipe, run
-        self.work = WorkDirectory(out, resume=run.resume, force=run.force)
+        self.work = WorkDirectory(
+            out,
+            resume=run.resume,
+            force=run.force,
+            inputs=[Path(model), *recipe.text_files],
+            resume_anyway=run.resume_anyway,
+        )
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
         self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
@@ -154,6 +162,10 @@ class Job:
         }
 
     def execute(self) -> Report:
+        with self.work.locked():
+            return self._execute()
+
+    def _execute(self) -> Report:
         started = time.perf_counter()
         if (facts := self.work.open(self.signature)) is not None:
             return Report(self.work.out, **facts, made=False)
@@ -163,6 +175,8 @@ class Job:
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
             progress.truncate(finished)
             progress.event("start", model=self.base_model, **self.signature)
+            for change in self.work.reordered:
+                progress.event("resumed_anyway", **change)
             if self.learned is not None:
                 progress.event("scores", **asdict(self.learned.state))
             tokens = self._tokens()

@@ -10,6 +10,7 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 
+from svdserve.compression.files import write_text
 from svdserve.compression.untrusted import MAX_JSON_BYTES
 
 
@@ -93,7 +94,7 @@ class Progress:
                 break  # the line that the kill cut off
             if entry.get("index", blocks) < blocks:
                 kept.append(line)
-        self._path.write_text("".join(line + "\n" for line in kept))
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def event(self, kind: str, **fields: Any) -> None:
         log_event(self._path, kind, **fields)

@@ -142,6 +142,13 @@ class Recipe(BaseModel):
         return trained or profiled or method.learner is not None or bool(method.statistics)
 
     @property
+    def text_files(self) -> list[Path]:
+        """Files that the calibration of the compression and of its trainings may read."""
+        sources = {text.calibration for text in (self, *(text for _, text in self.trainings))}
+        parts = {part for source in sources for part in (source, *source.split("+"))}
+        return [Path(part) for part in sorted(parts)]
+
+    @property
     def sequences(self) -> int:
         """Calibration sequences: tokens rounded down to whole ones, at least one."""
         return max(1, self.tokens // self.seq_len)
@@ -170,6 +177,11 @@ class Run(BaseModel):
         default=None, description="folder for what other compressions of the model can use again"
     )
     resume: bool = False
+    resume_anyway: bool = Field(
+        default=False,
+        description="go on although the number of threads, the batch size, the device or torch's "
+        "version is another one, which changes the order of sums",
+    )
     force: bool = Field(default=False, description="replace a non-empty output directory")
     checkpointing: bool = Field(
         default=True, description="compute activations again in the backward pass of a refinement"

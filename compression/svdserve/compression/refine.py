@@ -30,7 +30,7 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import load_model
 from svdserve.compression.machine import usable_device
 from svdserve.compression.modules import trainable_factors
-from svdserve.compression.progress import bar
+from svdserve.compression.progress import bar, log_event
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.report import RefineReport
 from svdserve.compression.skeleton import resolve_model
@@ -102,12 +102,22 @@ class _Refiner:
         if tokens is None:
             check_calibration(teacher, self.text)
         settings.check_sequences(self.text.sequences)
-        self.work = WorkDirectory(out, resume=run.resume, force=run.force)
+        self.work = WorkDirectory(
+            out,
+            resume=run.resume,
+            force=run.force,
+            inputs=[teacher, student, *self.text.text_files],
+            resume_anyway=run.resume_anyway,
+        )
         self.device = usable_device(run.device)
         if run.threads is not None:
             torch.set_num_threads(run.threads)
 
     def execute(self) -> RefineReport:
+        with self.work.locked():
+            return self._execute()
+
+    def _execute(self) -> RefineReport:
         started = time.perf_counter()
         if (facts := self.work.open(self._signature())) is not None:
             return RefineReport(self.work.out, **facts, made=False)
@@ -180,6 +190,8 @@ class _Refiner:
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if self.config.recipe:
             self._describe(make_recipe(**recipe), final)
+        for change in self.work.reordered:
+            log_event(final / LOG_FILE, "resumed_anyway", **change)
         with (final / LOG_FILE).open("a") as log:
             log.write((self.work.path / LOG).read_text())
         self.work.publish(final, facts)

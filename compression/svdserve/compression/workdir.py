@@ -3,10 +3,9 @@
 Every file appears by a rename after an fsync, so that whatever stands here after a kill is whole.
 """
 
-import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,15 @@ from torch import Tensor
 from svdserve.compression.checkpoint import LOG_FILE, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import parameters
+from svdserve.compression.files import (
+    check_output,
+    exclusive,
+    make_folder,
+    remove_temporaries,
+    replacing,
+    sync_folder,
+    write_json,
+)
 from svdserve.compression.integrity import write_sums
 from svdserve.compression.memory import release
 from svdserve.compression.progress import log_event, read_log
@@ -27,6 +35,7 @@ from svdserve.compression.schema import ModuleSpec
 _JOB = "job.json"
 _TOKENS = "calibration.safetensors"
 _PUBLISHED = "published.json"
+_REORDERED = "reordered"
 
 
 Signature = dict[str, dict[str, Any]]
@@ -43,21 +52,59 @@ class _Published(BaseModel):
 class WorkDirectory:
     """Holds the finished blocks of one job until its checkpoint is complete.
 
+    Args:
+        out: the output.
+        resume: go on with what is finished.
+        force: replace what ``out`` holds.
+        inputs: what the job reads; ``out`` must not hold any of it.
+        resume_anyway: go on although the order of sums is another one, and record that.
+
     Raises:
-        UserError: ``out`` is a file, or not empty and ``force`` is off.
+        UserError: ``out`` cannot be written (``check_output``), or is not empty and ``force`` is
+            off.
     """
 
-    def __init__(self, out: Path, *, resume: bool, force: bool) -> None:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is a file; give a directory to write")
+    def __init__(
+        self,
+        out: Path,
+        *,
+        resume: bool,
+        force: bool,
+        inputs: Collection[Path] = (),
+        resume_anyway: bool = False,
+    ) -> None:
+        check_output(out, inputs)
         self.out = out
         self.path = out.with_name(out.name + ".partial")
-        self._resume, self._force = resume, force
-        kept = out.is_dir() and any(out.iterdir()) and not force
-        self._complete = kept and resume and not self.path.exists()
+        self._resume, self._force = resume or resume_anyway, force
+        self._anyway = resume_anyway
+        self.reordered: list[dict[str, Any]] = []
+        """Every change of the order of sums that the job went on with: ``before`` and ``after``."""
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        kept = self.out.is_dir() and any(self.out.iterdir()) and not self._force
+        self._complete = kept and self._resume and not self.path.exists()
         # A job that was killed between publishing and cleaning up has left its own output.
-        if kept and not self._complete and not (resume and (self.path / _PUBLISHED).exists()):
-            raise UserError(f"{out}: is not empty; give another --out or --force to replace it")
+        published = self._resume and (self.path / _PUBLISHED).exists()
+        if kept and not self._complete and not published:
+            raise UserError(
+                f"{self.out}: is not empty; give another --out or --force to replace it"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While inside, no other process writes this output.
+
+        Raises:
+            UserError: another one does, or has written it meanwhile.
+        """
+        make_folder(self.out.parent)
+        with exclusive(self.out):
+            self._check_kept()
+            if self.path.exists():
+                remove_temporaries(self.path)
+            yield
 
     @property
     def _done(self) -> Path:
@@ -99,15 +146,26 @@ class WorkDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         if not job.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            save_json(signature, job)
+            write_json(job, signature)
         elif not self._resume:
             raise UserError(
                 f"{self.path}: holds an unfinished job; add --resume to go on or --force to start "
                 "over"
             )
         else:
-            _refuse_changes(self.path, read_json(job), signature)
+            self._go_on(job, signature)
         return None
+
+    def _go_on(self, job: Path, signature: Signature) -> None:
+        """Check an unfinished job against the signature; the new order of its sums is noted."""
+        known = read_json(job)
+        self.reordered = known.get(_REORDERED, [])
+        if self._anyway and known.get("order") != signature.get("order"):
+            before, after = known.get("order"), signature.get("order")
+            self.reordered.append({"before": before, "after": after})
+            known["order"] = after
+        _refuse_changes(self.path, known, signature)
+        write_json(job, known | ({_REORDERED: self.reordered} if self.reordered else {}))
 
     def _finished_output(self) -> dict[str, Any]:
         events = read_log(self.out / LOG_FILE)
@@ -138,7 +196,7 @@ class WorkDirectory:
         """Mark a block as finished: its tensors come last, and their presence counts."""
         path = self.block(index)
         fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
-        save_json(fields, path.with_suffix(".json"))
+        write_json(path.with_suffix(".json"), fields)
         save_tensors(tensors, path)
 
     def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, ModuleSpec]]:
@@ -167,12 +225,14 @@ class WorkDirectory:
         old, done = self.out.with_name(self.out.name + ".replaced"), self._done
         log_event(final / LOG_FILE, "published", job=self._signature, facts=facts)
         write_sums(final)
-        save_json({}, self.path / _PUBLISHED)
+        sync_folder(final)
+        write_json(self.path / _PUBLISHED, {})
         for rest in (old, done):
             shutil.rmtree(rest, ignore_errors=True)
         if self.out.exists():
             self.out.rename(old)
         final.rename(self.out)
+        sync_folder(self.out.parent)
         self.path.rename(done)
         for rest in (old, done):
             shutil.rmtree(rest, ignore_errors=True)
@@ -183,23 +243,17 @@ def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
         for name, value in fields.items():
             before = old.get(part, {}).get(name)
             if before != value:
+                anyway = "go on with --resume-anyway, " if part == "order" else ""
                 raise UserError(
                     f"{where}: cannot resume, {part}.{name} was {before!r} and is {value!r}; "
-                    "restore it, or start over with --force and without --resume"
+                    f"restore it, {anyway}or start over with --force and without --resume"
                 )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write safetensors so that ``path`` is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the room
-        raise
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
@@ -219,13 +273,3 @@ def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
         stored += parameters(spec.layout, spec.stacked, spec.in_features, spec.rank)
         dense += spec.stacked * spec.in_features
     return stored, dense
-
-
-def save_json(value: dict[str, Any], path: Path) -> None:
-    """Write JSON so that ``path`` is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
