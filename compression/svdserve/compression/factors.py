@@ -102,6 +102,7 @@ def interpolative(factors: Factors) -> Factors:
     Pivots come from a column-pivoted QR (LAPACK geqp3) of factor_in in float64: with
     V Π = Q [R1 R2], Z = R1⁻¹ R2 and C = factor_out · V[:, pivots]. A factor_in of numerical rank
     below r leaves a singular R1; its rank is then cut to the numerical one, which loses nothing.
+    A factor_in of zeros keeps one pivot, whose column is zero.
     """
     inner = factors.factor_in.double().cpu()
     # Half of a pivoted QR is matrix times vector. OpenBLAS splits each into threads that then wait
@@ -111,6 +112,8 @@ def interpolative(factors: Factors) -> Factors:
     upper = torch.from_numpy(packed[: factors.rank]).triu()
     diagonal = upper.diagonal().abs()
     rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
+    if not bool(diagonal[0] > 0):
+        upper = torch.eye(*upper.shape, dtype=upper.dtype)  # Z = 0, as nothing follows from zeros
     # LAPACK counts from 1. Ascending pivots spare a server sorting the factors when it loads them.
     pivots, rows = torch.from_numpy(order[:rank] - 1).sort()
     columns = torch.from_numpy(order[rank:] - 1).argsort()
@@ -124,6 +127,26 @@ def interpolative(factors: Factors) -> Factors:
         factor_out=outer.to(factors.factor_out).contiguous(),
         pivots=pivots.to(device=target.device, dtype=torch.int32),
     )
+
+
+def check_storable(factors: Factors, dtype: torch.dtype) -> None:
+    """Refuse factors that are not finite where they are stored, or where int8 ones are widened.
+
+    Args:
+        factors: as they are stored.
+        dtype: that they are multiplied in.
+
+    Raises:
+        FloatingPointError: says which factor, and what it could not hold.
+    """
+    widened = factors.to(dtype)
+    for name in ("factor_in", "factor_out"):
+        if not bool(getattr(widened, name).isfinite().all()):
+            kind = str(dtype).removeprefix("torch.")
+            raise FloatingPointError(
+                f"{name} is not finite in {kind}, whose largest number is "
+                f"{torch.finfo(dtype).max:.3g}"
+            )
 
 
 def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:
