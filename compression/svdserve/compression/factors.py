@@ -129,24 +129,33 @@ def interpolative(factors: Factors) -> Factors:
     )
 
 
-def check_storable(factors: Factors, dtype: torch.dtype) -> None:
-    """Refuse factors that are not finite where they are stored, or where int8 ones are widened.
+def stored(factors: Factors, dtype: torch.dtype, weights: Weights) -> Factors:
+    """Float64 factors as they are stored: in ``dtype``, or in int8 that is widened to it.
 
-    Args:
-        factors: as they are stored.
-        dtype: that they are multiplied in.
+    A pair that ``dtype`` cannot hold is balanced first.
 
     Raises:
-        FloatingPointError: says which factor, and what it could not hold.
+        FloatingPointError: not even then is every factor finite.
     """
-    widened = factors.to(dtype)
-    for name in ("factor_in", "factor_out"):
-        if not bool(getattr(widened, name).isfinite().all()):
-            kind = str(dtype).removeprefix("torch.")
-            raise FloatingPointError(
-                f"{name} is not finite in {kind}, whose largest number is "
-                f"{torch.finfo(dtype).max:.3g}"
-            )
+    for given in (factors, _balanced(factors)):
+        found = given.to(dtype) if weights == "float" else given.quantized()
+        widened = found.to(dtype)
+        if bool(widened.factor_in.isfinite().all() & widened.factor_out.isfinite().all()):
+            return found
+    kind = str(dtype).removeprefix("torch.")
+    raise FloatingPointError(
+        f"its factors are beyond {torch.finfo(dtype).max:.3g}, all that {kind} can hold"
+    )
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product from rows and columns of like norms; the interpolative layout as it is."""
+    if factors.pivots is not None:
+        return factors
+    inner, outer = factors.factor_in.norm(dim=1), factors.factor_out.norm(dim=0)
+    exponents = (torch.log2(outer / inner) / 2).nan_to_num(0.0, 0.0, 0.0).round()
+    scale = torch.exp2(exponents)  # powers of two round nothing
+    return Factors(factors.factor_in * scale[:, None], factors.factor_out / scale)
 
 
 def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:

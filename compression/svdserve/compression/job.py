@@ -24,7 +24,7 @@ from svdserve.compression.calibration import (
 )
 from svdserve.compression.checkpoint import LOG_FILE
 from svdserve.compression.errors import UserError
-from svdserve.compression.factors import check_storable, interpolative
+from svdserve.compression.factors import interpolative, stored
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
@@ -334,7 +334,7 @@ class Job:
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
         if not bool(weight.isfinite().all()):
-            raise UserError(f"{unit.name}: its weights hold inf or nan; the model is damaged")
+            raise not_finite(self.skeleton, f"{unit.name}: not finite", self.dtype)
         if rank is None:
             error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
             return None, {"rank": None, "error": error, "beta": None}
@@ -347,11 +347,12 @@ class Job:
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
         seconds = round(time.perf_counter() - begun, 4)
-        factors = factors.quantized() if int8 else factors.to(self.dtypes[unit.name])
         try:
-            check_storable(factors, self.dtypes[unit.name])
+            factors = stored(factors, self.dtypes[unit.name], self.recipe.weights)
         except FloatingPointError as fault:
-            raise UserError(f"{unit.name}: {fault}; give --dtype bfloat16 or float32") from None
+            narrow = self.dtypes[unit.name] == torch.float16
+            help_ = "give --dtype bfloat16 or float32" if narrow else "its weights are too large"
+            raise UserError(f"{unit.name}: {fault}; {help_}") from None
         spec = put_factors(block, unit, factors, tensors)
         error = relative_error(weight, factors.to(torch.float64).dense(), gram)
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
