@@ -30,7 +30,7 @@ def recast(directory: Path, dtypes: dict[str, torch.dtype], rest: torch.dtype, n
         for name, tensor in load_file(directory / SINGLE_FILE).items()
     }
     save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text()) | {"dtype": named}
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": named or None}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
