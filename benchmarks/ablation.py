@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from svdserve.compression.compare import Cell, Evaluation, checkpoint_of, compare, markdown
+from svdserve.compression.files import write_json
 from svdserve.compression.inspection import inspect_checkpoint
 from svdserve.compression.recipe import make_recipe
-from svdserve.compression.files import write_json
 
 UNIFORM = {"allocator": "uniform"}
 PAPER = UNIFORM | {"layout": "pair", "grouping": "separate"}

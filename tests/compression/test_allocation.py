@@ -143,6 +143,62 @@ def test_equal_scores_use_the_budget_up(layout: str):
     assert 0 <= left < 64
 
 
+SMALL = [(48, 48), (512, 128), (128, 512), (16, 128), (128, 128), (1, 40)]
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [
+        (name, floor)
+        for name, entry in sorted(ALLOCATORS.items())
+        for floor in ((0.0, 0.5, 1.0) if entry.profile else (0.0,))
+    ],
+)
+@pytest.mark.parametrize("layout", ["pair", "interpolative"])
+@pytest.mark.parametrize("multiple", [1, 24, 64])
+@pytest.mark.parametrize("keep", [0.005, 0.05, 0.3, 0.6, 0.9])
+def test_the_budget_holds_or_is_refused(
+    name: str, layout: str, multiple: int, keep: float, floor: float
+):
+    """Refused exactly where the least of all choices is more, found by listing them."""
+    modules = {f"m{i}": module(i, *shape) for i, shape in enumerate(SMALL)}
+    budget = Budget(keep, layout, multiple)
+    parameters = {"floor": floor} if ALLOCATORS[name].profile else {}
+    parameters |= {"blocks": 3} if name == "last-blocks" else {}
+    dense = sum(m.dense for m in modules.values())
+    least = sum(
+        min(
+            [m.dense]
+            + [
+                budget.cost(m, rank)
+                for rank in range(multiple, min(m.out_features, m.in_features) + 1, multiple)
+            ]
+        )
+        for m in modules.values()
+    )
+    ranks = ALLOCATORS[name].function(modules, budget, **parameters)
+    assert all(rank is None or rank % multiple == 0 for rank in ranks.values())
+    if least <= keep * dense:
+        budget.check(modules, ranks)
+        assert spent(modules, ranks, budget) <= keep * dense
+    else:
+        with pytest.raises(
+            UserError, match=rf"^keep is {keep}: the least ranks.* or more$"
+        ) as told:
+            budget.check(modules, ranks)
+        possible = float(str(told.value).split(" or more")[0].rsplit(" ", 1)[1])
+        again = Budget(possible, layout, multiple)
+        again.check(modules, ALLOCATORS[name].function(modules, again, **parameters))
+
+
+def test_attention_that_cannot_give_is_refused():
+    modules = {f"m{i}": module(i, 64, 64) for i in range(4)}
+    budget = Budget(0.5, "pair", 16)
+    ranks = uniform(modules, budget, attention_keep=0.1)
+    with pytest.raises(UserError, match="other allocator parameters, or a keep ratio"):
+        Budget(0.45, "pair", 16).check(modules, ranks)
+
+
 def test_unknown_names_and_values_are_refused():
     with pytest.raises(UserError, match="unknown allocator 'best'; allowed: divergence, energy"):
         get_allocator("best")

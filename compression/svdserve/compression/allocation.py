@@ -6,6 +6,7 @@ parameters, and differ in the spectrum only. A module whose factors would store 
 weight stays dense.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,6 +23,7 @@ Ranks = dict[str, int | None]
 """Rank of every module by its name; None where it stays dense."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Keep = Annotated[float, Field(gt=0, le=1)]
+_ROUNDING = 1e-6  # parameters
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,12 @@ class Budget:
         return (rank - rank % self.multiple) or self.ranks(module)[0]
 
     def ranks(self, module: Module) -> list[int | None]:
-        """What a module may get, by rising cost; None (dense) is last."""
+        """What a module may get, by rising cost; None (dense) is last.
+
+        A module that is too small for any multiple has no other choice.
+        """
         limit = min(module.out_features, module.in_features)
-        ranks = range(self.multiple, limit + 1, self.multiple) if self.multiple <= limit else [1]
+        ranks = range(self.multiple, limit + 1, self.multiple)
         return [*(r for r in ranks if self.cost(module, r) < module.dense), None]
 
     def cost(self, module: Module, rank: int | None) -> int:
@@ -83,6 +88,42 @@ class Budget:
         if rank is None:
             return module.dense
         return parameters(self.layout, module.out_features, module.in_features, rank)
+
+    def share(self, modules: Mapping[str, Module], keep: float) -> Ranks:
+        """The same ``keep`` for every module, and no more than that for all of them together.
+
+        Where the least choice of a module is more than its share, the others give: what it leaves
+        is shared evenly among them. The ranks are the least ones where even those store more.
+        """
+        fixed: Ranks = {}
+        total = keep * sum(module.dense for module in modules.values()) + _ROUNDING
+        while True:
+            open_ = {name: module for name, module in modules.items() if name not in fixed}
+            left = total - sum(self.cost(modules[name], rank) for name, rank in fixed.items())
+            dense = sum(module.dense for module in open_.values())
+            share = min(keep, left / dense) if fixed and dense else keep
+            ranks = {name: self.rank(module, max(share, 0.0)) for name, module in open_.items()}
+            over = {
+                name: rank
+                for name, rank in ranks.items()
+                if self.cost(modules[name], rank) > share * modules[name].dense + _ROUNDING
+            }
+            if not over:
+                return {name: (fixed | ranks)[name] for name in modules}
+            fixed |= {name: self.ranks(modules[name])[0] for name in over}
+
+    def check(self, modules: Mapping[str, Module], ranks: Ranks) -> None:
+        """Refuse ranks that store more than κ; UserError says what they keep."""
+        dense = sum(module.dense for module in modules.values())
+        stored = sum(self.cost(modules[name], rank) for name, rank in ranks.items())
+        if stored > self.keep * dense + _ROUNDING:
+            least = math.ceil(stored / dense * 1e4) / 1e4
+            each = f", each a multiple of {self.multiple}," if self.multiple > 1 else ""
+            smaller = "a smaller rank multiple, " if self.multiple > 1 else ""
+            raise UserError(
+                f"keep is {self.keep}: the least ranks{each} keep {least:.4f} of the parameters; "
+                f"give {smaller}other allocator parameters, or a keep ratio of {least:.4f} or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +169,7 @@ def uniform(
         UserError: ``attention_keep`` leaves nothing for the MLP, or more than all of it.
     """
     if attention_keep is None:
-        return {name: budget.rank(module, budget.keep) for name, module in modules.items()}
+        return budget.share(modules, budget.keep)
     attention = sum(m.dense for m in modules.values() if m.attention)
     rest = sum(m.dense for m in modules.values()) - attention
     mlp_keep = (budget.keep * (attention + rest) - attention_keep * attention) / rest
@@ -137,10 +178,11 @@ def uniform(
             f"attention_keep is {attention_keep}: with a keep ratio of {budget.keep} the MLP would "
             f"keep {mlp_keep:.2f} of its parameters; allowed: more than 0, at most 1"
         )
-    return {
-        name: budget.rank(module, attention_keep if module.attention else mlp_keep)
-        for name, module in modules.items()
-    }
+    ranks = dict.fromkeys(modules)
+    for attends, keep in ((True, attention_keep), (False, mlp_keep)):
+        side = {name: module for name, module in modules.items() if module.attention == attends}
+        ranks |= budget.share(side, keep)
+    return ranks
 
 
 @allocator("last-blocks", profile=False)
@@ -170,7 +212,7 @@ def last_blocks(
             f"blocks is {blocks}: the last {blocks} of {total} blocks cannot bring the model to a "
             f"keep ratio of {budget.keep}; give more blocks"
         )
-    return {n: budget.rank(m, keep) if n in last else None for n, m in modules.items()}
+    return dict.fromkeys(modules) | budget.share(last, keep)
 
 
 @allocator("energy", profile=True)
@@ -182,7 +224,11 @@ def energy(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5)
         floor: share of its uniform parameters that every module keeps. Without one, loss-driven
             ranks starve modules and hurt (Swift-SVD, arXiv 2604.01609, table 3).
     """
-    spectra = {n: e / e.sum() for n, m in modules.items() if (e := m.energies) is not None}
+    spectra = {
+        n: e / total if (total := e.sum()) > 0 else e  # a weight of zeros has nothing to lose
+        for n, m in modules.items()
+        if (e := m.energies) is not None
+    }
     return _least_tail(modules, spectra, budget, floor)
 
 
@@ -213,7 +259,7 @@ def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
     if budget.keep >= 1:
         return dict.fromkeys(modules)
     ranks = {name: budget.ranks(module) for name, module in modules.items()}
-    room = budget.keep * sum(module.dense for module in modules.values()) + 1e-6
+    room = budget.keep * sum(module.dense for module in modules.values()) + _ROUNDING
     room -= sum(budget.cost(module, ranks[name][0]) for name, module in modules.items())
     steps: list[tuple[float, str, int]] = []
     for name, module in modules.items():
@@ -273,8 +319,11 @@ def _least_tail(
     A price for a parameter, found by bisection, makes the modules' choices independent (Lagrangian
     relaxation); what that leaves of the budget goes to the steps that save most per parameter.
     """
-    total = budget.keep * sum(module.dense for module in modules.values()) + 1e-6
+    total = budget.keep * sum(module.dense for module in modules.values()) + _ROUNDING
     choices = {n: _Choice(m, spectra[n], budget, floor) for n, m in modules.items()}
+    if floor and sum(float(choice.costs[0]) for choice in choices.values()) > total:
+        # Rounded up to whole ranks the floors are more than the budget: only that can be held.
+        return _least_tail(modules, spectra, budget, 0.0)
 
     def spent(price: float) -> float:
         for choice in choices.values():

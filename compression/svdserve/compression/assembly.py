@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdserve.compression.card import CARD_FILE, model_card
 from svdserve.compression.checkpoint import LOG_FILE, open_checkpoint, read_json
+from svdserve.compression.errors import UserError
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.schema import (
     FLOAT_VERSION,
@@ -49,6 +50,24 @@ class Assembly:
         dtype = getattr(torch, self._recipe.dtype)
         return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
+    def check_cast(self) -> None:
+        """Refuse weights that the recipe's dtype cannot hold; reads them if it has less range.
+
+        Raises:
+            UserError: names the first such tensor.
+        """
+        if self._recipe.dtype != "float16":
+            return
+        limit = torch.finfo(torch.float16).max
+        for name, info in self._skeleton.files.info.items():
+            if info.dtype.is_floating_point and info.dtype != torch.float16:
+                low, high = self._skeleton.files.load([name])[name].float().aminmax()
+                if max(-float(low), float(high)) > limit:
+                    raise UserError(
+                        f"{name}: holds {max(-float(low), float(high)):.3g}, and the largest "
+                        f"number of float16 is {limit:g}; give --dtype bfloat16 or float32"
+                    )
+
     def dense_in_block(
         self, index: int, specs: dict[str, ModuleSpec], int8_linears: Collection[str]
     ) -> dict[str, Tensor]:
@@ -72,6 +91,9 @@ class Assembly:
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copy(file, final / file.name)
         config = read_json(source / "config.json")
+        if not config.get("dtype") and not config.get("torch_dtype"):
+            # Loaders would take the dtype of some tensor, and the order of these is another now.
+            config["dtype"] = str(self._skeleton.dtype).removeprefix("torch.")
         if self._recipe.dtype != "auto":
             config.pop("torch_dtype", None)
             config["dtype"] = self._recipe.dtype
@@ -85,6 +107,6 @@ class Assembly:
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self._recipe))
-        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe))
         shutil.copy(self._work.log, final / LOG_FILE)
+        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe))
         return final

@@ -6,7 +6,7 @@ and the teacher's block output: what earlier blocks lost is made up for as well.
 are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class _BlockError:
 def refine_block(
     block: BlockPass,
     settings: Training,
-    dtype: torch.dtype,
+    stored: Mapping[str, torch.dtype],
     notify: Callable[[int, State], None] = lambda *_: None,
 ) -> tuple[dict[str, Tensor], State]:
     """Train the factors of a block whose groups are all replaced.
@@ -51,7 +51,7 @@ def refine_block(
     Args:
         block: it goes on with the result; ``finish`` must be told.
         settings: the training; the sequences are those of the streams.
-        dtype: that factors are stored in, as Trainer takes it.
+        stored: what each factor is stored in, by its name inside the block.
         notify: as in Trainer.train.
 
     Returns:
@@ -60,7 +60,7 @@ def refine_block(
     """
     factors = trainable_factors(block.student)
     objective = _BlockError(block, settings)
-    stored = dict.fromkeys(factors, dtype)
+    stored = {name: stored[name] for name in factors}
     trainer = Trainer(factors, stored, objective, settings, block.walk.streams.rows)
     objective.unit = trainer.held_out_loss() or 1.0
     state = trainer.train(notify)

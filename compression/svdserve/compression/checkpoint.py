@@ -18,6 +18,7 @@ from torch import Tensor
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import Factors
 from svdserve.compression.integrity import fingerprint
+from svdserve.compression.progress import read_log
 from svdserve.compression.schema import CheckpointConfig, ModuleSpec, linears_of, parse_config
 from svdserve.compression.untrusted import check_entries
 from svdserve.compression.untrusted import read_json as read_json
@@ -183,14 +184,17 @@ class Checkpoint:
     def stored_bytes(self) -> dict[str, int]:
         """Bytes by kind: ``lowrank`` factors, ``dense`` rest, ``dense_equivalent`` of the whole.
 
-        Scales count as bytes of what they scale. The dense equivalent counts each factored weight
-        in the dtype of its factors, and what is int8 in the dtype of the model.
+        Scales count as bytes of what they scale. The dense equivalent is what the log says of the
+        dense files. Without a log it counts each factored weight in the dtype of its factors, and
+        what is int8 in the dtype of the model.
         """
         rows = [self.bytes_of(name) for name in self.config.modules]
         lowrank = sum(stored for stored, _ in rows)
         dense = sum(info.nbytes for info in self.files.info.values()) - lowrank
         rows += [self.bytes_of(name) for name in self.config.int8_linears]
-        equivalent = lowrank + dense + sum(whole - stored for stored, whole in rows)
+        equivalent = self._dense_bytes.get("")
+        if equivalent is None:
+            equivalent = lowrank + dense + sum(whole - stored for stored, whole in rows)
         return {"lowrank": lowrank, "dense": dense, "dense_equivalent": equivalent}
 
     def bytes_of(self, name: str) -> tuple[int, int]:
@@ -205,8 +209,23 @@ class Checkpoint:
             tensors = [self.files.info[f"{name}.{suffix}"] for suffix in spec.tensors()]
             elements = spec.stacked * spec.in_features
             dtype, stored = tensors[0].dtype, sum(tensor.nbytes for tensor in tensors)
+        linears = [name] if spec is None else linears_of(name, spec)
+        logged = [self._dense_bytes.get(linear) for linear in linears]
+        if all(logged):
+            return stored, sum(filter(None, logged))
         dtype = self.model_dtype if dtype == torch.int8 else dtype
         return stored, elements * dtype.itemsize
+
+    @cached_property
+    def _dense_bytes(self) -> dict[str, int]:
+        """Bytes of the dense model's linears by name, and of all its tensors under ''."""
+        found: dict[str, int] = {}
+        for event in read_log(self.directory / LOG_FILE):
+            linears = event.get("linears")
+            if event.get("event") == "dense" and isinstance(linears, dict):
+                sizes = {"": event.get("nbytes"), **linears}
+                found = {k: v for k, v in sizes.items() if isinstance(v, int) and v > 0}
+        return found
 
     @cached_property
     def model_dtype(self) -> torch.dtype:

@@ -102,6 +102,7 @@ def interpolative(factors: Factors) -> Factors:
     Pivots come from a column-pivoted QR (LAPACK geqp3) of factor_in in float64: with
     V Π = Q [R1 R2], Z = R1⁻¹ R2 and C = factor_out · V[:, pivots]. A factor_in of numerical rank
     below r leaves a singular R1; its rank is then cut to the numerical one, which loses nothing.
+    A factor_in of zeros keeps one pivot, whose column is zero.
     """
     inner = factors.factor_in.double().cpu()
     # Half of a pivoted QR is matrix times vector. OpenBLAS splits each into threads that then wait
@@ -111,6 +112,8 @@ def interpolative(factors: Factors) -> Factors:
     upper = torch.from_numpy(packed[: factors.rank]).triu()
     diagonal = upper.diagonal().abs()
     rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
+    if not bool(diagonal[0] > 0):
+        upper = torch.eye(*upper.shape, dtype=upper.dtype)  # Z = 0, as nothing follows from zeros
     # LAPACK counts from 1. Ascending pivots spare a server sorting the factors when it loads them.
     pivots, rows = torch.from_numpy(order[:rank] - 1).sort()
     columns = torch.from_numpy(order[rank:] - 1).argsort()
@@ -124,6 +127,35 @@ def interpolative(factors: Factors) -> Factors:
         factor_out=outer.to(factors.factor_out).contiguous(),
         pivots=pivots.to(device=target.device, dtype=torch.int32),
     )
+
+
+def stored(factors: Factors, dtype: torch.dtype, weights: Weights) -> Factors:
+    """Float64 factors as they are stored: in ``dtype``, or in int8 that is widened to it.
+
+    A pair that ``dtype`` cannot hold is balanced first.
+
+    Raises:
+        FloatingPointError: not even then is every factor finite.
+    """
+    for given in (factors, _balanced(factors)):
+        found = given.to(dtype) if weights == "float" else given.quantized()
+        widened = found.to(dtype)
+        if bool(widened.factor_in.isfinite().all() & widened.factor_out.isfinite().all()):
+            return found
+    kind = str(dtype).removeprefix("torch.")
+    raise FloatingPointError(
+        f"its factors are beyond {torch.finfo(dtype).max:.3g}, all that {kind} can hold"
+    )
+
+
+def _balanced(factors: Factors) -> Factors:
+    """The same product from rows and columns of like norms; the interpolative layout as it is."""
+    if factors.pivots is not None:
+        return factors
+    inner, outer = factors.factor_in.norm(dim=1), factors.factor_out.norm(dim=0)
+    exponents = (torch.log2(outer / inner) / 2).nan_to_num(0.0, 0.0, 0.0).round()
+    scale = torch.exp2(exponents)  # powers of two round nothing
+    return Factors(factors.factor_in * scale[:, None], factors.factor_out / scale)
 
 
 def parameters(layout: Layout, out_features: int, in_features: int, rank: int) -> int:

@@ -202,6 +202,8 @@ def _at_the_head(
                 inputs = piece.to(device).float().requires_grad_(True)
                 with torch.enable_grad():
                     logits = predict(inputs).flatten(0, 1)
+                    if not bool(logits.detach().sum().isfinite()):
+                        raise FloatingPointError("the logits are not finite")
                     chances = logits.detach().softmax(dim=-1).cpu()
                     drawn = torch.multinomial(chances, 1, generator=generator).squeeze(1)
                     loss = cross_entropy(logits, drawn.to(device), reduction="sum")

@@ -6,6 +6,7 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from svdserve.compression.calibration import (
 )
 from svdserve.compression.checkpoint import LOG_FILE
 from svdserve.compression.errors import UserError
-from svdserve.compression.factors import interpolative
+from svdserve.compression.factors import interpolative, stored
 from svdserve.compression.files import check_output
 from svdserve.compression.gradients import BoundaryGradients
 from svdserve.compression.linalg import relative_error
@@ -33,10 +34,15 @@ from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
 from svdserve.compression.planning import (
     Unit,
+    check_reachable,
+    dense_bytes,
+    fewest_last_blocks,
     int8_linears,
+    not_finite,
     parameters_with_dense,
     ranks_of,
     search_last_blocks,
+    stored_dtypes,
     swept,
     units_of,
 )
@@ -90,8 +96,9 @@ def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recip
         Job(model, out, make_recipe(**fields | changed), again, both=True).execute()
         return float([e["error"] for e in read_log(out / LOG_FILE) if e["event"] == "block"][-1])
 
-    total = Skeleton(resolve_model(model)).blocks
-    found = {"blocks": search_last_blocks(total, recipe.keep, error)}
+    skeleton = Skeleton(resolve_model(model))
+    total, fewest = skeleton.blocks, fewest_last_blocks(skeleton, recipe)
+    found = {"blocks": search_last_blocks(total, recipe.keep, error, fewest)}
     return make_recipe(**fields | {"allocator_parameters": found})
 
 
@@ -151,7 +158,11 @@ class Job:
             torch.set_num_threads(run.threads)
         self.dtype = self.skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         self.assembly = Assembly(self.skeleton, self.work, recipe, self.base_model)
+        self.assembly.check_cast()
         self.units = units_of(self.skeleton, recipe.grouping)
+        self.dtypes = stored_dtypes(self.skeleton, self.units, recipe)
+        if ranks is None:
+            check_reachable(self.units, recipe)
         planned_later = profiled or self.learner is not None
         self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
         self.signature = {
@@ -177,6 +188,7 @@ class Job:
             progress.event("start", model=self.base_model, **self.signature)
             for change in self.work.reordered:
                 progress.event("resumed_anyway", **change)
+            progress.event("dense", **dense_bytes(self.skeleton, self.units))
             if self.learned is not None:
                 progress.event("scores", **asdict(self.learned.state))
             tokens = self._tokens()
@@ -309,7 +321,7 @@ class Job:
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
             del statistics  # not beside those of the next group
             release()
-        tensors |= self._finish(block, specs, progress)
+        tensors |= self._finish(block, specs, tensors, progress)
         linears = int8_linears([self.units[index]], self.recipe, specs)
         tensors |= self.assembly.dense_in_block(index, specs, linears)
         self.work.save_block(index, tensors, specs)
@@ -322,7 +334,7 @@ class Job:
             statistics = block.statistics(group)
         except FloatingPointError as error:
             name = f"{self.skeleton.block_name(block.index)}.{group.path}"
-            raise UserError(f"{name}: {error}; use another dtype") from None
+            raise not_finite(self.skeleton, f"{name}: {error}", self.dtype) from None
         if self.kept is not None:
             self.kept.write(block.index, group, statistics)
         return statistics
@@ -335,6 +347,8 @@ class Job:
         int8 = self.recipe.weights == "int8"
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
+        if not bool(weight.isfinite().all()):
+            raise not_finite(self.skeleton, f"{unit.name}: not finite", self.dtype)
         if rank is None:
             error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
             return None, {"rank": None, "error": error, "beta": None}
@@ -347,7 +361,12 @@ class Job:
         if self.recipe.layout == "interpolative":
             factors = interpolative(factors)
         seconds = round(time.perf_counter() - begun, 4)
-        factors = factors.quantized() if int8 else factors.to(self.dtype)
+        try:
+            factors = stored(factors, self.dtypes[unit.name], self.recipe.weights)
+        except FloatingPointError as fault:
+            narrow = self.dtypes[unit.name] == torch.float16
+            help_ = "give --dtype bfloat16 or float32" if narrow else "its weights are too large"
+            raise UserError(f"{unit.name}: {fault}; {help_}") from None
         spec = put_factors(block, unit, factors, tensors)
         error = relative_error(weight, factors.to(torch.float64).dense(), gram)
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
@@ -367,24 +386,28 @@ class Job:
         return specs
 
     def _finish(
-        self, block: BlockPass, specs: dict[str, ModuleSpec], progress: Progress
+        self,
+        block: BlockPass,
+        specs: dict[str, ModuleSpec],
+        tensors: Mapping[str, Tensor],
+        progress: Progress,
     ) -> dict[str, Tensor]:
         """Refine a block where the recipe says so, and finish it; the tensors that changed."""
         settings = self.recipe.block_refinement
         if settings is None or not specs:
             block.finish()
             return {}
-        begun = time.perf_counter()
+        begun, prefix = time.perf_counter(), f"{self.skeleton.block_name(block.index)}."
         best, state = refine_block(
             block,
             settings,
-            self.dtype if self.recipe.weights == "float" else torch.int8,
+            {name.removeprefix(prefix): tensor.dtype for name, tensor in tensors.items()},
             lambda step, _: progress.group(block.index, f"refinement, step {step}"),
         )
         block.finish(refined=True)
         release()
         progress.refined(block.index, **asdict(state), seconds=time.perf_counter() - begun)
-        return {f"{self.skeleton.block_name(block.index)}.{n}": t for n, t in best.items()}
+        return {f"{prefix}{name}": tensor for name, tensor in best.items()}
 
     # Files
 

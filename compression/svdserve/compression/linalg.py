@@ -172,13 +172,17 @@ def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> float:
-    """‖(W − Ŵ)X‖_F / ‖W X‖_F from H = X Xᵀ; without a Gram matrix, of the weights themselves."""
+    """‖(W − Ŵ)X‖_F / ‖W X‖_F from H = X Xᵀ.
+
+    Of the weights themselves without a Gram matrix, and where no output differs from zero. Zeros
+    that are given back have no error; anything else in place of zeros has an infinite one.
+    """
     weight, approximation = weight.double(), approximation.double()
     residual = weight - approximation
-    if gram is None:
-        return float(residual.norm() / weight.norm().clamp_min(1e-300))
-    lost, whole = _energy(residual, gram), _energy(weight, gram)
-    return math.sqrt(max(lost, 0.0) / max(whole, 1e-300))
+    if gram is not None and (whole := _energy(weight, gram)) > 0:
+        return math.sqrt(max(_energy(residual, gram), 0.0) / whole)
+    lost, whole = float(residual.norm()), float(weight.norm())
+    return lost / whole if whole > 0 else (math.inf if lost > 0 else 0.0)
 
 
 def _energy(matrix: Tensor, gram: Tensor) -> float:

@@ -2,18 +2,22 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
+from svdserve.compression.checkpoint import FACTOR_DTYPES
 from svdserve.compression.errors import UserError
 from svdserve.compression.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.memory import release
 from svdserve.compression.profile import Profile
-from svdserve.compression.recipe import Grouping, Recipe
+from svdserve.compression.recipe import Grouping, Recipe, make_recipe
 from svdserve.compression.schema import GROUPS, ModuleSpec
 from svdserve.compression.skeleton import Group, Skeleton
 from svdserve.compression.workdir import parameters_of
@@ -64,6 +68,35 @@ def _units_of_block(skeleton: Skeleton, index: int, grouping: Grouping) -> list[
     return units
 
 
+def stored_dtypes(
+    skeleton: Skeleton, units: list[list[Unit]], recipe: Recipe
+) -> dict[str, torch.dtype]:
+    """The dtype of every unit's factors: the recipe's, or the one that holds all of its linears.
+
+    Raises:
+        UserError: a linear is no floating-point tensor, or of a dtype that a checkpoint cannot
+            hold where the recipe names no other.
+    """
+    found: dict[str, torch.dtype] = {}
+    for unit in (unit for block in units for unit in block):
+        dtypes = [skeleton.files.info[f"{linear}.weight"].dtype for linear in unit.linears]
+        for linear, dtype in zip(unit.linears, dtypes, strict=True):
+            named = str(dtype).removeprefix("torch.")
+            if not dtype.is_floating_point:
+                raise UserError(
+                    f"{linear}.weight is {named}, which is no floating-point weight; give the "
+                    "original model"
+                )
+            if recipe.dtype == "auto" and dtype not in FACTOR_DTYPES and not recipe.keeps_all:
+                raise UserError(
+                    f"{linear}.weight is {named}, which factors cannot be stored in; give --dtype "
+                    "float32, bfloat16 or float16"
+                )
+        own = reduce(torch.promote_types, dtypes) if recipe.dtype == "auto" else None
+        found[unit.name] = own or getattr(torch, recipe.dtype)
+    return found
+
+
 def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]) -> Ranks:
     """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty.
 
@@ -71,6 +104,25 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
     """
     if recipe.keep == 1:  # nothing to save: every linear stays dense
         return {unit.name: None for block in units for unit in block}
+    modules = _modules(units, profile)
+    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
+    allocator = get_allocator(recipe.allocator)
+    ranks = allocator.function(modules, budget, **recipe.allocator_parameters)
+    budget.check(modules, ranks)
+    return ranks
+
+
+def check_reachable(units: list[list[Unit]], recipe: Recipe) -> None:
+    """Refuse a keep ratio below what the least ranks of all units store; UserError says which.
+
+    Known before a profile is: an allocator spends no less.
+    """
+    modules = _modules(units, {})
+    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
+    budget.check(modules, {name: budget.ranks(module)[0] for name, module in modules.items()})
+
+
+def _modules(units: list[list[Unit]], profile: dict[str, Tensor]) -> dict[str, Module]:
     modules: dict[str, Module] = {}
     for index, block in enumerate(units):
         for unit in block:
@@ -85,9 +137,7 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
                 losses=profile.get(f"{unit.name}.losses"),
                 scores=profile.get(f"{unit.name}.scores"),
             )
-    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
-    allocator = get_allocator(recipe.allocator)
-    return allocator.function(modules, budget, **recipe.allocator_parameters)
+    return modules
 
 
 def parameters_with_dense(units: list[list[Unit]], specs: dict[str, ModuleSpec]) -> tuple[int, int]:
@@ -152,11 +202,55 @@ def swept(
         try:
             gradients.sweep(skeleton, tokens, device, recipe.seed, watch, done)
         except FloatingPointError as error:
-            raise UserError(f"{error}; use another dtype") from None
+            raise not_finite(skeleton, str(error), gradients.dtype) from None
     return gradients, {} if profile is None else profile.read()
 
 
-def search_last_blocks(blocks: int, keep: float, error: Callable[[int], float]) -> int:
+def not_finite(skeleton: Skeleton, message: str, dtype: torch.dtype) -> UserError:
+    """What a FloatingPointError of a pass over the tokens comes from, and what helps.
+
+    Args:
+        skeleton: the teacher, whose tensors are read in search of one that is not finite.
+        message: where it was noticed.
+        dtype: that hidden states are kept in.
+    """
+    for name, info in skeleton.files.info.items():
+        if info.dtype.is_floating_point:
+            tensor = skeleton.files.load([name])[name]
+            if not bool(tensor.float().isfinite().all()):
+                return UserError(f"{name}: holds inf or nan; the model is damaged ({message})")
+    if dtype == torch.float16:
+        return UserError(f"{message}; they overflow float16: give --dtype bfloat16 or float32")
+    return UserError(
+        f"{message}; no weight holds inf or nan, so that activations or their squares overflow "
+        "float32: the model cannot be calibrated on this text"
+    )
+
+
+def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
+    """How many of the last blocks can hold κ with their least ranks; all where none can."""
+    units, fields = units_of(skeleton, recipe.grouping), recipe.model_dump()
+    for blocks in range(1, skeleton.blocks):
+        with suppress(UserError):
+            changed = {"allocator_parameters": {"blocks": blocks}}
+            ranks_of(units, make_recipe(**fields | changed), {})
+            return blocks
+    return skeleton.blocks
+
+
+def dense_bytes(skeleton: Skeleton, units: list[list[Unit]]) -> dict[str, Any]:
+    """Bytes of the dense model's tensors, and of each linear that a unit stands for."""
+    info = skeleton.files.info
+    linears = [linear for block in units for unit in block for linear in unit.linears]
+    return {
+        "nbytes": sum(tensor.nbytes for tensor in info.values()),
+        "linears": {linear: info[f"{linear}.weight"].nbytes for linear in linears},
+    }
+
+
+def search_last_blocks(
+    blocks: int, keep: float, error: Callable[[int], float], possible: int = 1
+) -> int:
     """How many of the last blocks to factor: the number of least error at the final block.
 
     ResSVD (arXiv 2505.20112), algorithm 3, over six numbers from the fewest that keep 15 % of
@@ -166,7 +260,8 @@ def search_last_blocks(blocks: int, keep: float, error: Callable[[int], float]) 
         blocks: of the model.
         keep: κ of the whole model.
         error: of the final block's output, for a number of last blocks.
+        possible: the fewest whose least ranks are within κ.
     """
-    fewest = min(blocks, int(blocks * (1 - keep) / 0.85) + 1)
+    fewest = min(blocks, max(possible, int(blocks * (1 - keep) / 0.85) + 1))
     steps = (round(i * (blocks - fewest) / (_CANDIDATES - 1)) for i in range(_CANDIDATES))
     return min(sorted({fewest + step for step in steps}), key=error)

@@ -54,10 +54,18 @@ class Profile:
             gradients.add(flow.inputs, flow.gradients)
 
     def finish(self, block: int, weights: dict[str, Tensor]) -> None:
-        """Write the spectra of a block; ``weights`` are the stacked ones [m, n] of its groups."""
+        """Write the spectra of a block; ``weights`` are the stacked ones [m, n] of its groups.
+
+        Raises:
+            FloatingPointError: names the first module whose inputs or gradients are not finite.
+        """
         tensors: dict[str, Tensor] = {}
         for group, (inputs, gradients) in self._sums.items():
-            statistics = gradients.into(inputs.finish())
+            try:
+                statistics = gradients.into(inputs.finish())
+            except FloatingPointError as error:
+                first = self._units[block][group][0][0]
+                raise FloatingPointError(f"{first}: {error}") from None
             for name, rows in self._units[block][group]:
                 found = _spectra(weights[group][rows].double(), statistics.of_rows(rows))
                 tensors |= {f"{name}.{key}": value.cpu() for key, value in found.items()}

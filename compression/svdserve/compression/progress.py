@@ -57,7 +57,8 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 class Progress:
     """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
 
-    Log lines: ``start`` (the recipe), ``gradients`` (index, solve_seconds: of the spectra),
+    Log lines: ``start`` (the recipe), ``dense`` (bytes of the dense model and of its linears),
+    ``gradients`` (index, solve_seconds: of the spectra),
     ``group`` (module, rank, error, beta, solve_seconds, pass_seconds),
     ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
     peak_bytes), ``done`` and, behind those of a refinement, ``published`` (workdir.py).

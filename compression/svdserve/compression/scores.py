@@ -32,6 +32,22 @@ Allocate = Callable[[dict[str, Tensor]], Ranks]
 """Ranks under the budget from ``<module>.scores`` of all modules."""
 
 
+_SMALLEST = torch.finfo(torch.float32).eps / 2
+
+
+def _column_norms(matrix: Tensor) -> Tensor:
+    """Norms [k] of float32 columns, positive; one where a matrix is zero.
+
+    Squares of small or large weights leave the range of float32; a power of two moves them into it
+    and rounds nothing.
+    """
+    exponent = max(-100, min(int(torch.frexp(matrix.abs().max()).exponent), 100))
+    norms = torch.ldexp(matrix, torch.tensor(-exponent)).norm(dim=0)
+    norms = norms.clamp_min(_SMALLEST * float(norms.max()))
+    norms = norms.where(norms > 0, torch.ones_like(norms))
+    return torch.ldexp(norms, torch.tensor(exponent))
+
+
 @dataclass(frozen=True)
 class Selection:
     """What scores stand for.
@@ -62,8 +78,10 @@ class Learned:
         scale, kept = self.selection.scales[name].double(), self.selection.kept[name]
         sigma = outer.norm(dim=0)
         factor_in = inner[kept] * (scale * sigma)[kept, None]
-        error = float(((1 - scale) * sigma).norm() / sigma.norm())
-        return Solution(Factors(factor_in, outer[:, kept] / sigma[kept]), {"error": error})
+        energy = sigma * (inner != 0).any(dim=1)  # components of zeros have columns of norm 1
+        lost, whole = float(((1 - scale) * energy).norm()), float(energy.norm())
+        factor_out = outer[:, kept] / sigma.where(sigma > 0, torch.ones_like(sigma))[kept]
+        return Solution(Factors(factor_in, factor_out), {"error": lost / whole if whole else 0.0})
 
 
 class Components:
@@ -83,8 +101,8 @@ class Components:
         for module in found.values():
             m, n, k = module.out_features, module.in_features, module.rank
             uniform = rank_for_keep(layout, m, n, keep) or k
-            sigma = module.factor_out.detach().float().norm(dim=0)
-            strengths.append(sigma / sigma[uniform - 1])
+            sigma = _column_norms(module.factor_out.detach().float())
+            strengths.append(sigma / sigma[uniform - 1].clamp_min(_SMALLEST * float(sigma.max())))
             # The secant: a rank's own cost falls to nothing as the interpolative layout fills up.
             prices.append(torch.full_like(sigma, parameters(layout, m, n, uniform) / uniform))
         dense = sum(module.out_features * module.in_features for module in found.values())

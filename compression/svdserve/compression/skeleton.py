@@ -5,6 +5,7 @@ embedding, q/k norms, masks, soft-capping) run unchanged while only the block in
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -115,9 +116,15 @@ class Skeleton:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the blocks are stored in."""
-        prefix = f"{self.layers_name}."
-        return next(i.dtype for name, i in self.files.info.items() if name.startswith(prefix))
+        """The dtype that most parameters of the blocks' linears are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for index, groups in enumerate(self.groups):
+            for group in groups:
+                for member in group.members:
+                    name = ".".join(filter(None, (self.block_name(index), group.parent, member)))
+                    info = self.files.info[f"{name}.weight"]
+                    sizes[info.dtype] += info.nbytes // info.dtype.itemsize
+        return sizes.most_common(1)[0][0]
 
     def block_name(self, index: int) -> str:
         return f"{self.layers_name}.{index}"

@@ -114,7 +114,9 @@ class Accumulator:
             if name in ("gram", "teacher_gram"):
                 mirrored(total)
             if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum
-                raise FloatingPointError(f"{name}: the calibration inputs are not finite")
+                raise FloatingPointError(
+                    f"{name}: the calibration inputs are not finite, or their squares are not"
+                )
             done[name] = total.div_(max(self._tokens, 1))
         return Statistics(self._tokens, **done)
 
@@ -153,9 +155,15 @@ class GradientAccumulator:
             self._tokens += x.shape[0]
 
     def into(self, statistics: Statistics) -> Statistics:
-        """``statistics`` with the means over the tokens that were added."""
+        """``statistics`` with the means over the tokens that were added.
+
+        Raises:
+            FloatingPointError: squares of the gradients are beyond float32.
+        """
         gram = None if self._gram is None else mirrored(self._gram).div_(self._tokens)
         fisher = None if self._fisher is None else self._fisher.div_(self._tokens)
+        if any(t is not None and not bool(t.sum().isfinite()) for t in (gram, fisher)):
+            raise FloatingPointError("the squares of the gradients of the loss are not finite")
         return replace(statistics, gradient_gram=gram, row_fisher=fisher)
 
 

@@ -10,7 +10,6 @@ runs there is nothing to wait for, and the teacher's block runs once for all its
 """
 
 import copy
-import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from svdserve.compression.factors import Factors
 from svdserve.compression.gradients import BoundaryGradients, back_through
 from svdserve.compression.machine import Precision, forward_precision
+from svdserve.compression.measure import Measured, measured_rows
 from svdserve.compression.modules import replace_group
 from svdserve.compression.replay import input_of, inputs_of, learn_containers
 from svdserve.compression.schema import GROUPS, ModuleSpec
@@ -125,6 +125,9 @@ class Walk:
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
         # Every eighth batch, and so a part of every source of calibration text.
         self.held_out = self.batches[7::8] or self.batches[1:][-1:]
+        measures = self.uses_student and self.uses_teacher
+        self._measured_rows = measured_rows(*tokens.shape) if measures else []
+        self._measured = Measured(device)
         self._calls: dict[int, list[Call]] = {}
         if self.runs:
             self._embed(tokens)
@@ -138,6 +141,9 @@ class Walk:
                 self.streams.write("teacher", rows, hidden)
             if self.uses_student:
                 self.streams.write("student", rows, hidden)
+            for row in self._measured_rows:
+                if rows.start <= row < rows.stop:
+                    self._measured.add(hidden[row - rows.start][None])
             shape = hidden.shape
         calls = self._calls[shape[0]]
         self.containers = [
@@ -148,18 +154,14 @@ class Walk:
         ]
 
     def error(self) -> float | None:
-        """‖H_f − H‖ / ‖H_f‖ of the hidden states where the streams are; None if one does not run.
+        """Of the hidden states where the streams are (measure.py); None if one does not run."""
+        return self._measured.error() if self._measured_rows else None
 
-        H_f are the teacher's, H the student's.
-        """
-        if not (self.uses_student and self.uses_teacher):
-            return None
-        apart = whole = 0.0
-        for rows in self.batches:
-            teacher = self.streams.read("teacher", rows)
-            apart += float((teacher - self.streams.read("student", rows)).square().sum())
-            whole += float(teacher.square().sum())
-        return math.sqrt(apart / whole)
+    def measure(self, block: int, teacher: nn.Module, student: nn.Module) -> None:
+        """Carry the sequences that ``error`` is measured on over a block."""
+        if self._measured_rows:
+            blocks = {"teacher": teacher, "student": student}
+            self._measured.advance(blocks, self.call(block, 1))
 
     def call(self, block: int, sequences: int) -> Call:
         """The arguments besides the hidden states with which the decoder calls a block."""
@@ -303,6 +305,7 @@ class BlockPass:
                     replay = {} if refined else {"o_proj": streams.read("student_attention", rows)}
                     streams.write("student", rows, self._run(self.student, "student", rows, replay))
         streams.drop("teacher_attention", "student_attention")
+        self.walk.measure(self.index, self.teacher, self.student)
 
     # One step per group: its inputs for a batch. What a later step needs is stored on the way.
 

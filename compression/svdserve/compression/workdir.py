@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svdserve.compression.checkpoint import LOG_FILE, read_json
+from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import parameters
 from svdserve.compression.files import (
@@ -221,7 +221,17 @@ class WorkDirectory:
         A kill between any two steps leaves either the whole work directory, and resuming publishes
         again, or none. The log ends with the job's signature and ``facts``, which ``open`` gives to
         whoever asks for the same once more.
+
+        Raises:
+            UserError: a reader would refuse ``final``; then nothing is renamed.
         """
+        try:
+            check_finite(open_checkpoint(final))
+        except UserError as error:
+            raise UserError(
+                f"internal fault, nothing is written to {self.out}: {error}; {self.path} keeps "
+                "what was computed: please report it"
+            ) from None
         old, done = self.out.with_name(self.out.name + ".replaced"), self._done
         log_event(final / LOG_FILE, "published", job=self._signature, facts=facts)
         write_sums(final)

@@ -7,6 +7,7 @@ G(β) = W (H + βΔ) F⁻ᵀ, F Fᵀ = H (equations 6 to 12), β = α / (1 + α)
 whatever λ is: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -153,6 +154,12 @@ class TailRatio:
         scale = max(abs(quadratic), abs(linear), abs(constant))
         if scale == 0:
             return []
+        # Their squares would overflow where weights are large; a power of two rounds nothing.
+        unit = math.frexp(scale)[1]
+        quadratic, linear, constant = (
+            math.ldexp(value, -unit) for value in (quadratic, linear, constant)
+        )
+        scale = math.ldexp(scale, -unit)
         if abs(quadratic) <= 1e-12 * scale:
             return [-constant / linear] if abs(linear) > 1e-12 * scale else []
         discriminant = linear**2 - 4 * quadratic * constant
