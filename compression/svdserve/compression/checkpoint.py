@@ -6,6 +6,7 @@ interpolative layout, ``<module>.pivots``; int8 matrices have their scales under
 Everything else keeps its original name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +60,8 @@ _DIMENSIONS = (
     "vocab_size",
     "head_dim",
 )
-_COUNTS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = ("num_attention_heads", "num_key_value_heads", *_EXPERTS)
 _MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
 
 
@@ -93,6 +89,7 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.info: dict[str, TensorInfo] = {}
+        self._prefix = ""
         check_entries(directory)
         weight_map = _weight_map(directory)
         for file in _files(directory, weight_map):
@@ -118,6 +115,11 @@ class TensorFiles:
     def __contains__(self, name: object) -> bool:
         return name in self.info
 
+    def add_prefix(self, prefix: str) -> None:
+        """Name every tensor ``prefix.NAME`` from now on; the files stay as they are."""
+        self._prefix = f"{prefix}."
+        self.info = {f"{self._prefix}{name}": info for name, info in self.info.items()}
+
     @property
     def paths(self) -> list[Path]:
         """The files, in order of their names."""
@@ -137,7 +139,7 @@ class TensorFiles:
         for file, members in by_file.items():
             with safe_open(file, framework="pt", device=str(device)) as handle:
                 for name in members:
-                    tensors[name] = handle.get_tensor(name)
+                    tensors[name] = handle.get_tensor(name.removeprefix(self._prefix))
         return tensors
 
 
@@ -294,6 +296,8 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
     text = config.get("text_config")
     for part in (config, text) if isinstance(text, dict) else (config,):
         values = {key: part.get(key) for key in limits}
+        if part.get("is_moe") is False:  # its number of experts has no effect
+            values |= dict.fromkeys(_EXPERTS)
         heads, width = values["num_attention_heads"], values["head_dim"]
         if isinstance(heads, int) and isinstance(width, int):
             values["head_dim"] = heads * width
@@ -353,6 +357,27 @@ def _check_int8_linear(files: TensorFiles, name: str) -> set[str]:
     if len(shape) != 2 or rows != shape[:1]:
         raise UserError(f"{where}: weight is {list(shape)} and its scale {list(rows)}")
     return {weight, scale}
+
+
+def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> None:
+    """Refuse a dense model with NaN or infinite weights; one tensor is in memory at a time.
+
+    ``notify`` gets the bytes that are read.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    done = 0
+    for name, info in files.info.items():
+        if info.dtype.is_floating_point and info.dtype.itemsize > 1 and info.nbytes:
+            low, high = files.load([name])[name].aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                raise UserError(
+                    f"{info.file}: {name} holds values that are not finite; the model is damaged: "
+                    "copy it again, or repair the weights"
+                )
+        done += info.nbytes
+        notify(done)
 
 
 def check_finite(checkpoint: Checkpoint) -> None:

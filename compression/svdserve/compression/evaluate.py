@@ -21,6 +21,7 @@ from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_che
 from svdserve.compression.errors import UserError
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.machine import Machine, this_machine
+from svdserve.compression.permissions import remote_code
 
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,14 +129,36 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     from transformers import AutoModelForCausalLM
 
     import svdserve.compression.hf  # noqa: F401 (registers the quantizer)
+    from svdserve.compression.building import attention_of, transformers_says
 
     if is_checkpoint(model_dir):
         open_checkpoint(model_dir)
     else:
         TensorFiles(model_dir)
     chosen = DTYPES.get(dtype, "auto")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=chosen, local_files_only=True)
+    attention = attention_of(model_dir)
+    with transformers_says(model_dir, "load the model"):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=chosen,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **remote_code(),
+        )
+    _require_loaded(model_dir, loaded)
     return model.eval().to(device)
+
+
+def _require_loaded(model_dir: Path, loaded: dict[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers and goes on."""
+    wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+    if wrong:
+        raise UserError(
+            f"{model_dir}: {sorted(wrong)[0]} is missing from the files or has another size; a "
+            "model without output head (a reward or embedding model) predicts nothing: give a "
+            "complete causal language model"
+        )
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -157,13 +180,6 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits
 
 
-def load_tokenizer(model_dir: Path) -> Any:
-    """The transformers tokenizer of a directory."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-
-
 def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
     if seq_len < 2:
         raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
@@ -181,6 +197,8 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     Raises:
         UserError: no model or text, or a text shorter than one chunk.
     """
+    from svdserve.compression.building import check_ids, load_tokenizer
+
     read_json(model_dir / "config.json")
     try:
         words = text.read_text(encoding="utf-8")
@@ -191,7 +209,9 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     if count == 0:
         raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
     count = min(count, max_chunks or count)
-    return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+    chunks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+    check_ids(model_dir, chunks)
+    return chunks
 
 
 def _batches(chunks: Tensor, batch_size: int, progress: bool) -> Iterator[tuple[int, Tensor]]:

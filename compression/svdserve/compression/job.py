@@ -22,7 +22,7 @@ from svdserve.compression.calibration import (
     calibration_tokens,
     check_calibration,
 )
-from svdserve.compression.checkpoint import LOG_FILE
+from svdserve.compression.checkpoint import LOG_FILE, check_finite_tensors
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative, stored
 from svdserve.compression.files import check_output
@@ -46,9 +46,10 @@ from svdserve.compression.planning import (
     swept,
     units_of,
 )
-from svdserve.compression.progress import Progress, read_log
+from svdserve.compression.progress import Progress, bar, read_log
 from svdserve.compression.recipe import Recipe, Refinement, Run, make_recipe
 from svdserve.compression.refine import refine
+from svdserve.compression.replay import require_walkable
 from svdserve.compression.report import RefineReport, Report
 from svdserve.compression.schema import ModuleSpec
 from svdserve.compression.scores import Learned, learn
@@ -181,6 +182,9 @@ class Job:
         if (facts := self.work.open(self.signature)) is not None:
             return Report(self.work.out, **facts, made=False)
         finished = self.work.finished(self.skeleton.blocks)
+        if not finished:
+            self._check_model()
+        tokens = self._tokens()
         if self.learner is not None:
             self._learn(self.learner)
         with Progress(self.work.log, self.skeleton.blocks, self.run.progress) as progress:
@@ -191,7 +195,6 @@ class Job:
             progress.event("dense", **dense_bytes(self.skeleton, self.units))
             if self.learned is not None:
                 progress.event("scores", **asdict(self.learned.state))
-            tokens = self._tokens()
             with float32_products(self.recipe.precision, self.device):
                 gradients = self._sweep(tokens, progress) if self.uses_gradients else None
                 specs = self._walk(tokens, gradients, finished, progress)
@@ -207,6 +210,16 @@ class Job:
             report = replace(report, seconds=seconds, peak_bytes=peak_bytes(), refinement=refined)
         self.work.publish(final, report.facts())
         return report
+
+    def _check_model(self) -> None:
+        """Look through the weights, and try the blocks on two tokens, before the long part."""
+        files = self.skeleton.files
+        with bar(self.run.progress) as shown:
+            total = sum(info.nbytes for info in files.info.values())
+            task = shown.add_task("checking the weights", total=total, facts="")
+            check_finite_tensors(files, lambda done: shown.update(task, completed=done))
+        if self.recipe.calibrated:
+            require_walkable(self.skeleton, self.device)
 
     def _refine(
         self, closed_form: Path, tokens: Tensor, settings: Refinement
@@ -411,11 +424,15 @@ class Job:
 
     # Files
 
+    def _drawn(self) -> Tensor:
+        source, shown = self.skeleton.directory, self.run.progress
+        return calibration_tokens(source, self.recipe, self.device, progress=shown)
+
     def _tokens(self) -> Tensor:
         if not self.recipe.calibrated:
             return torch.empty(0, self.recipe.length, dtype=torch.int64)
-        given, source = self.tokens, self.skeleton.directory
-        draw = (lambda: calibration_tokens(source, self.recipe)) if given is None else lambda: given
+        given = self.tokens
+        draw = self._drawn if given is None else lambda: given
         tokens = self.work.tokens(draw)
         for settings, text in self.recipe.trainings:
             if text == self.recipe:

@@ -85,7 +85,7 @@ class Recipe(BaseModel):
     precision: Precision = Field(
         default="bfloat16", description="of matrix products in the passes over the tokens"
     )
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     block_refinement: BlockRefinement | None = Field(
         default=None, description="training of each block after its closed form"
     )

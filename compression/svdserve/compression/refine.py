@@ -159,7 +159,10 @@ class _Refiner:
         }
 
     def _draw(self) -> Tensor:
-        return calibration_tokens(self.teacher, self.text) if self.tokens is None else self.tokens
+        if self.tokens is not None:
+            return self.tokens
+        shown = self.run.progress
+        return calibration_tokens(self.teacher, self.text, self.device, progress=shown)
 
     def _trainer(self, tokens: Tensor, targets: Targets) -> Trainer:
         student = load_model(self.student, "float32", str(self.device))

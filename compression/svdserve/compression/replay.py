@@ -1,23 +1,25 @@
 """Running a block piecewise: stop it at a linear, or replay a container from a stored output.
 
 A container is the module that holds o_proj (attention) or down_proj (MLP). Its output must be the
-output of that linear, alone or in a tuple beside things that are no tensors; ``learn_containers``
-proves this, and the order of the calls, by one run on the meta device before any real work.
+output of that linear, alone or in a tuple beside things that the block does not use, such as the
+weights of eager attention; ``learn_containers`` proves this, and the order of the calls, by runs on
+the meta device before any real work.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from svdserve.compression.building import foreign_code
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
-from svdserve.compression.skeleton import Call, Group
+from svdserve.compression.skeleton import Call, Group, Skeleton
 
 CLOSING = ("o_proj", "down_proj")
 
@@ -27,7 +29,7 @@ class Container:
     """Where a container is in the block, and how its output wraps that of its closing linear."""
 
     path: str
-    # None: a bare tensor. Otherwise the tuple, with None where the tensor goes.
+    # None: a bare tensor. Otherwise the tuple, with None where tensors were.
     wrapped: tuple[Any, ...] | None = None
     position: int = 0
 
@@ -119,8 +121,9 @@ def learn_containers(
             linear.register_forward_hook(watch(member))
     for closing in CLOSING:
         block.get_submodule(parents[closing]).register_forward_hook(watch(f"container {closing}"))
-    with torch.no_grad():
-        block(torch.empty(shape, device="meta"), *args, **kwargs)
+    hidden = torch.empty(shape, device="meta")
+    with foreign_code(name, "one of its blocks was run"), torch.no_grad():
+        block(hidden, *args, **kwargs)
 
     expected = [member for members in GROUPS.values() for member in members]
     called = [key for key in outputs if key in expected]
@@ -130,10 +133,42 @@ def learn_containers(
     for members in GROUPS.values():
         if any(inputs[member] is not inputs[members[0]] for member in members):
             raise UserError(f"{name}: {', '.join(members)} do not read the same input")
-    return {
+    containers = {
         key: _container(parents[key], outputs[f"container {key}"], outputs[key], name)
         for key in CLOSING
     }
+    with ExitStack() as stack, torch.no_grad():
+        step = "it was run with its attention and MLP left out"
+        stack.enter_context(foreign_code(name, step))
+        for key, container in containers.items():
+            stack.enter_context(container.replayed(block, outputs[key]))
+        result = block(hidden, *args, **kwargs)
+    result = result[0] if isinstance(result, tuple) else result
+    if not isinstance(result, Tensor) or result.shape != shape:
+        raise UserError(
+            f"{name}: does not return hidden states [B, L, d]; this architecture is not supported"
+        )
+    return containers
+
+
+def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
+    """Find out before the long part whether the walk can take a model's blocks apart.
+
+    Raises:
+        UserError: the arguments of a block depend on the tokens, or see ``learn_containers``.
+    """
+    tokens = [torch.tensor([ids]) for ids in ([0, 1], [1, 0])]
+    (hidden, calls), (_, others) = skeleton.embed(tokens, device)
+    for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+        name = skeleton.block_name(index)
+        tensors = zip(tree_leaves(call), tree_leaves(other), strict=True)
+        if any(isinstance(a, Tensor) and a is not b and not torch.equal(a, b) for a, b in tensors):
+            raise UserError(
+                f"{name}: reads the tokens themselves besides the hidden states, such as "
+                f"embeddings of its own; architecture {skeleton.model_type!r} is not supported yet"
+            )
+        groups, block = skeleton.groups[index], skeleton.layers[index]
+        learn_containers(block, groups, call, hidden.shape, name)
 
 
 def _container(path: str, output: Any, tensor: Tensor, name: str) -> Container:
@@ -141,9 +176,8 @@ def _container(path: str, output: Any, tensor: Tensor, name: str) -> Container:
         return Container(path)
     if isinstance(output, tuple) and path:
         places = [i for i, item in enumerate(output) if item is tensor]
-        others = [item for item in output if item is not tensor]
-        if len(places) == 1 and not any(isinstance(item, Tensor) for item in others):
-            wrapped = tuple(None if item is tensor else item for item in output)
+        if len(places) == 1:
+            wrapped = tuple(None if isinstance(item, Tensor) else item for item in output)
             return Container(path, wrapped, places[0])
     raise UserError(
         f"{name}: {path or 'the block'} does more than return its last linear's output; "

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from svdserve.compression.building import build, foreign_code, load_config, parameters_on_meta
 from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
@@ -55,33 +55,66 @@ class Skeleton:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         raw = read_json(directory / "config.json")
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method")
+        if (block := raw.get("quantization_config")) is not None:
+            method = block.get("quant_method") if isinstance(block, dict) else block
             raise UserError(
                 f"{directory}: already quantised or compressed ({method}); give the original model"
             )
         self.files = TensorFiles(directory)
         check_sizes(self.files, raw)
-        try:
-            self.config = AutoConfig.from_pretrained(directory)
-            with _parameters_on_meta():
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, attn_implementation="sdpa", dtype=torch.float32
-                ).eval()
-        except (ValueError, KeyError, OSError) as error:
-            first = (str(error).splitlines() or ["unknown"])[0]
-            raise UserError(f"{directory}: transformers cannot build this model: {first}") from None
+        self.config = load_config(directory)
+        with parameters_on_meta():
+            self.model: Any = build(directory, self.config)
         self.model_type = str(self.config.model_type)
         self.layers_name, self.layers = self._find_layers()
         self.blocks = len(self.layers)
         self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
-        missing = [
-            name
-            for name, _ in self.layers.named_parameters(prefix=self.layers_name)
-            if name not in self.files
-        ]
-        if missing:
-            raise UserError(f"{directory}: weight {missing[0]} is missing from the safetensors")
+        self._name_as_in_memory()
+        self._require_weights()
+
+    def _name_as_in_memory(self) -> None:
+        """Give the tensors of a directory that was saved from the base model their full names."""
+        base = str(getattr(self.model, "base_model_prefix", ""))
+        known = {name for name, _ in self.model.named_parameters()}
+        known |= {name for name, _ in self.model.named_buffers()}
+        found = set(self.files.info)
+        if base and not found & known and {f"{base}.{name}" for name in found} & known:
+            self.files.add_prefix(base)
+
+    def _require_weights(self) -> None:
+        """Raise UserError unless every parameter has its tensor, or is tied to one that has."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        missing = [n for n in names if n not in self.files and tied.get(n) not in self.files]
+        if not missing:
+            return
+        if (found := self._other_names(missing[0])) is not None:
+            raise self._unsupported(
+                f"it keeps {missing[0]} in memory and {found} in the files, as mixtures of experts "
+                "do; such weights are not factored yet"
+            )
+        head = self.model.get_output_embeddings()
+        if any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
+            raise UserError(
+                f"{self.directory}: has no output head: {missing[0]} is not in the files, and "
+                "config.json does not tie it to the embedding; give a causal language model, not a "
+                "reward or embedding model"
+            )
+        raise UserError(
+            f"{self.directory}: weight {missing[0]} is missing from the safetensors; copy the "
+            "whole model again"
+        )
+
+    def _other_names(self, missing: str) -> str | None:
+        """A tensor of the files beside ``missing`` that the model does not know by that name."""
+        known = {name for name, _ in self.model.named_parameters()}
+        known |= {name for name, _ in self.model.named_buffers()}
+        prefix = f"{self.layers_name}."
+        if not missing.startswith(prefix):
+            return None
+        block = prefix + missing.removeprefix(prefix).partition(".")[0] + "."
+        others = (n for n in self.files.info if n.startswith(block) and n not in known)
+        return next(others, None)
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
         for name, module in self.model.named_modules():
@@ -89,7 +122,9 @@ class Skeleton:
                 self.config, "num_hidden_layers", -1
             ):
                 return name, module
-        raise self._unsupported("it has no list of decoder blocks")
+        raise self._unsupported(
+            "its model holds no list of as many blocks as config.json has num_hidden_layers"
+        )
 
     def _find_groups(self, index: int, block: nn.Module) -> tuple[Group, ...]:
         found: list[Group] = []
@@ -175,8 +210,13 @@ class Skeleton:
         try:
             for batch in batches:
                 calls.clear()
-                with torch.no_grad(), suppress(_LastBlock):
+                trace = foreign_code(self.model_type, "its decoder was run without its blocks")
+                with trace, torch.no_grad(), suppress(_LastBlock):
                     decoder(input_ids=batch.to(device), use_cache=False)
+                if len(calls) != self.blocks:
+                    raise self._unsupported(
+                        f"its decoder calls {len(calls)} blocks of {self.blocks}"
+                    )
                 yield recorders[0].hidden[0], list(calls)
         finally:
             hook.remove()
@@ -202,7 +242,7 @@ class Skeleton:
             and any(True for _ in module.parameters(recurse=False))
         ]
         for path, module in outside:
-            # A tied head has no tensor of its own.
+            # A tied head has no tensor of its own; _require_weights has seen that it is tied.
             source = path if f"{path}.weight" in self.files else embedding
             self._fill(module, source, device, torch.float32)
         last = _Given()
@@ -257,23 +297,6 @@ class _Recorder(nn.Module):
         if self.last:
             raise _LastBlock
         return hidden_states
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside are moved to meta at once; buffers (rotary tables) stay real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def resolve_model(model: str) -> Path:

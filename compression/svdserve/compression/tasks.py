@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import Measurement, load_model, load_tokenizer, measured
+from svdserve.compression.evaluate import Measurement, load_model, measured
 from svdserve.compression.integrity import file_sha256
 
 # Their choices are continuations or phrases of very different lengths.
@@ -87,6 +87,8 @@ def task_scores(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
+    from svdserve.compression.building import load_tokenizer
+
     model = load_model(model_dir, dtype, device)
     wrapped = HFLM(
         pretrained=model,

@@ -45,7 +45,9 @@ class Training(BaseModel):
     precision: Precision = Field(
         default="bfloat16", description="of matrix products; weights and gradients are float32"
     )
-    seed: int = Field(default=0, description="of the held-out part and the order of sequences")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of the held-out part and the order of sequences"
+    )
 
     def check_sequences(self, sequences: int) -> None:
         """UserError where nothing would be left to train on."""
