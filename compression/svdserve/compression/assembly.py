@@ -21,9 +21,21 @@ from svdserve.compression.schema import (
 )
 from svdserve.compression.shards import merge_shards
 from svdserve.compression.skeleton import Skeleton
+from svdserve.compression.untrusted import check_entry
 from svdserve.compression.workdir import WorkDirectory, save_tensors
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+_COPIED = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 class Assembly:
@@ -88,8 +100,11 @@ class Assembly:
         merge_shards([self._work.rest, *map(self._work.block, blocks)], final)
         for pattern in _COPIED:
             for file in source.glob(pattern):
-                if not file.name.endswith(".safetensors.index.json"):
-                    shutil.copy(file, final / file.name)
+                if file.is_file() and not file.name.endswith(".safetensors.index.json"):
+                    check_entry(file, source)
+                    target = final / file.relative_to(source)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copy(file, target)
         config = read_json(source / "config.json")
         if not config.get("dtype") and not config.get("torch_dtype"):
             # Loaders would take the dtype of some tensor, and the order of these is another now.
@@ -108,5 +123,5 @@ class Assembly:
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self._recipe))
         shutil.copy(self._work.log, final / LOG_FILE)
-        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe))
+        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe, source))
         return final

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,17 +15,23 @@ from svdserve.compression.workdir import parameters_of
 CARD_FILE = "README.md"
 _RESULTS, _NEXT = "## Results", "## Recipe"
 _MIB = 2**20
+_CARRIED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """Markdown with the front matter of a Hub card: what was done, bytes, use and recipe."""
+def model_card(checkpoint: Checkpoint, recipe: Recipe, source: Path | None = None) -> str:
+    """Markdown with the front matter of a Hub card: what was done, bytes, use and recipe.
+
+    Args:
+        checkpoint: what the card is of.
+        recipe: what was computed.
+        source: the dense model's directory, or one whose card has been made from it: its licence
+            and its name on the Hub are taken over.
+    """
     base_model, modules = checkpoint.config.base_model, checkpoint.config.modules
     stored, dense = parameters_of(modules)
     nbytes = checkpoint.stored_bytes()
     now, before = nbytes["lowrank"] + nbytes["dense"], nbytes["dense_equivalent"]
-    front = {
-        "base_model": base_model,
-        "base_model_relation": "quantized",
+    front = _carried(base_model, source) | {
         "library_name": "transformers",
         "tags": ["svdserve", "low-rank", recipe.method],
     }
@@ -48,13 +55,38 @@ svdserve inspect .            # every module: rank, bytes, error
 svdserve eval . --text FILE   # perplexity
 ```
 
-With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in transformers.
+After `import svdserve.compression`, `AutoModelForCausalLM.from_pretrained(".")` loads it.
 
 {_NEXT}
 
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def _carried(base_model: str, source: Path | None) -> dict[str, Any]:
+    """What the front matter takes over from the source: a name that the Hub knows, the licence."""
+    card = None if source is None else source / CARD_FILE
+    found = _front_matter(card.read_text(errors="replace")) if card and card.is_file() else {}
+    front = {key: found[key] for key in _CARRIED if key in found}
+    name = base_model
+    if source is not None and source.resolve().parent.name == "snapshots":
+        name = source.resolve().parent.parent.name.removeprefix("models--").replace("--", "/")
+    if name.count("/") != 1 and "svdserve" in (found.get("tags") or []):
+        name = str(found.get("base_model", ""))
+    if name.count("/") == 1:
+        front |= {"base_model": name, "base_model_relation": "quantized"}
+    return front
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """The YAML block at the head of a card; empty where it has none that can be read."""
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.S)
+    try:
+        found = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def add_results(directory: Path, table: str) -> None:

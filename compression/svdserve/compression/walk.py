@@ -75,7 +75,7 @@ class Streams:
         size = self.rows * self.length * width
         with path.open("wb") as file:
             # A sparse file would end the process with SIGBUS where the disk is full.
-            os.posix_fallocate(file.fileno(), 0, size * self._dtype.itemsize)
+            _reserve(file.fileno(), size * self._dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=self._dtype).view(shape)
 
     def drop(self, *names: str) -> None:
@@ -384,6 +384,14 @@ class BlockPass:
         """The first linear of a group, dense or factored."""
         parent = next(g.parent for g in self.groups if g.name == group)
         return block.get_submodule(parent).get_submodule(GROUPS[group][0])
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file its bytes on the disk; only its length where the system cannot (macOS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
 
 
 def _share_copy(block: nn.Module) -> nn.Module:
