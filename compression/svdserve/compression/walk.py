@@ -5,7 +5,8 @@ block they advance group by group (q,k,v → o → gate,up → down), so that th
 are taken after all earlier groups of the same block are already replaced in the student. The
 block's own forward is run each time, stopped at the group in hand, with the attention or MLP
 container replayed from its stored output: attention and every linear are computed once for each
-stream, only norms, residual additions and the student's gate and up are repeated. Where no student
+stream, only norms, residual additions and the student's gate and up are repeated, and what the
+error is measured on (measure.py). Where no student
 runs there is nothing to wait for, and the teacher's block runs once for all its groups.
 """
 
