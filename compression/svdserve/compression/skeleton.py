@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from svdserve.compression.building import build, foreign_code, load_config, parameters_on_meta
 from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
+from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
 
@@ -314,8 +315,8 @@ def resolve_model(model: str) -> Path:
         return Path(
             snapshot_download(
                 model,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"],
-                ignore_patterns=["*/*"],
+                allow_patterns=list(DOWNLOADED),
+                ignore_patterns=list(NOT_DOWNLOADED),
             )
         )
     except Exception as error:
