@@ -25,8 +25,9 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 demo: $(STAMP)
 	$(BIN)/python -m svdserve.server.demo
 
+# One process a core, each with one thread; a file's tests share their servers, so stay together.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -79,7 +80,7 @@ endef
 
 # An old pip backtracks for minutes over vLLM's requirements, so it is upgraded first. The second
 # index is asked only after a failure: where it cannot be reached pip would wait for it.
-$(STAMP): pyproject.toml compression/svdserve_startup.py compression/svdserve_startup.pth
+$(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 	  { echo "$(PYTHON) is no Python 3.11 to 3.14; name one: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -127,8 +127,15 @@ def test_a_card_that_cannot_be_read_is_passed_over(dense: Path, tmp_path: Path, 
 def test_what_is_downloaded_of_a_hub_model():
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "vocab.bpe"]
     wanted += ["chat_template.jinja", "additional_chat_templates/rag.jinja", "README.md"]
-    wanted += ["LICENSE.txt", "NOTICE", "license.md", "qwen.tiktoken", "merges.txt"]
-    others = ["modeling_x.py", "pytorch_model.bin", "original/consolidated.00.pth", "a.gguf"]
+    wanted += [
+        "LICENSE.txt",
+        "NOTICE",
+        "license.md",
+        "qwen.tiktoken",
+        "merges.txt",
+        "modeling_x.py",
+    ]
+    others = ["pytorch_model.bin", "original/consolidated.00.pth", "a.gguf"]
     others += ["original/tokenizer.model", "onnx/model.onnx", "onnx/config.json", "x/a.safetensors"]
     found = filter_repo_objects(
         [*wanted, *others],

@@ -68,7 +68,7 @@ svdserve inspect .            # every module: rank, bytes, error
 svdserve eval . --text FILE   # perplexity
 ```
 
-With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in transformers.
+After `import svdserve.compression`, `AutoModelForCausalLM.from_pretrained(".")` loads it.
 
 {_NEXT}
 
@@ -80,7 +80,9 @@ With svdserve installed, `AutoModelForCausalLM.from_pretrained(".")` loads it in
 def add_results(directory: Path, table: str) -> None:
     """Put a Markdown table of measurements into the card of a checkpoint, for what was there."""
     card = directory / CARD_FILE
-    text = re.sub(rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(), flags=re.M | re.S)
+    text = re.sub(
+        rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     before, heading, after = text.partition(f"{_NEXT}\n")
     write_text(card, f"{before}{_RESULTS}\n\n{table}\n{heading}{after}")
 

@@ -22,15 +22,17 @@ _NAMES = (
     "sentencepiece*",
 )
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
-# Files of a Hub model that svdserve reads; in these patterns a star stands for slashes too.
-DOWNLOADED = (*_NAMES, *_TERMS, *(name.lower() for name in _TERMS), "README.md", "*.safetensors")
+# Files of a Hub model that svdserve reads, with code that the user may come to trust; in these
+# patterns a star stands for slashes too.
+DOWNLOADED = (*_NAMES, *_TERMS, *(name.lower() for name in _TERMS), "README.md")
+DOWNLOADED += ("*.safetensors", "*.py")
 NOT_DOWNLOADED = (
     *(f"*/{name}" for name in (*_NAMES, "*.safetensors") if name != "*.jinja"),
-    *("*.py", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.index.json.*"),
+    *("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"),
 )
 _CODE = (".py", ".pyc", ".so", ".sh")
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".gguf", ".onnx", ".h5", ".npz")
-_WEIGHTS += (".msgpack", ".npy", ".tflite", ".pb", ".index.json")
+_OTHER_WEIGHTS = (".msgpack", ".npy", ".tflite", ".pb", ".index.json")
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -48,6 +50,6 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _belongs(name: str) -> bool:
     lower = name.lower()
-    if lower.endswith((*_CODE, *_WEIGHTS)):
+    if lower.endswith((*_CODE, *_WEIGHTS, *_OTHER_WEIGHTS)):
         return False
     return any(fnmatchcase(lower, pattern.lower()) for pattern in (*_NAMES, *_TERMS))

@@ -20,11 +20,11 @@ from svdserve.compression.checkpoint import TensorFiles, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import Perplexity, perplexity
 from svdserve.compression.files import exclusive, make_folder, write_json
+from svdserve.compression.hub import resolve_model
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
 from svdserve.compression.plotting import new_figure, save_figure
 from svdserve.compression.recipe import Recipe, Run
-from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.tasks import TaskScores, task_scores
 
 DENSE = "dense"

@@ -78,11 +78,17 @@ def back_through(
         for hook in hooks:
             hook.remove()
     rest = iter(grads[1:])
+    stacked = {g.name: torch.cat([next(rest) for _ in g.members], dim=-1) for g in groups}
     flows = {
-        group.name: Flow(inputs[group.name], torch.cat([next(rest) for _ in group.members], dim=-1))
-        for group in groups
+        name: Flow(_in_sequences(inputs[name], hidden), _in_sequences(gradients, hidden))
+        for name, gradients in stacked.items()
     }
     return flows, grads[0]
+
+
+def _in_sequences(value: Tensor, hidden: Tensor) -> Tensor:
+    """[B, L, n] of what linears see as [B L, n] where a block flattens its tokens (Llama 4)."""
+    return value.view(*hidden.shape[:2], -1) if value.dim() == 2 else value
 
 
 def stacked_weights(block: nn.Module, groups: tuple[Group, ...]) -> dict[str, Tensor]:

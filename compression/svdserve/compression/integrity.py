@@ -57,9 +57,10 @@ def write_sums(directory: Path) -> None:
 
 
 def _names(directory: Path) -> list[str]:
-    """The files of a directory and of the folders in it, with slashes between."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return [path.relative_to(directory).as_posix() for path in paths]
+    """The files of a directory and of the folders in it that are not hidden, with slashes."""
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    hidden = [path for path in paths if any(part.startswith(".") for part in path.parts[:-1])]
+    return sorted(path.as_posix() for path in set(paths) - set(hidden))
 
 
 def verify(directory: Path) -> int:

@@ -28,6 +28,7 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative, stored
 from svdserve.compression.files import check_output
 from svdserve.compression.gradients import BoundaryGradients
+from svdserve.compression.hub import resolve_model
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
 from svdserve.compression.memory import bound_kernel_cache, peak_bytes, release
@@ -54,7 +55,7 @@ from svdserve.compression.replay import require_walkable
 from svdserve.compression.report import RefineReport, Report
 from svdserve.compression.schema import ModuleSpec
 from svdserve.compression.scores import Learned, learn
-from svdserve.compression.skeleton import Group, Skeleton, resolve_model
+from svdserve.compression.skeleton import Group, Skeleton
 from svdserve.compression.statistics import OF_GRADIENTS, OF_TEACHER, Statistics
 from svdserve.compression.student import put_factors, put_int8, replay
 from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder

@@ -35,11 +35,17 @@ def this_machine(device: str = "cpu") -> Machine:
     on_gpu = device.startswith("cuda")
     return Machine(
         processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
     )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not tell."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def usable_device(name: str) -> torch.device:

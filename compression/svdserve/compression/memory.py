@@ -20,7 +20,10 @@ def peak_bytes() -> int:
     except OSError:
         lines = []
     found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return (found or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] * 1024
+    if found:
+        return found[0] * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release() -> None:

@@ -28,12 +28,12 @@ from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoi
 from svdserve.compression.distillation import Distillation, Targets
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import load_model
+from svdserve.compression.hub import resolve_model
 from svdserve.compression.machine import usable_device
 from svdserve.compression.modules import trainable_factors
 from svdserve.compression.progress import bar, log_event
 from svdserve.compression.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.report import RefineReport
-from svdserve.compression.skeleton import resolve_model
 from svdserve.compression.training import LOG, State, Trainer
 from svdserve.compression.workdir import WorkDirectory, save_tensors, summation
 
@@ -82,6 +82,31 @@ def check_own_calibration(student: Path, settings: Refinement) -> None:
         )
 
 
+_SAME = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+def _require_same_model(teacher: Path, student: Path) -> None:
+    """Raise UserError unless the student can be a compression of the teacher."""
+    dense, small = read_json(teacher / "config.json"), read_json(student / "config.json")
+    if dense.get("quantization_config") is not None:
+        raise UserError(f"{teacher}: is compressed itself; give the dense model as the teacher")
+    for name in _SAME:
+        if dense.get(name) != small.get(name):
+            raise UserError(
+                f"{teacher}: {name} is {dense.get(name)!r}, and {small.get(name)!r} in {student}; "
+                "give the dense model that this checkpoint was made of"
+            )
+
+
 class _Refiner:
     def __init__(
         self,
@@ -95,6 +120,7 @@ class _Refiner:
         self.config = open_checkpoint(student).config
         if not self.config.modules:
             raise UserError(f"{student}: has no factors to refine; every linear is dense")
+        _require_same_model(teacher, student)
         self.teacher, self.student = teacher, student
         self.settings, self.run, self.tokens = settings, run, tokens
         own = {key: value for key, value in self.config.recipe.items() if key in _TEXT}
@@ -182,7 +208,7 @@ class _Refiner:
     def _publish(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The student's directory with the best factors in it."""
         final, source = self.work.final(), self.student
-        others = shutil.ignore_patterns("*.safetensors")
+        others = shutil.ignore_patterns("*.safetensors", ".*")
         shutil.copytree(
             source, final, dirs_exist_ok=True, ignore=others, copy_function=shutil.copyfile
         )

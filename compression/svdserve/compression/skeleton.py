@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from svdserve.compression.building import build, foreign_code, load_config, parameters_on_meta
 from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
-from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
 
@@ -298,27 +296,3 @@ class _Recorder(nn.Module):
         if self.last:
             raise _LastBlock
         return hidden_states
-
-
-def resolve_model(model: str) -> Path:
-    """A local model directory: the given one, or a Hub model's snapshot (safetensors only).
-
-    Raises:
-        UserError: neither a directory nor a model that the Hub (or its cache) has.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"{model}: no such directory; give a model directory or a Hub name")
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=list(DOWNLOADED),
-                ignore_patterns=list(NOT_DOWNLOADED),
-            )
-        )
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{model}: no such directory, and the Hub says: {first}") from None

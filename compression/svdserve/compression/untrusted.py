@@ -12,7 +12,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from svdserve.compression.errors import UserError
+from svdserve.compression.permissions import links_allowed
 
 MAX_JSON_BYTES = 100_000_000  # the limit of safetensors for its header
 _MAX_ENTRIES = 100_000
@@ -26,6 +29,8 @@ def check_entries(directory: Path) -> None:
     """
     seen = 0
     for folder, folders, files in os.walk(directory):
+        # Nobody reads hidden folders, such as .git and the downloader's .cache.
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *files):
             check_entry(Path(folder, name), directory)
             seen += 1
@@ -42,10 +47,11 @@ def check_entry(path: Path, directory: Path) -> None:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
             target = path.resolve(strict=True)
-            if not any(target.is_relative_to(root) for root in _roots(directory)):
+            inside = any(target.is_relative_to(root) for root in _roots(directory))
+            if not inside and not links_allowed():
                 raise UserError(
-                    f"{path}: is a link out of its directory; put the file itself there, or give "
-                    "the directory that holds it"
+                    f"{path}: is a link out of its directory; put the file itself there, or add "
+                    "--allow-links if you trust where it leads"
                 )
             mode = target.stat().st_mode
     except (OSError, ValueError, RuntimeError) as error:
@@ -59,8 +65,12 @@ def check_entry(path: Path, directory: Path) -> None:
 def _roots(directory: Path) -> list[Path]:
     """Where links of ``directory`` may lead: into itself and, in the Hub's cache, to its blobs."""
     real = directory.resolve()
-    # Not resolved itself: a stranger's "blobs" may be a link to anywhere.
-    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+    if real.parent.name != "snapshots":
+        return [real]
+    blobs = real.parent.parent / "blobs"
+    # Resolved in the user's own cache only: a stranger's "blobs" may be a link to anywhere.
+    own = real.is_relative_to(Path(HF_HUB_CACHE).resolve())
+    return [real, blobs.resolve() if own else blobs]
 
 
 def read_json(path: Path) -> dict[str, Any]:

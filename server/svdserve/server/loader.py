@@ -8,6 +8,7 @@ does for every model that is not quantized with svdserve. ``--load-format svdser
 explicitly. The other formats are refused.
 """
 
+import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from svdserve.compression.schema import QUANT_METHOD
 from svdserve.server.gated_mlp import join_layers
 from svdserve.server.linear import LowRankLinearMethod, StoredBytes
 from svdserve.server.norms import prefer_norms
+from svdserve.server.twin import Twin, kind_of
+from svdserve.server.verify import LayerCheck, verify_layers, wanted
 
 logger = init_logger("vllm.svdserve")
 
@@ -57,6 +60,8 @@ class LoadReport:
     seconds: float
     layers: int
     stored: StoredBytes
+    checks: tuple[LayerCheck, ...] = ()
+    """Of every factored layer, where ``svdserve verify`` asked for them."""
 
 
 _reports: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
@@ -126,6 +131,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
             _require_compiled_pipeline(vllm_config)
             self._checkpoint = self._open(model_config)
             self._adapters = vllm_config.lora_config is not None
+            self._config, self._prefix = vllm_config, prefix
+            _name_kernel(vllm_config)
             prefer_norms(vllm_config)
         elif self.explicit:
             raise UserError(
@@ -133,7 +140,10 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
             )
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
-        _reports[model] = LoadReport(seconds, layers, self._stored)
+        checks: tuple[LayerCheck, ...] = ()
+        if layers and wanted():
+            checks = tuple(verify_layers(model, vllm_config, self._checkpoint, prefix))
+        _reports[model] = LoadReport(seconds, layers, self._stored, checks)
         if layers:
             logger.info(
                 "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
@@ -173,10 +183,30 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         _require_all_loaded(self._checkpoint, model, expected, loaded)
         rest = sum(p.nbytes for p in expected.values())
         stored = StoredBytes(dense=rest, dense_equivalent=rest)
-        joined = {} if self._adapters else join_layers(model, self._checkpoint)
+        self._map_rows(model)
+        apart = self._adapters or wanted()
+        joined = {} if apart else join_layers(model, self._checkpoint)
         for layer, method in layers:
             stored += method.load(layer, self._checkpoint, **joined.get(layer, {}))
         self._stored = stored
+
+    def _map_rows(self, model: nn.Module) -> None:
+        """Tell every factored layer which rows the model's own loading would give it.
+
+        One layer of each kind is tried: what a class does, it does to all blocks alike.
+
+        Raises:
+            UserError: the model does more to a weight than to rearrange its rows.
+        """
+        twin = Twin(self._config, self._prefix)
+        known: dict[str, list[Tensor] | None] = {}
+        for name, layer in model.named_modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, LowRankLinearMethod):
+                kind = kind_of(name, method)
+                if kind not in known:
+                    known[kind] = twin.row_map(name, method)
+                method.row_map = known[kind]
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -220,6 +250,17 @@ def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:
         )
 
 
+def _name_kernel(vllm_config: VllmConfig) -> None:
+    """Make vLLM's cache of compiled graphs one for each kernel: another kernel is another graph."""
+    config = vllm_config.additional_config
+    if isinstance(config, dict):
+        units = [unit for unit, found in torch.cpu.get_capabilities().items() if found is True]
+        kernel = {"kernel": os.environ.get("SVDSERVE_KERNEL", ""), "processor": sorted(units)}
+        vllm_config.additional_config = config | {
+            QUANT_METHOD: config.get(QUANT_METHOD, {}) | kernel
+        }
+
+
 def _require_all_used(
     checkpoint: Checkpoint, methods: list[LowRankLinearMethod], model: nn.Module
 ) -> None:
@@ -229,7 +270,7 @@ def _require_all_used(
             kind = "factored" if name in checkpoint.config.modules else "int8"
             raise UserError(
                 f"{checkpoint.directory}: module {name} is {kind}, but {type(model).__name__} of "
-                "vLLM has no such linear; keep it (experts, embeddings, fused attention) dense"
+                "vLLM has no layer of these linears; compress the model with --grouping separate"
             )
 
 

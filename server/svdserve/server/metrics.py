@@ -9,6 +9,7 @@ A gauge keeps its last value, so ``watch`` sets the moving ones every second: id
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from svdserve.server.capacity import available_bytes
 from svdserve.server.worker import WorkerReport, slowest_load
 
 WINDOW_SECONDS = 10
+_LONGEST_WAIT = 60.0
+logger = logging.getLogger(f"vllm.{__name__}")
 _COUNTERS = {
     "generation": "vllm:generation_tokens_total",
     "prompt": "vllm:prompt_tokens_total",
@@ -202,11 +205,22 @@ class ServerMetrics:
         self._available.labels(self._name).set(available_bytes())
 
     async def watch(self, period: float = 1.0) -> None:
-        """Update for ever, every ``period`` seconds."""
+        """Update for ever, every ``period`` seconds.
+
+        A failure is logged, once until an update succeeds again, and the next update is tried
+        after a wait that doubles up to a minute.
+        """
         clock = asyncio.get_running_loop().time
+        failures = 0
         while True:
-            self.update(clock())
-            await asyncio.sleep(period)
+            try:
+                self.update(clock())
+                failures = 0
+            except Exception:
+                if not failures:
+                    logger.exception("The svdserve gauges could not be updated; trying again")
+                failures += 1
+            await asyncio.sleep(min(period * 2**failures, max(period, _LONGEST_WAIT)))
 
 
 def resident_bytes(pids: dict[str, int]) -> dict[str, int]:
@@ -215,7 +229,7 @@ def resident_bytes(pids: dict[str, int]) -> dict[str, int]:
     for role, pid in pids.items():
         try:
             found[role] = int(psutil.Process(pid).memory_info().rss)
-        except psutil.NoSuchProcess:
+        except psutil.Error:  # it has ended, or may not be looked at
             continue
     return found
 

@@ -24,3 +24,28 @@ Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an int
 Force = Annotated[
     bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)
 ]
+ResumeAnyway = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume-anyway",
+        help="Go on although threads, batch size, device or torch's version changed.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code that the model brings along."),
+]
+AllowLinks = Annotated[
+    bool,
+    typer.Option("--allow-links", help="Follow links that lead out of the model's directory."),
+]
+
+
+def grant(*, trust_remote_code: bool = False, allow_links: bool = False) -> None:
+    """Give this process and those below it what the user has allowed."""
+    from svdserve.compression import permissions
+
+    if trust_remote_code:
+        permissions.allow(permissions.REMOTE_CODE)
+    if allow_links:
+        permissions.allow(permissions.LINKS)

@@ -17,9 +17,29 @@ logger = logging.getLogger("vllm.svdserve")  # below vLLM's logger, hence in its
 
 
 def register() -> None:
-    """Make the quantization method and the load format known to vLLM; safe to call repeatedly."""
+    """Make the quantization method and the load format known to vLLM; safe to call repeatedly.
+
+    Never raises: a vLLM that svdserve does not fit starts all other models as if svdserve were not
+    installed, after one line in the log.
+    """
     if os.environ.get(VARIABLE):
         shorten_paths()
+    try:
+        if warning := unsupported_version():
+            logger.warning(warning)
+        _register()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        logger.warning(
+            "svdserve does not fit this vLLM and is off: its checkpoints cannot be served, all "
+            "other models can (%s: %s); install vLLM >=%s,<%s",
+            type(error).__name__,
+            reason,
+            *SUPPORTED_CPU,
+        )
+
+
+def _register() -> None:
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         register_quantization_config,
@@ -29,15 +49,14 @@ def register() -> None:
 
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
+    # All imports come first, so that nothing is registered where one of them fails.
     from svdserve.server.loader import register_loader
     from svdserve.server.norms import register_norms
     from svdserve.server.quantization import SvdserveConfig
 
-    if warning := unsupported_version():
-        logger.warning(warning)
-    register_quantization_config(QUANT_METHOD)(SvdserveConfig)
-    register_loader()
     register_norms()
+    register_loader()
+    register_quantization_config(QUANT_METHOD)(SvdserveConfig)
 
 
 def unsupported_version() -> str | None:

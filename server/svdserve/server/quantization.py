@@ -22,6 +22,7 @@ from svdserve.compression.schema import (
     QUANT_METHOD,
     CheckpointConfig,
     ModuleSpec,
+    linears_of,
     parse_config,
 )
 
@@ -44,6 +45,11 @@ class Part:
     def outputs(self) -> int:
         """How many of the layer's logical outputs (``output_partition_sizes``) it covers."""
         return len(self.names) if self.spec is None else len(self.spec.members)
+
+    @property
+    def linears(self) -> list[str]:
+        """Full names of the linears that it stands for, in the checkpoint."""
+        return list(self.names) if self.spec is None else linears_of(self.names[0], self.spec)
 
     @property
     def suffixes(self) -> tuple[str, ...]:

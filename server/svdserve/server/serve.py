@@ -23,6 +23,7 @@ from svdserve.compression.checkpoint import (
     read_json,
 )
 from svdserve.compression.errors import UserError
+from svdserve.compression.hub import resolve_model
 from svdserve.server import security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
@@ -31,6 +32,8 @@ from svdserve.server.log_paths import VARIABLE, shorten_paths
 from svdserve.server.security import SecurityOptions
 from svdserve.server.worker import EXTENSION
 
+# Flags of `vllm serve` without a value that often stand before the model.
+_SWITCHES = ("--enforce-eager", "--trust-remote-code", "--enable-lora", "--enable-prefix-caching")
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
@@ -59,11 +62,12 @@ def serve(
         UserError: no such model, a malformed checkpoint, no key in the file of keys, a port that is
             taken, more memory than there is, or an engine that did not start.
     """
+    name, directory = directory, str(resolve_model(directory))
     if not check_model(Path(directory)):
         print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
     options, extra_args = take_keys(options or SecurityOptions.from_environment(), extra_args)
     keys = ApiKeys(options.api_keys, options.api_keys_file)
-    arguments = server_arguments(directory, extra_args, guarded=keys.required)
+    arguments = server_arguments(directory, extra_args, guarded=keys.required, name=name)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
@@ -83,6 +87,35 @@ def serve(
             "of memory, lower --gpu-memory-utilization, --kv-cache-memory-bytes or --max-model-len"
         ) from None
     return 1 if shutdown.engine_died() else 0
+
+
+def find_model(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The model among the words of a command line, and the others in their order.
+
+    It is the last word that is a directory or a Hub name and no value of a flag before it.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    found = [i for i, word in enumerate(words) if _may_be_model(words, i)]
+    folders = [i for i in found if Path(words[i]).is_dir() and not _follows_flag(words, i)]
+    chosen = folders or [i for i in found if not _follows_flag(words, i)]
+    chosen = chosen or [i for i in found if Path(words[i]).is_dir()] or found[-1:]
+    if len(chosen) != 1:
+        given = ", ".join(words[i] for i in chosen) or "none"
+        raise UserError(f"serve takes one model; given: {given}. Give a directory or a Hub name")
+    return words[chosen[0]], [word for i, word in enumerate(words) if i != chosen[0]]
+
+
+def _follows_flag(words: Sequence[str], index: int) -> bool:
+    """Whether the word before is a flag that may take this one as its value."""
+    before = words[index - 1] if index else ""
+    return before.startswith("-") and before not in _SWITCHES and "=" not in before
+
+
+def _may_be_model(words: Sequence[str], index: int) -> bool:
+    word = words[index]
+    return not word.startswith("-") and (Path(word).is_dir() or not word.isdigit())
 
 
 def check_model(directory: Path) -> bool:
@@ -129,13 +162,14 @@ def take_keys(
 
 
 def server_arguments(
-    directory: str, extra_args: Sequence[str], *, guarded: bool = False
+    directory: str, extra_args: Sequence[str], *, guarded: bool = False, name: str | None = None
 ) -> list[str]:
     """The user's flags with our middleware, and with our defaults for those that are absent.
 
     Args:
         directory: that check_model has passed.
         extra_args: flags of `vllm serve`.
+        name: that the user gave, where it is a Hub name.
         guarded: whether requests need a key; if not, listening to other machines is warned of.
 
     Raises:
@@ -168,7 +202,11 @@ def server_arguments(
             )
     if given.served_model_name is None:
         # vLLM would tell clients the directory as it was typed.
-        arguments += ["--served-model-name", Path(directory).resolve().name]
+        hub = name is not None and not Path(name).is_dir()
+        arguments += [
+            "--served-model-name",
+            name if hub and name else Path(directory).resolve().name,
+        ]
     if given.shutdown_timeout is None:
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:

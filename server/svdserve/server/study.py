@@ -1,6 +1,5 @@
 """The commands for whoever studies a method: refine, eval, compare. cli.py registers them."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 
 def refine(
     teacher: Annotated[str, typer.Argument(help="The dense model: directory or Hub name.")],
-    student: Annotated[Path, typer.Argument(help="A compressed checkpoint of it.")],
+    student: Annotated[
+        str, typer.Argument(help="A compressed checkpoint of it: directory or Hub name.")
+    ],
     out: options.Out,
     calibration: options.Calibration = None,
     tokens: options.Tokens = None,
@@ -43,7 +44,10 @@ def refine(
     device: options.Device = None,
     threads: options.Threads = None,
     resume: options.Resume = None,
+    resume_anyway: options.ResumeAnyway = None,
     force: options.Force = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Train the factors of a checkpoint towards the dense model's predictions.
 
@@ -52,7 +56,9 @@ def refine(
     worse there than what was given.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
     with resumable(out):
+        from svdserve.compression.hub import resolve_model
         from svdserve.compression.recipe import Refinement, Run, make_run
         from svdserve.compression.refine import check_own_calibration
         from svdserve.compression.refine import refine as run_refinement
@@ -60,8 +66,9 @@ def refine(
         settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
         names = set(Run.model_fields) - {"batch_size"}
         run = make_run(**{name: given[name] for name in names if name in given})
-        check_own_calibration(student, settings)
-        report = run_refinement(teacher, student, out, settings, run)
+        directory = resolve_model(student)
+        check_own_calibration(directory, settings)
+        report = run_refinement(teacher, directory, out, settings, run)
     tell_if_complete(report)
     typer.echo(f"{report.directory}: {held_out_divergence(report)}")
 
@@ -80,7 +87,9 @@ def held_out_divergence(report: "RefineReport") -> str:
 
 
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, dense or compressed.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Models, dense or compressed: directories or Hub names.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file for perplexity, taken verbatim.")
     ] = None,
@@ -103,26 +112,34 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this JSON file too.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Measure perplexity on a text, accuracy on multiple-choice tasks, or both.
 
     Perplexity by the protocol of the SVD literature: chunks of equal length without special
     tokens; the mean token loss over all chunks. Logits that are not finite are an error.
     """
+    options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
     from svdserve.compression.evaluate import perplexity
+    from svdserve.compression.files import check_result_files
+    from svdserve.compression.hub import resolve_model
     from svdserve.compression.tasks import task_scores
 
     if text is None and not tasks:
         raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
+    check_result_files([json_file], [] if text is None else [text])
+    directories = [resolve_model(model) for model in models]
     common = {"batch_size": batch_size, "dtype": dtype, "device": device}
     given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
     chunks: dict[str, Any] = {"seq_len": seq_len} if seq_len is not None else {}
-    results = (
-        []
-        if text is None
-        else [perplexity(model, text, max_chunks=max_chunks, **chunks, **given) for model in models]
-    )
-    scores = [task_scores(model, tasks, limit=limit, **given) for model in models] if tasks else []
+    results = []
+    if text is not None:
+        options_of_text: dict[str, Any] = {"max_chunks": max_chunks, **chunks, **given}
+        results = [perplexity(one, text, **options_of_text) for one in directories]
+    scores = []
+    if tasks:
+        scores = [task_scores(one, tasks, limit=limit, **given) for one in directories]
     if json_file is not None:
         write_json(json_file, [result.model_dump(mode="json") for result in (*results, *scores)])
     if results:
@@ -192,16 +209,21 @@ def compare(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw perplexity over bytes into this .svg/.png.")
     ] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Compare methods: compress and evaluate a grid of recipes and keep ratios.
 
     Run the same command again to go on after an interruption.
     """
+    options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
     from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
     from svdserve.compression.compare import compare as run_comparison
+    from svdserve.compression.files import check_result_files, write_text
     from svdserve.compression.methods import get_method
     from svdserve.compression.recipe import load_recipe, make_recipe, make_run
 
+    check_result_files([json_file, table_file, plot_file], texts or ())
     same = {"calibration": calibration, "tokens": tokens, "seq_len": seq_len}
     given: dict[str, Any] = {name: value for name, value in same.items() if value is not None}
     files = recipes or ([] if methods else ["default"])
@@ -225,7 +247,7 @@ def compare(
     if json_file is not None:
         write_json(json_file, found.portable())
     if table_file is not None:
-        table_file.write_text(markdown(found))
+        write_text(table_file, markdown(found))
     if plot_file is not None:
         plot(found, plot_file)
     print_comparison(found)
@@ -248,5 +270,9 @@ def bench_served(
 
 
 def write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    """Write the results of a command, in one step."""
+    from svdserve.compression.files import make_folder
+    from svdserve.compression.files import write_json as write_whole
+
+    make_folder(file.parent)
+    write_whole(file, value)

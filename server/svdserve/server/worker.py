@@ -48,6 +48,8 @@ class WorkerReport(BaseModel):
     weights: WorkerWeights | None
     kv_cache_bytes: int
     device_bytes: int | None
+    checks: list[dict[str, Any]] = []
+    """LayerCheck (verify.py) of every factored layer, as dictionaries; empty unless asked for."""
 
     @property
     def local(self) -> bool:
@@ -93,6 +95,7 @@ class WorkerExtension:
             weights=None if loaded is None else WorkerWeights(**asdict(loaded.stored)),
             kv_cache_bytes=_allocated_bytes(self.model_runner.kv_caches),
             device_bytes=_device_bytes(),
+            checks=[] if loaded is None else [asdict(check) for check in loaded.checks],
         )
         return report.model_dump()
 
