@@ -1,7 +1,8 @@
 """The transformers quantizer plug-in: ``from_pretrained`` of an svdserve checkpoint.
 
-Importing this module registers it. svdserve_startup imports it whenever transformers loads its
-quantizers, so plain ``AutoModelForCausalLM.from_pretrained(DIR)`` works without trust_remote_code.
+Importing this module registers it. hook.py imports it once transformers loads its quantizers, so
+``AutoModelForCausalLM.from_pretrained(DIR)`` works after ``import svdserve.compression``, without
+trust_remote_code.
 """
 
 from pathlib import Path
@@ -76,11 +77,12 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
                     "the checkpoint's files; leave variant and gguf_file away"
                 )
             check_finite(checkpoint)
+        named = _names(model, [*config.modules, *config.int8_linears])
         for name, spec in config.modules.items():
-            parent, leaf = _parent(model, name)
+            parent, leaf = _parent(model, named[name])
             replace_group(parent, leaf, spec, None, dtype, "meta")
         for name in config.int8_linears:
-            parent, leaf = _parent(model, name)
+            parent, leaf = _parent(model, named[name])
             old = getattr(parent, leaf, None)
             if not isinstance(old, nn.Linear):
                 raise UserError(
@@ -88,6 +90,17 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             new = Int8Linear(old.in_features, old.out_features, old.bias, "meta")
             setattr(parent, leaf, new)
+
+
+def _names(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """The names of modules in ``model``, by those of the checkpoint.
+
+    A base model (AutoModel) has them without the prefix that the causal language model puts before.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = {name: name.removeprefix(prefix) for name in names}
+    bare = all(hasattr(model, name.partition(".")[0]) for name in inside.values())
+    return inside if bare and prefix != "." else {name: name for name in names}
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
