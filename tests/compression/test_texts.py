@@ -78,7 +78,7 @@ def test_ids_without_an_embedding_are_never_drawn_and_text_with_them_is_refused(
     assert int(tokens.max()) < 512
     text = tmp_path / "text.txt"
     text.write_text("over the hill " * 20)
-    with pytest.raises(UserError, match=r"has the token id 512, and .* ids below 512 only"):
+    with pytest.raises(UserError, match=r"has the token id 512, and .* embeddings for 512 ids"):
         calibration_tokens(directory, make_recipe(calibration=str(text), tokens=40, seq_len=40))
     with pytest.raises(UserError, match="has the token id 512"):
         text_chunks(directory, text, 40, None)

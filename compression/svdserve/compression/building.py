@@ -96,8 +96,8 @@ def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> 
     rows, largest = embedding_rows(config), int(ids.max())
     if rows is not None and largest >= rows:
         raise UserError(
-            f"{text}: has the token id {largest}, and {directory} has embeddings for the ids below "
-            f"{rows} only: tokens were added to its tokenizer that the model was not resized for; "
+            f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
+            f"tokens were added to the tokenizer of {directory} that the model was not resized for; "
             "take them out, or resize the model's embeddings"
         )
 
