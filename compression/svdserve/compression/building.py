@@ -97,7 +97,7 @@ def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> 
     if rows is not None and largest >= rows:
         raise UserError(
             f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
-            f"tokens were added to the tokenizer of {directory} that the model was not resized for; "
+            f"tokens were added to the tokenizer of {directory} and the model was not resized; "
             "take them out, or resize the model's embeddings"
         )
 
