@@ -22,6 +22,7 @@ from svdserve.compression.calibration import (
     calibration_tokens,
     check_calibration,
 )
+from svdserve.compression.card import hub_name
 from svdserve.compression.checkpoint import LOG_FILE, check_finite_tensors
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative, stored
@@ -138,7 +139,8 @@ class Job:
         )
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
-        self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
+        directory = self.skeleton.directory
+        self.base_model = hub_name(directory) or directory.resolve().name
         self.allocator = get_allocator(recipe.allocator)
         self.tokens, self.learner = tokens, None
         self.statistics = self.method.needs(recipe.parameters)
