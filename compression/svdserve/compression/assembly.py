@@ -30,6 +30,7 @@ _COPIED = (
     "*.model",
     "*.txt",
     "*.tiktoken",
+    "*.py",  # code of the model's own, which runs only where it is trusted
     "additional_chat_templates/*.jinja",
     "LICENSE*",
     "LICENCE*",
