@@ -1,4 +1,4 @@
-"""from_pretrained of svdserve checkpoints, in interpreters that never import svdserve."""
+"""from_pretrained of svdserve checkpoints, after one import."""
 
 import json
 import shutil
@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import LAYOUTS, Layout
+from svdserve.compression.hook import install_hook
 from svdserve.compression.modules import LowRankLinear
 
 PLAIN_USER = """
 import sys, torch
+import svdserve.compression
 from transformers import AutoModelForCausalLM
 tokens = torch.load(sys.argv[1])
 for directory in sys.argv[2:]:
@@ -71,12 +73,35 @@ def test_plain_transformers_equals_multiplied_out(
     assert steps.tolist() == expected_steps.tolist()
 
 
-def test_start_up_hook_loads_nothing_by_itself() -> None:
+def test_importing_the_package_loads_nothing_heavy_and_starts_nothing() -> None:
     code = (
-        "import sys; assert 'svdserve_startup' in sys.modules;"
+        "import sys; assert 'svdserve.compression' not in sys.modules; import svdserve.compression;"
         "assert not {'torch', 'transformers', 'svdserve.compression.hf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["svdserve.compression", "transformers.quantizers.auto"])
+def test_the_order_of_imports_does_not_matter(first: str, checkpoint: Path) -> None:
+    code = (
+        f"import {first}; import svdserve.compression; from transformers import AutoModel;"
+        f"print(type(AutoModel.from_pretrained({str(checkpoint)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Qwen2Model\n"
+
+
+def test_the_hook_is_written_only_when_asked_for(tmp_path: Path) -> None:
+    path = install_hook(tmp_path)
+    assert path.read_text() == "import svdserve.compression\n"
+    assert path.suffix == ".pth"
+
+
+def test_the_base_model_gives_the_hidden_states_of_the_whole(checkpoint: Path) -> None:
+    tokens = random_tokens(1, 16)
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint)(tokens, output_hidden_states=True)
+    base = AutoModel.from_pretrained(checkpoint)(tokens)
+    assert torch.equal(base.last_hidden_state, whole.hidden_states[-1])
 
 
 @pytest.fixture

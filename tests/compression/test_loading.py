@@ -78,7 +78,7 @@ def test_a_reward_model_is_refused(tmp_path: Path) -> None:
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     for use in (Skeleton, load_model):
-        with pytest.raises(UserError, match="LlamaForSequenceClassification has no output head"):
+        with pytest.raises(UserError, match="output head"):
             use(tmp_path)
 
 

@@ -165,14 +165,18 @@ def nested(directory: Path, kind: str) -> UserError:
     )
 
 
-def _require_causal(directory: Path, config: Any) -> None:
-    kind = str(config.model_type)
+def require_language_head(directory: Path, config: Any) -> None:
+    """Raise UserError where config.json names a classifier or a reward model."""
     for name in getattr(config, "architectures", None) or ():
         if any(word in name for word in _NO_LANGUAGE_HEAD):
             raise UserError(
                 f"{directory}: {name} has no output head over a vocabulary; give a causal language "
                 "model, not a reward model or a classifier"
             )
+
+
+def _require_causal(directory: Path, config: Any) -> None:
+    kind = str(config.model_type)
     custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or custom:
         return

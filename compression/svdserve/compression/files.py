@@ -148,6 +148,7 @@ def check_output(out: Path, inputs: Collection[Path] = ()) -> None:
     if out.name in ("", "..") or "\0" in str(out):
         raise UserError(f"{str(out)!r}: names no new directory; give one, such as models/small")
     beside = [out, *(out.with_name(out.name + end) for end in OUTPUT_SUFFIXES)]
+    check_writable(beside[-1])
     taken = [path.resolve() for path in beside]
     for given in inputs:
         read = given.resolve()
@@ -162,7 +163,6 @@ def check_output(out: Path, inputs: Collection[Path] = ()) -> None:
         raise UserError(f"{out}: the command was started in it; give another folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a directory to write")
-    check_writable(beside[-1])
 
 
 def check_writable(path: Path) -> None:

@@ -1,7 +1,8 @@
 """The transformers quantizer plug-in: ``from_pretrained`` of an svdserve checkpoint.
 
-Importing this module registers it. svdserve_startup imports it whenever transformers loads its
-quantizers, so plain ``AutoModelForCausalLM.from_pretrained(DIR)`` works without trust_remote_code.
+Importing this module registers it. hook.py imports it once transformers loads its quantizers, so
+``AutoModelForCausalLM.from_pretrained(DIR)`` works after ``import svdserve.compression``, without
+trust_remote_code.
 ``AutoModel`` and other heads over the same base model load it as well. The attention is what
 transformers or its caller chooses: for models with a soft cap of attention (Gemma 2) that is sdpa,
 which ignores the cap; pass ``attn_implementation="eager"``, as evaluate.py does.

@@ -21,6 +21,7 @@ from svdserve.compression.building import (
     load_config,
     nested,
     parameters_on_meta,
+    require_language_head,
 )
 from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
 from svdserve.compression.errors import UserError
@@ -76,6 +77,7 @@ class Skeleton:
         self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
         self._name_as_in_memory()
         self._require_weights()
+        require_language_head(directory, self.config)
 
     def _name_as_in_memory(self) -> None:
         """Give the tensors of a directory that was saved from the base model their full names."""
@@ -95,8 +97,9 @@ class Skeleton:
             return
         if (found := self._other_names(missing[0])) is not None:
             raise self._unsupported(
-                f"it keeps {missing[0]} in memory and {found} in the files, as mixtures of experts "
-                "do; such weights are not factored yet"
+                f"it keeps {missing[0]} in memory and {found} in the files"
+                f"{', as mixtures of experts do' if 'expert' in missing[0] + found else ''}; "
+                "such weights are not factored yet"
             )
         head = self.model.get_output_embeddings()
         if any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
