@@ -62,6 +62,7 @@ _DIMENSIONS = (
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNTS = ("num_attention_heads", "num_key_value_heads", *_EXPERTS)
+_MAX_EXPERTS = 1 << 16
 _MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
 
 
@@ -296,8 +297,9 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
     text = config.get("text_config")
     for part in (config, text) if isinstance(text, dict) else (config,):
         values = {key: part.get(key) for key in limits}
-        if part.get("is_moe") is False:  # its number of experts has no effect
-            values |= dict.fromkeys(_EXPERTS)
+        if not any("expert" in name for name in files.info):
+            # Configurations of dense models have a number of experts that nobody reads.
+            limits |= dict.fromkeys(_EXPERTS, max(tensors, largest, _MAX_EXPERTS))
         heads, width = values["num_attention_heads"], values["head_dim"]
         if isinstance(heads, int) and isinstance(width, int):
             values["head_dim"] = heads * width

@@ -1,11 +1,14 @@
 """What belongs to a model beside its weights: which files are downloaded and copied.
 
-Tokenizer, chat templates, configurations and the terms of use. No weights and no code.
+Tokenizer, chat templates, configurations and the terms of use. No weights, and code only where
+config.json names it: it runs where the user trusts it, and without it the model could not be built.
 """
 
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from svdserve.compression.untrusted import read_json
 
 TEMPLATES = "additional_chat_templates"
 _NAMES = (
@@ -42,6 +45,8 @@ def copy_companions(source: Path, target: Path) -> None:
     """
     found = [path for path in source.iterdir() if path.is_file() and _belongs(path.name)]
     found += (source / TEMPLATES).glob("*.jinja")
+    if read_json(source / "config.json").get("auto_map"):
+        found += source.glob("*.py")
     for path in found:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)

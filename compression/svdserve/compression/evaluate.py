@@ -129,7 +129,7 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     from transformers import AutoModelForCausalLM
 
     import svdserve.compression.hf  # noqa: F401 (registers the quantizer)
-    from svdserve.compression.building import attention_of, transformers_says
+    from svdserve.compression.building import attention_of, require_language_head, transformers_says
 
     if is_checkpoint(model_dir):
         open_checkpoint(model_dir)
@@ -147,6 +147,7 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
             **remote_code(),
         )
     _require_loaded(model_dir, loaded)
+    require_language_head(model_dir, model.config)
     return model.eval().to(device)
 
 
