@@ -375,8 +375,8 @@ def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> N
             low, high = files.load([name])[name].aminmax()
             if not bool(low.isfinite() & high.isfinite()):
                 raise UserError(
-                    f"{info.file}: {name} holds values that are not finite; the model is damaged: "
-                    "copy it again, or repair the weights"
+                    f"{name}: holds inf or nan; the model is damaged: copy it again, or repair the "
+                    "weights"
                 )
         done += info.nbytes
         notify(done)
