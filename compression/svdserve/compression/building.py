@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from svdserve.compression.errors import UserError
 from svdserve.compression.permissions import remote_code
 
+_SMALLEST_VOCABULARY = 256  # the bytes
 _PROBE = "svdserve_probe"
 # What sdpa's function reads, and what the mask or the flash kernels have already taken in.
 _TAKEN_IN = {"dropout", "scaling", "is_causal", "position_bias", "sliding_window", "position_ids"}
@@ -76,33 +77,51 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         UserError: it has none, or transformers cannot load it.
     """
-    if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
-        raise UserError(
-            f"{directory}: has no tokenizer (tokenizer.json or tokenizer.model); copy the "
-            "tokenizer's files there"
-        )
     with transformers_says(directory, "load the tokenizer"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
+        if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
+            raise _without_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
+        # Some classes of transformers make an empty tokenizer where the vocabulary is missing.
+        files = tokenizer.vocab_files_names.values()
+        found = not files or any((directory / name).exists() for name in files)
+        if not found and len(tokenizer.get_vocab()) < _SMALLEST_VOCABULARY:
+            raise _without_tokenizer(directory)
+    return tokenizer
+
+
+def starts_with_bos(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text, or none."""
+    ids = tokenizer("").input_ids
+    return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def embedding_rows(config: Any) -> int | None:
     """How many token ids a model has an embedding for, where its configuration says so."""
-    return getattr(config.get_text_config(), "vocab_size", None)
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
-def check_ids(directory: Path, ids: torch.Tensor) -> None:
+def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> None:
     """Raise UserError where a text has tokens that the model's embedding has no row for."""
-    rows, largest = embedding_rows(load_config(directory)), int(ids.max())
+    rows, largest = embedding_rows(config), int(ids.max())
     if rows is not None and largest >= rows:
         raise UserError(
-            f"{directory}: the text has the token id {largest}, and the model has embeddings for "
-            f"{rows} ids; its tokenizer has tokens added that the model was not resized for"
+            f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
+            f"tokens were added to the tokenizer of {directory} and the model was not resized; "
+            "take them out, or resize the model's embeddings"
         )
 
 
+def _without_tokenizer(directory: Path) -> UserError:
+    return UserError(
+        f"{directory}: has no tokenizer, such as tokenizer.json or tokenizer.model; copy the "
+        "tokenizer's files of the original model there"
+    )
+
+
 def _is_tokenizer(name: str) -> bool:
-    known = ("vocab.", "merges.txt", "spiece.model", "tekken.json")
-    return name.startswith(("tokenizer", "tokenization", *known)) or name.endswith(".tiktoken")
+    known = ("vocab", "merges.txt", "spiece", "sentencepiece", "tekken.json", "tokenization")
+    return name.startswith(("tokenizer", *known)) or name.endswith((".tiktoken", ".spm"))
 
 
 def _build(config: Any, attention: str) -> nn.Module:

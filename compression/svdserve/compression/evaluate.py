@@ -198,7 +198,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     Raises:
         UserError: no model or text, or a text shorter than one chunk.
     """
-    from svdserve.compression.building import check_ids, load_tokenizer
+    from svdserve.compression.building import check_ids, load_config, load_tokenizer
 
     read_json(model_dir / "config.json")
     try:
@@ -211,7 +211,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
         raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
     count = min(count, max_chunks or count)
     chunks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
-    check_ids(model_dir, chunks)
+    check_ids(model_dir, load_config(model_dir), chunks, text)
     return chunks
 
 
