@@ -62,6 +62,7 @@ _DIMENSIONS = (
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNTS = ("num_attention_heads", "num_key_value_heads", *_EXPERTS)
+_MAX_EXPERTS = 1 << 16
 _MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
 
 
@@ -151,7 +152,8 @@ class TensorFiles:
     def block(self, name: str, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Rows of one tensor, and of a matrix the given columns; nothing else of it is read."""
         index = (rows, columns) if len(self.info[name].shape) > 1 else rows
-        with safe_open(self.info[name].file, framework="pt") as handle:
+        # Not where a caller makes its tensors: transformers loads inside the meta device.
+        with safe_open(self.info[name].file, framework="pt") as handle, torch.device("cpu"):
             block = handle.get_slice(name.removeprefix(self._prefix))[index]
         assert isinstance(block, Tensor)
         self.bytes_read += block.nbytes
@@ -334,8 +336,9 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
     text = config.get("text_config")
     for part in (config, text) if isinstance(text, dict) else (config,):
         values = {key: part.get(key) for key in limits}
-        if part.get("is_moe") is False:  # its number of experts has no effect
-            values |= dict.fromkeys(_EXPERTS)
+        if not any("expert" in name for name in files.info):
+            # Configurations of dense models have a number of experts that nobody reads.
+            limits |= dict.fromkeys(_EXPERTS, max(tensors, largest, _MAX_EXPERTS))
         heads, width = values["num_attention_heads"], values["head_dim"]
         if isinstance(heads, int) and isinstance(width, int):
             values["head_dim"] = heads * width
@@ -411,8 +414,8 @@ def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> N
             low, high = files.load([name])[name].aminmax()
             if not bool(low.isfinite() & high.isfinite()):
                 raise UserError(
-                    f"{info.file}: {name} holds values that are not finite; the model is damaged: "
-                    "copy it again, or repair the weights"
+                    f"{name}: holds inf or nan; the model is damaged: copy it again, or repair the "
+                    "weights"
                 )
         done += info.nbytes
         notify(done)

@@ -4,22 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
 from svdserve.compression.errors import UserError
-
-_FILES = [
-    "*.json",
-    "*.safetensors",
-    "tokenizer*",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
 
 
 def resolve_model(model: str) -> Path:
@@ -37,8 +23,8 @@ def resolve_model(model: str) -> Path:
         return Path(
             snapshot_download(
                 model,
-                allow_patterns=[*_FILES, "additional_chat_templates/*.jinja"],
-                ignore_patterns=["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"],
+                allow_patterns=list(DOWNLOADED),
+                ignore_patterns=list(NOT_DOWNLOADED),
             )
         )
     except Exception as error:

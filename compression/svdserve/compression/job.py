@@ -22,6 +22,7 @@ from svdserve.compression.calibration import (
     calibration_tokens,
     check_calibration,
 )
+from svdserve.compression.card import hub_name
 from svdserve.compression.checkpoint import LOG_FILE, check_finite_tensors
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative, stored
@@ -138,7 +139,8 @@ class Job:
         )
         self.method = get_method(recipe.method)
         self.skeleton = Skeleton(resolve_model(model))
-        self.base_model = model if not Path(model).is_dir() else Path(model).resolve().name
+        directory = self.skeleton.directory
+        self.base_model = hub_name(directory) or directory.resolve().name
         self.allocator = get_allocator(recipe.allocator)
         self.tokens, self.learner = tokens, None
         self.statistics = self.method.needs(recipe.parameters)
@@ -348,7 +350,7 @@ class Job:
             statistics = block.statistics(group)
         except FloatingPointError as error:
             name = f"{self.skeleton.block_name(block.index)}.{group.path}"
-            raise not_finite(self.skeleton, f"{name}: {error}", self.dtype) from None
+            raise not_finite(f"{name}: {error}", self.dtype) from None
         if self.kept is not None:
             self.kept.write(block.index, group, statistics)
         return statistics
@@ -362,7 +364,7 @@ class Job:
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
         if not bool(weight.isfinite().all()):
-            raise not_finite(self.skeleton, f"{unit.name}: not finite", self.dtype)
+            raise not_finite(f"{unit.name}: not finite", self.dtype)
         if rank is None:
             error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
             return None, {"rank": None, "error": error, "beta": None}
