@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from svdserve.compression.checkpoint import Checkpoint
+from svdserve.compression.checkpoint import LOG_FILE, Checkpoint
 from svdserve.compression.files import write_text
 from svdserve.compression.methods import get_method
+from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.workdir import parameters_of
 
@@ -44,7 +45,7 @@ The weights of {len(modules)} linear modules are stored as low-rank factors
 ([{method.title}]({method.paper})): {stored:,} parameters instead of {dense:,}
 ({stored / max(dense, 1):.3f}). All weights of the model take {now / _MIB:,.1f} MiB instead of
 {before / _MIB:,.1f} MiB. Embeddings, norms and the head are as they were.{_int8(recipe)}\
-{_training(recipe)}
+{_training(recipe)}{_reordered(checkpoint)}
 
 ## Use
 
@@ -104,6 +105,17 @@ def _int8(recipe: Recipe) -> str:
     return (
         "\nThe linears of the blocks, factored or dense, are stored in int8 with one float32 scale"
         "\nfor each row; vLLM multiplies them with int8 activations."
+    )
+
+
+def _reordered(checkpoint: Checkpoint) -> str:
+    """That another run of the recipe ends in other last digits, where the log tells so."""
+    events = read_log(checkpoint.directory / LOG_FILE)
+    if not any(event.get("event") == "resumed_anyway" for event in events):
+        return ""
+    return (
+        "\nThe job was resumed with another device, batch size, number of threads or version of"
+        "\ntorch (`--resume-anyway`), so the recipe gives these factors up to rounding only."
     )
 
 
