@@ -69,6 +69,12 @@ def save_model(
 ) -> Path:
     """Write a pico model and its tokenizer as a Hugging Face directory."""
     build_model(architecture, **changes).to(dtype).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of bytes with ``VOCABULARY`` entries."""
     # Bytes as tokens: what every tokenizer class that transformers may pick can read.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<s>", "</s>", "<unk>", *alphabet]
@@ -83,7 +89,6 @@ def save_model(
         pad_token="<pad>",
         unk_token="<unk>",
     ).save_pretrained(directory)
-    return directory
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

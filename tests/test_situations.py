@@ -21,8 +21,8 @@ NO_TOKENIZER = "has no tokenizer"
 # What compress says, and what eval says, of the directories that they refuse.
 REFUSED: dict[str, tuple[str | None, str | None]] = {
     "zero-embedding": (None, None),
-    "nan-weight": (NOT_FINITE, NOT_FINITE),
-    "inf-embedding": (NOT_FINITE, NOT_FINITE),
+    "nan-weight": ("holds inf or nan", NOT_FINITE),
+    "inf-embedding": ("holds inf or nan", NOT_FINITE),
     "quantization-junk": ("already quantised", "cannot load"),
     "untied-without-head": ("has no output head", "without output head"),
     "custom-code": ("--trust-remote-code", "--trust-remote-code"),

@@ -317,13 +317,8 @@ def test_one_token_of_calibration_is_enough_to_finish(tmp_path: Path, calibratio
     check_finite(open_checkpoint(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    ("method", "place"),
-    [("saes-svd", "model.layers.1.mlp.gate_up_proj"), ("saes-kfac", "model.layers.1")],
-)
-def test_a_damaged_weight_and_the_place_are_named(
-    method: str, place: str, tmp_path: Path, calibration: str
-):
+@pytest.mark.parametrize("method", ["saes-svd", "saes-kfac", "svd"])
+def test_a_damaged_weight_is_named(method: str, tmp_path: Path, calibration: str):
     from safetensors.torch import save_file
 
     model = save_model("llama", tmp_path / "model")
@@ -331,6 +326,6 @@ def test_a_damaged_weight_and_the_place_are_named(
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     recipe = recipe_for(calibration, method=method, allocator="uniform")  # sweeps no gradients
-    message = rf"^model.layers.1.mlp.up_proj.weight: holds inf or nan; .*\({place}: .*not finite\)$"
+    message = r"^model.layers.1.mlp.up_proj.weight: holds inf or nan; the model is damaged"
     with pytest.raises(UserError, match=message):
         compress(str(model), tmp_path / "out", recipe, QUIET)

@@ -43,6 +43,7 @@ def test_streams_of_two_jobs_in_one_folder(tmp_path: Path) -> None:
     two.write("student", rows, torch.zeros(2, 3, 4))
     two.drop("student")
     assert one.read("student", rows).equal(torch.ones(2, 3, 4))
+    one.drop("student")
     assert not list(tmp_path.iterdir())
 
 

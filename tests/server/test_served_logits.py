@@ -126,6 +126,11 @@ def test_two_ranks_with_biases_and_replicated_heads(tmp_path: Path) -> None:
     for case, served in zip(cases, run(tmp_path / "run", arguments, PROMPTS), strict=True):
         assert_equals_dense(served, tmp_path / case.reference)
         assert len(served.reports) == 2
+        for report in served.reports:
+            assert report is not None
+            stored = report["stored"]
+            kept = stored["lowrank"] + (0 if case.shared else stored["dense"])
+            assert 0 < report["read"] <= 1.1 * kept
 
 
 def test_compiled(tmp_path: Path) -> None:

@@ -35,32 +35,24 @@ COMMON: dict[str, Any] = {
 # Without experts in any layer; its temperature would act beyond these lengths.
 LLAMA4 = {"intermediate_size_mlp": 256, "moe_layers": [], "num_local_experts": 2}
 TYPES: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in [
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "granite",
-        "cohere",
-        "olmo2",
-        "smollm3",
-        "seed_oss",
-        "ernie4_5",
-        "exaone4",
-        "helium",
-        "hunyuan_v1_dense",
-        "olmo",
-        "stablelm",
-        "vaultgemma",
-        "olmo3",
-        "ministral",
-        "cohere2",
-    ]
-} | {"llama4_text": LLAMA4}
+    "llama": {},
+    "llama4_text": LLAMA4,
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "granite": {},
+    "cohere": {},
+    "olmo2": {},
+    "smollm3": {},
+    "seed_oss": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+}
 
 
 def pico(name: str, root: Path) -> Path:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdserve.compression.card import CARD_FILE, model_card
 from svdserve.compression.checkpoint import LOG_FILE, open_checkpoint, read_json
+from svdserve.compression.companions import copy_companions
 from svdserve.compression.errors import UserError
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.schema import (
@@ -21,21 +22,7 @@ from svdserve.compression.schema import (
 )
 from svdserve.compression.shards import merge_shards
 from svdserve.compression.skeleton import Skeleton
-from svdserve.compression.untrusted import check_entry
 from svdserve.compression.workdir import WorkDirectory, save_tensors
-
-_COPIED = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 class Assembly:
@@ -98,13 +85,7 @@ class Assembly:
         save_tensors(self._stored(rest), self._work.rest)
         final, source = self._work.final(), self._skeleton.directory
         merge_shards([self._work.rest, *map(self._work.block, blocks)], final)
-        for pattern in _COPIED:
-            for file in source.glob(pattern):
-                if file.is_file() and not file.name.endswith(".safetensors.index.json"):
-                    check_entry(file, source)
-                    target = final / file.relative_to(source)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copy(file, target)
+        copy_companions(source, final)
         config = read_json(source / "config.json")
         if not config.get("dtype") and not config.get("torch_dtype"):
             # Loaders would take the dtype of some tensor, and the order of these is another now.
@@ -123,5 +104,6 @@ class Assembly:
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (final / "recipe.yaml").write_text(dump_recipe(self._recipe))
         shutil.copy(self._work.log, final / LOG_FILE)
-        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), self._recipe, source))
+        card = model_card(open_checkpoint(final), self._recipe, source)
+        (final / CARD_FILE).write_text(card, encoding="utf-8")
         return final

@@ -4,18 +4,30 @@ Everything that builds a model for compression or evaluation asks here, so that 
 attention as the model means it.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from svdserve.compression.errors import UserError
 from svdserve.compression.permissions import remote_code
+
+_SMALLEST_VOCABULARY = 256  # the bytes
+_PROBE = "svdserve_probe"
+# What sdpa's function reads, and what the mask or the flash kernels have already taken in.
+_TAKEN_IN = {"dropout", "scaling", "is_causal", "position_bias", "sliding_window", "position_ids"}
+_TAKEN_IN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
+_NO_LANGUAGE_HEAD = ("Classification", "QuestionAnswering", "Reward")
 
 
 def load_config(directory: Path) -> Any:
@@ -65,33 +77,51 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         UserError: it has none, or transformers cannot load it.
     """
-    if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
-        raise UserError(
-            f"{directory}: has no tokenizer (tokenizer.json or tokenizer.model); copy the "
-            "tokenizer's files there"
-        )
     with transformers_says(directory, "load the tokenizer"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
+        if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
+            raise _without_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
+        # Some classes of transformers make an empty tokenizer where the vocabulary is missing.
+        files = tokenizer.vocab_files_names.values()
+        found = not files or any((directory / name).exists() for name in files)
+        if not found and len(tokenizer.get_vocab()) < _SMALLEST_VOCABULARY:
+            raise _without_tokenizer(directory)
+    return tokenizer
+
+
+def starts_with_bos(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text, or none."""
+    ids = tokenizer("").input_ids
+    return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def embedding_rows(config: Any) -> int | None:
     """How many token ids a model has an embedding for, where its configuration says so."""
-    return getattr(config.get_text_config(), "vocab_size", None)
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
 
 
-def check_ids(directory: Path, ids: torch.Tensor) -> None:
+def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> None:
     """Raise UserError where a text has tokens that the model's embedding has no row for."""
-    rows, largest = embedding_rows(load_config(directory)), int(ids.max())
+    rows, largest = embedding_rows(config), int(ids.max())
     if rows is not None and largest >= rows:
         raise UserError(
-            f"{directory}: the text has the token id {largest}, and the model has embeddings for "
-            f"{rows} ids; its tokenizer has tokens added that the model was not resized for"
+            f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
+            f"tokens were added to the tokenizer of {directory} and the model was not resized; "
+            "take them out, or resize the model's embeddings"
         )
 
 
+def _without_tokenizer(directory: Path) -> UserError:
+    return UserError(
+        f"{directory}: has no tokenizer, such as tokenizer.json or tokenizer.model; copy the "
+        "tokenizer's files of the original model there"
+    )
+
+
 def _is_tokenizer(name: str) -> bool:
-    known = ("vocab.", "merges.txt", "spiece.model", "tekken.json")
-    return name.startswith(("tokenizer", "tokenization", *known)) or name.endswith(".tiktoken")
+    known = ("vocab", "merges.txt", "spiece", "sentencepiece", "tekken.json", "tokenization")
+    return name.startswith(("tokenizer", *known)) or name.endswith((".tiktoken", ".spm"))
 
 
 def _build(config: Any, attention: str) -> nn.Module:
@@ -101,17 +131,67 @@ def _build(config: Any, attention: str) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _beyond_sdpa(model: nn.Module) -> bool:
-    """Whether attention has what the function of ``sdpa`` in transformers passes over.
+def _beyond_sdpa(model: Any) -> bool:
+    """Whether a model hands to its attention what the function of ``sdpa`` passes over.
 
-    These are caps of the attention's logits (Gemma 2) and sinks (gpt-oss).
+    That is more than queries, keys, values and masks: a cap of the logits (Gemma 2), sinks. It is
+    seen by one run that computes nothing.
     """
-    for module in model.modules():
-        fields = vars(module)
-        capped = any("softcap" in name and fields[name] is not None for name in fields)
-        if capped or "sinks" in module._parameters:
-            return True
-    return False
+    chosen, ignored = model.config._attn_implementation, set[str]()
+    if chosen != "sdpa":  # code of a model's own may decide by itself
+        return False
+
+    def probe(
+        _module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        for name, item in given.items():
+            number = isinstance(item, int | float) and not isinstance(item, bool)
+            if name not in _TAKEN_IN and (number or isinstance(item, Tensor)):
+                ignored.add(name)
+        heads = query.transpose(1, 2)
+        return heads.new_empty(*heads.shape[:-1], value.shape[-1]), None
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    ALL_ATTENTION_FUNCTIONS.register(_PROBE, probe)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, eager_mask)
+    try:
+        model.set_attn_implementation(_PROBE)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            state = {
+                # The grouped products of experts know shapes of bfloat16 only.
+                name: torch.empty(tensor.shape, dtype=_narrow(tensor.dtype))
+                for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            }
+            tokens = torch.zeros(1, 8, dtype=torch.int64)
+            functional_call(model, state, (tokens,), {"use_cache": False})
+    except Exception:
+        pass  # what was seen before decides; the real run tells what is wrong
+    finally:
+        log.disabled = before
+        model.set_attn_implementation(chosen)
+    return bool(ignored)
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.is_floating_point else dtype
+
+
+def nested(directory: Path, kind: str) -> UserError:
+    return UserError(
+        f"{directory}: architecture {kind!r} is not supported: it is a multimodal model whose "
+        "language model is nested in it; give the language model as a directory of its own"
+    )
+
+
+def require_language_head(directory: Path, config: Any) -> None:
+    """Raise UserError where config.json names a classifier or a reward model."""
+    for name in getattr(config, "architectures", None) or ():
+        if any(word in name for word in _NO_LANGUAGE_HEAD):
+            raise UserError(
+                f"{directory}: {name} has no output head over a vocabulary; give a causal language "
+                "model, not a reward model or a classifier"
+            )
 
 
 def _require_causal(directory: Path, config: Any) -> None:
@@ -120,10 +200,7 @@ def _require_causal(directory: Path, config: Any) -> None:
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or custom:
         return
     if getattr(config, "text_config", None) is not None:
-        raise UserError(
-            f"{directory}: architecture {kind!r} is not supported: it is a multimodal model whose "
-            "language model is nested in it; give the language model as a directory of its own"
-        )
+        raise nested(directory, kind)
     raise UserError(
         f"{directory}: architecture {kind!r} is not supported: transformers has no causal language "
         "model of this type; give a decoder-only language model"

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
-from svdserve.compression.checkpoint import LOG_FILE, Checkpoint
+from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, is_checkpoint
 from svdserve.compression.files import write_text
+from svdserve.compression.hub import as_hub_name, hub_name
 from svdserve.compression.methods import get_method
 from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import Recipe, dump_recipe
@@ -16,23 +19,24 @@ from svdserve.compression.workdir import parameters_of
 CARD_FILE = "README.md"
 _RESULTS, _NEXT = "## Results", "## Recipe"
 _MIB = 2**20
-_CARRIED = ("license", "license_name", "license_link", "language")
+_TERMS = ("license", "license_name", "license_link", "language")
 
 
-def model_card(checkpoint: Checkpoint, recipe: Recipe, source: Path | None = None) -> str:
+def model_card(checkpoint: Checkpoint, recipe: Recipe, source: Path) -> str:
     """Markdown with the front matter of a Hub card: what was done, bytes, use and recipe.
 
     Args:
         checkpoint: what the card is of.
-        recipe: what was computed.
-        source: the dense model's directory, or one whose card has been made from it: its licence
-            and its name on the Hub are taken over.
+        recipe: how it was made.
+        source: the dense model, or the checkpoint that was refined; the licence and the languages
+            of its own card hold on.
     """
     base_model, modules = checkpoint.config.base_model, checkpoint.config.modules
     stored, dense = parameters_of(modules)
     nbytes = checkpoint.stored_bytes()
     now, before = nbytes["lowrank"] + nbytes["dense"], nbytes["dense_equivalent"]
-    front = _carried(base_model, source) | {
+    front = {
+        **_origin(source),
         "library_name": "transformers",
         "tags": ["svdserve", "low-rank", recipe.method],
     }
@@ -65,37 +69,58 @@ After `import svdserve.compression`, `AutoModelForCausalLM.from_pretrained(".")`
 """
 
 
-def _carried(base_model: str, source: Path | None) -> dict[str, Any]:
-    """What the front matter takes over from the source: a name that the Hub knows, the licence."""
-    card = None if source is None else source / CARD_FILE
-    found = _front_matter(card.read_text(errors="replace")) if card and card.is_file() else {}
-    front = {key: found[key] for key in _CARRIED if key in found}
-    name = base_model
-    if source is not None and source.resolve().parent.name == "snapshots":
-        name = source.resolve().parent.parent.name.removeprefix("models--").replace("--", "/")
-    if name.count("/") != 1 and "svdserve" in (found.get("tags") or []):
-        name = str(found.get("base_model", ""))
-    if name.count("/") == 1:
-        front |= {"base_model": name, "base_model_relation": "quantized"}
-    return front
-
-
-def _front_matter(text: str) -> dict[str, Any]:
-    """The YAML block at the head of a card; empty where it has none that can be read."""
-    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, flags=re.S)
-    try:
-        found = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def add_results(directory: Path, table: str) -> None:
     """Put a Markdown table of measurements into the card of a checkpoint, for what was there."""
     card = directory / CARD_FILE
-    text = re.sub(rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(), flags=re.M | re.S)
+    text = re.sub(
+        rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     before, heading, after = text.partition(f"{_NEXT}\n")
     write_text(card, f"{before}{_RESULTS}\n\n{table}\n{heading}{after}")
+
+
+def _origin(source: Path) -> dict[str, str | list[str]]:
+    """The fields of a card's front matter that come from the model in ``source``.
+
+    A folder of this machine is no base model that the Hub could know, so it is not named.
+    """
+    known = _front_matter(source)
+    found: dict[str, str | list[str]] = {}
+    if is_checkpoint(source):
+        if base := _hub_names(known.get("base_model")):
+            found = {"base_model": base, "base_model_relation": "quantized"}
+    elif name := hub_name(source):
+        found = {"base_model": name, "base_model_relation": "quantized"}
+    elif base := _hub_names(known.get("base_model")):
+        found = {"base_model": base}  # of a model between the two, so the relation is another
+    for field in _TERMS:
+        value = known.get(field)
+        if field == "language":  # YAML reads Norwegian's code as a truth value
+            value = [_language(item) for item in (value if isinstance(value, list) else [value])]
+            value = [item for item in value if item]
+        if (isinstance(value, str) and value) or (isinstance(value, list) and value):
+            found[field] = value
+    return found
+
+
+def _front_matter(source: Path) -> dict[str, Any]:
+    """The fields of the card in ``source``, or none if it has no card that can be read."""
+    card = source / CARD_FILE
+    try:
+        return metadata_load(card) or {} if card.is_file() else {}
+    except (OSError, ValueError, YAMLError, RecursionError):
+        return {}
+
+
+def _hub_names(value: Any) -> str | list[str] | None:
+    """Names with their owners; a card that a trainer wrote may name a folder instead."""
+    if isinstance(value, list):
+        return [name for item in value if (name := _hub_names(item)) and isinstance(name, str)]
+    return name if (name := as_hub_name(value)) is not None and "/" in name else None
+
+
+def _language(value: Any) -> str | None:
+    return "no" if value is False else value if isinstance(value, str) else None
 
 
 def _int8(recipe: Recipe) -> str:

@@ -62,6 +62,7 @@ _DIMENSIONS = (
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNTS = ("num_attention_heads", "num_key_value_heads", *_EXPERTS)
+_MAX_EXPERTS = 1 << 16
 _MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
 
 
@@ -81,6 +82,10 @@ class TensorInfo:
 class TensorFiles:
     """The tensors of a model directory, by name; headers are read at once, data on demand.
 
+    Attributes:
+        info: what the headers say of each tensor.
+        bytes_read: of tensors and blocks that were asked for so far.
+
     Raises:
         UserError: no safetensors, a broken header, a tensor that is stored twice, an index that
             disagrees with the files, or an entry that leads out of the directory.
@@ -90,6 +95,7 @@ class TensorFiles:
         self.directory = directory
         self.info: dict[str, TensorInfo] = {}
         self._prefix = ""
+        self.bytes_read = 0
         check_entries(directory)
         weight_map = _weight_map(directory)
         for file in _files(directory, weight_map):
@@ -140,7 +146,17 @@ class TensorFiles:
             with safe_open(file, framework="pt", device=str(device)) as handle:
                 for name in members:
                     tensors[name] = handle.get_tensor(name.removeprefix(self._prefix))
+                    self.bytes_read += tensors[name].nbytes
         return tensors
+
+    def block(self, name: str, rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Rows of one tensor, and of a matrix the given columns; nothing else of it is read."""
+        index = (rows, columns) if len(self.info[name].shape) > 1 else rows
+        with safe_open(self.info[name].file, framework="pt") as handle:
+            block = handle.get_slice(name.removeprefix(self._prefix))[index]
+        assert isinstance(block, Tensor)
+        self.bytes_read += block.nbytes
+        return block
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
@@ -182,6 +198,29 @@ class Checkpoint:
         suffixes = self.config.modules[module].tensors()
         tensors = self.files.load([f"{module}.{suffix}" for suffix in suffixes])
         return Factors(**{suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
+
+    def block(
+        self,
+        module: str,
+        suffix: str,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> Tensor:
+        """A block of one tensor of a module or of a dense linear, its values checked.
+
+        Raises:
+            UserError: a value is not finite, or a scale not positive.
+        """
+        tensor = self.files.block(f"{module}.{suffix}", rows, columns)
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        where = f"{self.directory}: module {module}: {suffix}"
+        low, high = tensor.aminmax()  # both are NaN if one value is; several times cheaper
+        if not bool(low.isfinite() & high.isfinite()):
+            raise UserError(f"{where} is not finite")
+        if suffix.endswith(SCALE) and not bool(low > 0):
+            raise UserError(f"{where} must be positive")
+        return tensor
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes by kind: ``lowrank`` factors, ``dense`` rest, ``dense_equivalent`` of the whole.
@@ -296,8 +335,9 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
     text = config.get("text_config")
     for part in (config, text) if isinstance(text, dict) else (config,):
         values = {key: part.get(key) for key in limits}
-        if part.get("is_moe") is False:  # its number of experts has no effect
-            values |= dict.fromkeys(_EXPERTS)
+        if not any("expert" in name for name in files.info):
+            # Configurations of dense models have a number of experts that nobody reads.
+            limits |= dict.fromkeys(_EXPERTS, max(tensors, largest, _MAX_EXPERTS))
         heads, width = values["num_attention_heads"], values["head_dim"]
         if isinstance(heads, int) and isinstance(width, int):
             values["head_dim"] = heads * width
@@ -373,8 +413,8 @@ def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> N
             low, high = files.load([name])[name].aminmax()
             if not bool(low.isfinite() & high.isfinite()):
                 raise UserError(
-                    f"{info.file}: {name} holds values that are not finite; the model is damaged: "
-                    "copy it again, or repair the weights"
+                    f"{name}: holds inf or nan; the model is damaged: copy it again, or repair the "
+                    "weights"
                 )
         done += info.nbytes
         notify(done)
@@ -390,12 +430,4 @@ def check_finite(checkpoint: Checkpoint) -> None:
     tensors = [(name, suffix) for name, spec in config.modules.items() for suffix in spec.tensors()]
     tensors += [(name, f"weight{SCALE}") for name in config.int8_linears]
     for name, suffix in tensors:
-        tensor = checkpoint.files.load([f"{name}.{suffix}"])[f"{name}.{suffix}"]
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        where = f"{checkpoint.directory}: module {name}: {suffix}"
-        low, high = tensor.aminmax()  # both are NaN if one value is; several times cheaper
-        if not bool(low.isfinite() & high.isfinite()):
-            raise UserError(f"{where} is not finite")
-        if suffix.endswith(SCALE) and not bool(low > 0):
-            raise UserError(f"{where} must be positive")
+        checkpoint.block(name, suffix)

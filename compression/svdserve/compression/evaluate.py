@@ -129,7 +129,7 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     from transformers import AutoModelForCausalLM
 
     import svdserve.compression.hf  # noqa: F401 (registers the quantizer)
-    from svdserve.compression.building import attention_of, transformers_says
+    from svdserve.compression.building import attention_of, require_language_head, transformers_says
 
     if is_checkpoint(model_dir):
         open_checkpoint(model_dir)
@@ -147,6 +147,7 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
             **remote_code(),
         )
     _require_loaded(model_dir, loaded)
+    require_language_head(model_dir, model.config)
     return model.eval().to(device)
 
 
@@ -197,7 +198,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     Raises:
         UserError: no model or text, or a text shorter than one chunk.
     """
-    from svdserve.compression.building import check_ids, load_tokenizer
+    from svdserve.compression.building import check_ids, load_config, load_tokenizer
 
     read_json(model_dir / "config.json")
     try:
@@ -210,7 +211,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
         raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
     count = min(count, max_chunks or count)
     chunks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
-    check_ids(model_dir, chunks)
+    check_ids(model_dir, load_config(model_dir), chunks, text)
     return chunks
 
 

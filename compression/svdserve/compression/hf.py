@@ -3,8 +3,12 @@
 Importing this module registers it. hook.py imports it once transformers loads its quantizers, so
 ``AutoModelForCausalLM.from_pretrained(DIR)`` works after ``import svdserve.compression``, without
 trust_remote_code.
+``AutoModel`` and other heads over the same base model load it as well. The attention is what
+transformers or its caller chooses: for models with a soft cap of attention (Gemma 2) that is sdpa,
+which ignores the cap; pass ``attn_implementation="eager"``, as evaluate.py does.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +81,18 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
                     "the checkpoint's files; leave variant and gguf_file away"
                 )
             check_finite(checkpoint)
-        named = _names(model, [*config.modules, *config.int8_linears])
+        # From here on by the model's own names, so that what is saved agrees with itself.
+        config = self.quantization_config.checkpoint = config.model_copy(
+            update={
+                "modules": {_own(model, n): spec for n, spec in config.modules.items()},
+                "int8_linears": tuple(_own(model, n) for n in config.int8_linears),
+            }
+        )
         for name, spec in config.modules.items():
-            parent, leaf = _parent(model, named[name])
+            parent, leaf = _parent(model, name)
             replace_group(parent, leaf, spec, None, dtype, "meta")
         for name in config.int8_linears:
-            parent, leaf = _parent(model, named[name])
+            parent, leaf = _parent(model, name)
             old = getattr(parent, leaf, None)
             if not isinstance(old, nn.Linear):
                 raise UserError(
@@ -92,23 +102,22 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
             setattr(parent, leaf, new)
 
 
-def _names(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """The names of modules in ``model``, by those of the checkpoint.
+def _own(model: Any, name: str) -> str:
+    """The model's name of a module of the checkpoint.
 
-    A base model (AutoModel) has them without the prefix that the causal language model puts before.
+    A base model (``AutoModel``) lacks the prefix that models with a head have, and so does what it
+    has saved.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    inside = {name: name.removeprefix(prefix) for name in names}
-    bare = all(hasattr(model, name.partition(".")[0]) for name in inside.values())
-    return inside if bare and prefix != "." else {name: name for name in names}
+    prefix = f"{model.base_model_prefix}."
+    for other in (name, name.removeprefix(prefix), prefix + name):
+        with suppress(AttributeError):
+            model.get_submodule(other.rpartition(".")[0])
+            return other
+    parent = name.rpartition(".")[0]
+    raise UserError(f"config.json: module {name}: {type(model).__name__} has no {parent}")
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds ``name``, and the last part of the name."""
     parent, _, leaf = name.rpartition(".")
-    try:
-        return model.get_submodule(parent), leaf
-    except AttributeError:
-        raise UserError(
-            f"config.json: module {name}: {type(model).__name__} has no {parent}"
-        ) from None
+    return model.get_submodule(parent), leaf

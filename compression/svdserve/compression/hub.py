@@ -2,25 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
 from svdserve.compression.errors import UserError
-
-_FILES = [
-    "*.json",
-    "*.safetensors",
-    "tokenizer*",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -40,8 +29,8 @@ def resolve_model(model: str | Path) -> Path:
         return Path(
             snapshot_download(
                 name,
-                allow_patterns=[*_FILES, "additional_chat_templates/*.jinja"],
-                ignore_patterns=["*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"],
+                allow_patterns=list(DOWNLOADED),
+                ignore_patterns=list(NOT_DOWNLOADED),
             )
         )
     except Exception as error:
@@ -57,10 +46,23 @@ def _may_be_hub_name(name: str) -> bool:
     return len(words) <= 2 and all(words) and not name.startswith((".", "~")) and "\0" not in name
 
 
+def hub_name(directory: Path) -> str | None:
+    """The name on the Hub of a model whose directory is a snapshot in the Hub's cache."""
+    snapshots = directory.resolve().parent
+    if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
+        return None
+    return as_hub_name(snapshots.parent.name.removeprefix("models--").replace("--", "/"))
+
+
+def as_hub_name(value: Any) -> str | None:
+    """The value where it could be the name of a repository of the Hub; None for all else."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return str(value)
+
+
 def model_name(directory: str | Path) -> str:
     """What to call the model of a directory: the Hub's name of a snapshot, or the folder's name."""
-    real = Path(directory).resolve()
-    repository = real.parent.parent.name
-    if real.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return real.name
+    return hub_name(Path(directory)) or Path(directory).resolve().name

@@ -44,17 +44,23 @@ def fingerprint(files: Iterable[Path]) -> str:
 def write_sums(directory: Path) -> None:
     """Write the digests of all files of ``directory``, and see every one on the disk."""
     lines = []
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
-            with path.open("rb") as file:
-                if path.name not in _EDITABLE:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    lines.append(f"{digest}  {path.name}\n")
-                os.fsync(file.fileno())
+    for name in _names(directory):
+        with (directory / name).open("rb") as file:
+            if name not in _EDITABLE:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                lines.append(f"{digest}  {name}\n")
+            os.fsync(file.fileno())
     with (directory / SUMS_FILE).open("w") as sums:
         sums.writelines(lines)
         sums.flush()
         os.fsync(sums.fileno())
+
+
+def _names(directory: Path) -> list[str]:
+    """The files of a directory and of the folders in it that are not hidden, with slashes."""
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    hidden = [path for path in paths if any(part.startswith(".") for part in path.parts[:-1])]
+    return sorted(path.as_posix() for path in set(paths) - set(hidden))
 
 
 def verify(directory: Path) -> int:
@@ -71,7 +77,7 @@ def verify(directory: Path) -> int:
     if not sums.is_file():
         raise UserError(f"{directory}: has no {SUMS_FILE}, so nothing tells whether it is intact")
     entries = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
-    present = {path.name for path in directory.iterdir() if path.is_file()}
+    present = set(_names(directory))
     for digest, _, name in entries:
         if name not in present:
             raise UserError(f"{sums}: {name or 'a line'} names no file of the directory")
@@ -82,6 +88,6 @@ def verify(directory: Path) -> int:
             )
     listed = {name for _, _, name in entries}
     for name in sorted(present - listed):
-        if name.endswith((".safetensors", ".json")):
+        if "/" not in name and name.endswith((".safetensors", ".json")):
             raise UserError(f"{directory / name}: is not listed in {SUMS_FILE}")
     return len(entries)

@@ -354,7 +354,7 @@ class Job:
             statistics = block.statistics(group)
         except FloatingPointError as error:
             name = f"{self.skeleton.block_name(block.index)}.{group.path}"
-            raise not_finite(self.skeleton, f"{name}: {error}", self.dtype) from None
+            raise not_finite(f"{name}: {error}", self.dtype) from None
         if self.kept is not None:
             self.kept.write(block.index, group, statistics)
         return statistics
@@ -368,7 +368,7 @@ class Job:
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
         if not bool(weight.isfinite().all()):
-            raise not_finite(self.skeleton, f"{unit.name}: not finite", self.dtype)
+            raise not_finite(f"{unit.name}: not finite", self.dtype)
         if rank is None:
             error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
             return None, {"rank": None, "error": error, "beta": None}

@@ -67,7 +67,7 @@ class Recipe(BaseModel):
     grouping: Grouping = "shared"
     calibration: str = Field(
         default="self",
-        description="text file, hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]], self, or several joined by +",
+        description="text file, hf:DATASET[@REVISION][:CONFIG[:SPLIT[:COLUMN]]], self, or several",
     )
     tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
     seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")

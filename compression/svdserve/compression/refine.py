@@ -220,7 +220,9 @@ class _Refiner:
         final, source = self.work.final(), self.student
         # Hidden: .git and .cache of who fetched it, which are no part of the checkpoint.
         others = shutil.ignore_patterns("*.safetensors", ".*")
-        shutil.copytree(source, final, dirs_exist_ok=True, ignore=others)
+        shutil.copytree(
+            source, final, dirs_exist_ok=True, ignore=others, copy_function=shutil.copyfile
+        )
         for file in TensorFiles(source).paths:
             replaced = {name: best.get(name, tensor) for name, tensor in load_file(file).items()}
             save_tensors(replaced, final / file.name)
@@ -238,4 +240,5 @@ class _Refiner:
 
     def _describe(self, recipe: Recipe, final: Path) -> None:
         (final / "recipe.yaml").write_text(dump_recipe(recipe))
-        (final / CARD_FILE).write_text(model_card(open_checkpoint(final), recipe, self.student))
+        card = model_card(open_checkpoint(final), recipe, self.student)
+        (final / CARD_FILE).write_text(card, encoding="utf-8")

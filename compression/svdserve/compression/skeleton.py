@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.building import build, foreign_code, load_config, parameters_on_meta
+from svdserve.compression.building import (
+    build,
+    foreign_code,
+    load_config,
+    nested,
+    parameters_on_meta,
+    require_language_head,
+)
 from svdserve.compression.checkpoint import TensorFiles, check_sizes, read_json
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import GROUPS
@@ -70,6 +77,7 @@ class Skeleton:
         self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
         self._name_as_in_memory()
         self._require_weights()
+        require_language_head(directory, self.config)
 
     def _name_as_in_memory(self) -> None:
         """Give the tensors of a directory that was saved from the base model their full names."""
@@ -89,8 +97,9 @@ class Skeleton:
             return
         if (found := self._other_names(missing[0])) is not None:
             raise self._unsupported(
-                f"it keeps {missing[0]} in memory and {found} in the files, as mixtures of experts "
-                "do; such weights are not factored yet"
+                f"it keeps {missing[0]} in memory and {found} in the files"
+                f"{', as mixtures of experts do' if 'expert' in missing[0] + found else ''}; "
+                "such weights are not factored yet"
             )
         head = self.model.get_output_embeddings()
         if any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
@@ -121,6 +130,8 @@ class Skeleton:
                 self.config, "num_hidden_layers", -1
             ):
                 return name, module
+        if getattr(self.config, "text_config", None) is not None:
+            raise nested(self.directory, self.model_type)
         raise self._unsupported(
             "its model holds no list of as many blocks as config.json has num_hidden_layers"
         )
@@ -195,32 +206,60 @@ class Skeleton:
         """
         decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         attribute = self.layers_name.rpartition(".")[2]
-        embedding = decoder.get_input_embeddings()
-        name = next(path for path, module in self.model.named_modules() if module is embedding)
-        self._fill(embedding, name, device, None)
+        filled: list[nn.Module] = []
+        hooks = [
+            module.register_forward_pre_hook(self._filler(path, device, filled))
+            for path, module in self._outside()
+        ]
         # In float32 from here on: the rotary embedding takes its dtype from the hidden states.
-        hook = embedding.register_forward_hook(lambda _module, _args, output: output.float())
+        hooks += [
+            module.register_forward_hook(lambda _module, _args, output: output.float())
+            for _, module in self._outside()
+            if isinstance(module, nn.Embedding)
+        ]
         for module in decoder.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(device)
-        calls: list[Call] = []
-        recorders = [_Recorder(calls, last=i == self.blocks - 1) for i in range(self.blocks)]
-        setattr(decoder, attribute, nn.ModuleList(recorders))
+        recorders = _Recorders(self.blocks)
+        setattr(decoder, attribute, recorders.modules)
+
+        def run(tokens: Tensor) -> tuple[Tensor, list[Call]]:
+            with foreign_code(self.model_type, "its decoder was run without its blocks"):
+                return recorders.record(lambda: decoder(input_ids=tokens, use_cache=False))
+
         try:
-            for batch in batches:
-                calls.clear()
-                trace = foreign_code(self.model_type, "its decoder was run without its blocks")
-                with trace, torch.no_grad(), suppress(_LastBlock):
-                    decoder(input_ids=batch.to(device), use_cache=False)
-                if len(calls) != self.blocks:
-                    raise self._unsupported(
-                        f"its decoder calls {len(calls)} blocks of {self.blocks}"
-                    )
-                yield recorders[0].hidden[0], list(calls)
+            with torch.no_grad():
+                for batch in batches:
+                    yield run(batch.to(device))
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             setattr(decoder, attribute, self.layers)
-            _empty(embedding)
+            for module in filled:
+                _empty(module)
+
+    def _outside(self) -> list[tuple[str, nn.Module]]:
+        """The modules with parameters of their own that are in no block."""
+        return [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if not f"{path}.".startswith(f"{self.layers_name}.")
+            and any(True for _ in module.parameters(recurse=False))
+        ]
+
+    def _filler(
+        self, path: str, device: torch.device, filled: list[nn.Module]
+    ) -> Callable[[nn.Module, Any], None]:
+        """A hook that reads a module's weights when the decoder first calls it."""
+
+        def fill(module: nn.Module, _given: Any) -> None:
+            if module not in filled:
+                # Of a large table of embeddings only a few rows are wanted.
+                dtype = None if isinstance(module, nn.Embedding) else torch.float32
+                self._fill(module, path, device, dtype)
+                filled.append(module)
+
+        return fill
 
     @contextmanager
     def head(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -233,13 +272,7 @@ class Skeleton:
         attribute = self.layers_name.rpartition(".")[2]
         inputs = self.model.get_input_embeddings()
         embedding = next(name for name, other in self.model.named_modules() if other is inputs)
-        outside = [
-            (path, module)
-            for path, module in self.model.named_modules()
-            if not f"{path}.".startswith(f"{self.layers_name}.")
-            and module is not inputs
-            and any(True for _ in module.parameters(recurse=False))
-        ]
+        outside = [(path, module) for path, module in self._outside() if module is not inputs]
         for path, module in outside:
             # A tied head has no tensor of its own; _require_weights has seen that it is tied.
             source = path if f"{path}.weight" in self.files else embedding
@@ -281,18 +314,51 @@ class _LastBlock(Exception):
     """Every block has been called; what the decoder does after them has no weights here."""
 
 
+class _Recorders:
+    """Stand for the blocks of a decoder, and keep how it calls them."""
+
+    def __init__(self, blocks: int) -> None:
+        self.calls: list[Call] = []
+        self.hidden: Tensor | None = None
+        self.in_tuple = False
+        self.modules = nn.ModuleList(_Recorder(self, i == blocks - 1) for i in range(blocks))
+
+    def record(self, run: Callable[[], object]) -> tuple[Tensor, list[Call]]:
+        """Let the decoder run; the hidden states that it starts with, and the other arguments.
+
+        Raises:
+            UserError: the decoder computes with the hidden states between its blocks.
+        """
+        for in_tuple in dict.fromkeys((self.in_tuple, True)):
+            self.in_tuple, self.calls, self.hidden = in_tuple, [], None
+            with suppress(_LastBlock, _Changed):
+                run()
+            if self.hidden is not None and len(self.calls) == len(self.modules):
+                return self.hidden, self.calls
+        raise UserError(
+            "the decoder does more between its blocks than pass the hidden states on; "
+            "this architecture is not supported"
+        )
+
+
+class _Changed(Exception):
+    """A block was given other hidden states than the one before it has returned."""
+
+
 class _Recorder(nn.Module):
     """Stands for a block: keeps how it was called and passes the hidden states on."""
 
-    def __init__(self, calls: list[Call], *, last: bool) -> None:
+    def __init__(self, all_: _Recorders, last: bool) -> None:
         super().__init__()
-        self.calls = calls
-        self.hidden: list[Tensor] = []
-        self.last = last
+        self._all, self._last = all_, last
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden[:] = [hidden_states]
-        self.calls.append((args, kwargs))
-        if self.last:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        every = self._all
+        if every.hidden is None:
+            every.hidden = hidden_states
+        elif hidden_states is not every.hidden:
+            raise _Changed
+        every.calls.append((args, kwargs))
+        if self._last:
             raise _LastBlock
-        return hidden_states
+        return (hidden_states,) if every.in_tuple else hidden_states

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from svdserve.compression.errors import UserError
@@ -85,12 +86,21 @@ def task_scores(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
-    from svdserve.compression.building import load_tokenizer
+    from svdserve.compression.building import check_ids, load_tokenizer
 
+    class Checked(HFLM):  # type: ignore[misc]
+        """Refuses ids that the model does not know before torch looks for their rows."""
+
+        def tok_encode(self, *args: Any, **options: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(*args, **options)
+            check_ids(model_dir, model.config, torch.tensor(ids or [0]), ", ".join(tasks))
+            return ids
+
+    tokenizer = load_tokenizer(model_dir)
     model = load_model(model_dir, dtype, device)
-    wrapped = HFLM(
+    wrapped = Checked(
         pretrained=model,
-        tokenizer=load_tokenizer(model_dir),
+        tokenizer=tokenizer,
         batch_size=batch_size,
         device=device,
         softmax_dtype="float32",
@@ -101,6 +111,8 @@ def task_scores(
         found = simple_evaluate(
             wrapped, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=False
         )
+    except UserError:
+        raise
     except (KeyError, ValueError, FileNotFoundError) as error:
         raise UserError(f"lm-evaluation-harness: {str(error).strip() or repr(error)}") from None
     return TaskScores(

@@ -21,7 +21,7 @@ Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,7 @@ from vllm.model_executor.layers.linear import (
 
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors, other_channels
+from svdserve.compression.factors import Factors
 from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
 from svdserve.server.products import (
@@ -48,6 +48,7 @@ from svdserve.server.products import (
     product,
 )
 from svdserve.server.quantization import Part
+from svdserve.server.shares import Places, read_dense, read_factors
 
 logger = init_logger(__name__)
 
@@ -143,20 +144,17 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                         f"{tp_size} rank(s); the checkpoint belongs to another configuration"
                     )
 
-    def full_sizes(self, tp_size: int) -> list[int]:
-        """Rows of the whole weight of each linear of the layer."""
-        sizes: list[int] = []
-        local = iter(self.output_sizes)
-        for part in self.parts:
-            mine = list(islice(local, part.outputs))
-            spec = part.spec
-            sizes += spec.out_features if spec is not None else [m * tp_size for m in mine]
-        return sizes
-
     def plain_rows(self, layer: LinearBase, full: Sequence[int]) -> list[Tensor]:
-        """For each linear the rows that a TP rank holds where the model rearranges nothing."""
-        sizes = zip(full, self.output_sizes, strict=True)
-        return [_rows(torch.arange(rows), [rows], [size], layer, None) for rows, size in sizes]
+        """For each linear the rows that a TP rank holds where the model rearranges nothing.
+
+        A linear held by fewer shards than there are ranks (key and value heads, replicated layers)
+        is repeated on consecutive ranks, as QKVParallelLinear.weight_loader does.
+        """
+        found = []
+        for rows, size in zip(full, self.output_sizes, strict=True):
+            start = layer.tp_rank // (layer.tp_size * size // rows) * size
+            found.append(torch.arange(start, start + size))
+        return found
 
     def checkpoint_names(self) -> set[str]:
         """The tensors of the checkpoint that ``load`` reads."""
@@ -174,7 +172,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return None
         name = f"{self.parts[0].names[0]}.pivots"
         pivots = checkpoint.files.load([name])[name]
-        return _Places.of(pivots, spec.in_features, self.channels).order
+        return Places.of(pivots, spec.in_features, self.channels).order
 
     def load(
         self,
@@ -205,7 +203,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         bias = layer.bias if len(self.parts) == 1 else None
         local = iter(self.output_sizes)
-        maps = iter(self.row_map or [])
+        rows = iter(self._rows(layer, checkpoint, row_order))
         stored = StoredBytes()
         products: list[nn.Module] = []
         together = self._kernel(layer, self.parts) is not None
@@ -214,20 +212,20 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             ready: list[KernelPart] = []
             for part in batch:
                 sizes = list(islice(local, part.outputs))
-                mapped = list(islice(maps, part.outputs)) or None
+                mine = list(islice(rows, part.outputs))
                 whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
                 stored += StoredBytes(dense_equivalent=whole)
                 if part.spec is None:
-                    weight, scale = self._dense(layer, part, sizes, checkpoint, row_order, mapped)
+                    weight, scale = read_dense(checkpoint, part, mine, self.channels)
                     dense = product(layer, weight, scale, bias)
                     stored += StoredBytes(dense=dense.stored_bytes)
                     products.append(dense)
                     continue
-                factors = self._factors(layer, part, sizes, checkpoint, row_order, mapped)
+                factors, places = read_factors(checkpoint, part, mine, self.channels)
                 if kernel is not None:
                     ready.append(kernel_part(layer, factors, ordered_input))
                     continue
-                lowrank = self._lowrank(layer, factors, bias, ordered_input)
+                lowrank = self._lowrank(layer, factors, places, bias, ordered_input)
                 stored += StoredBytes(lowrank=lowrank.stored_bytes)
                 products.append(lowrank)
             if kernel is not None:
@@ -262,78 +260,62 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             columns += [part.spec.tensors()["factor_in"][1], part.spec.rank]
         return columns
 
-    def _factors(
-        self,
-        layer: LinearBase,
-        part: Part,
-        sizes: Sequence[int],
-        checkpoint: Checkpoint,
-        row_order: Tensor | None,
-        mapped: list[Tensor] | None,
-    ) -> Factors:
-        """A factored part, its pivots ascending; ``factor_out`` holds this rank's rows."""
-        assert part.spec is not None
-        factors = _ascending(checkpoint.factors(part.names[0]))
-        rows = part.spec.out_features, sizes, layer, row_order, mapped
-        scale = factors.factor_out_scale
-        return replace(
-            factors,
-            factor_out=_rows(factors.factor_out, *rows),
-            factor_out_scale=None if scale is None else _rows(scale, *rows),
-        )
+    def _rows(
+        self, layer: LinearBase, checkpoint: Checkpoint, order: Tensor | None
+    ) -> list[Tensor]:
+        """For each linear of the layer the rows (int64) of its weight that this rank computes.
 
-    def _dense(
-        self,
-        layer: LinearBase,
-        part: Part,
-        sizes: Sequence[int],
-        checkpoint: Checkpoint,
-        row_order: Tensor | None,
-        mapped: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """This rank's share of a dense part's weight, and the scales of its rows where int8."""
-        found: dict[str, list[Tensor]] = {suffix: [] for suffix in part.suffixes}
-        for index, (linear, size) in enumerate(zip(part.names, sizes, strict=True)):
-            mine = None if mapped is None else [mapped[index]]
-            for suffix, blocks in found.items():
-                name = f"{linear}.{suffix}"
-                if name not in checkpoint.files:
-                    raise UserError(
-                        f"{checkpoint.directory}: tensor {name} is missing; it is not factored "
-                        "either"
-                    )
-                tensor = checkpoint.files.load([name])[name]
-                copies = layer.tp_size * size // tensor.shape[0]
-                if copies < 1 or tensor.shape[1:] not in ((), (self.input_size,)):
-                    raise UserError(
-                        f"{checkpoint.directory}: {name} is {list(tensor.shape)}, expected "
-                        f"{[size * layer.tp_size, self.input_size]}"
-                    )
-                rows = [tensor.shape[0]]
-                blocks.append(_rows(tensor, rows, [size], layer, row_order, mine))
-        weight, *scale = (torch.cat(blocks) for blocks in found.values())
-        return weight[:, self.channels.start : self.channels.stop], scale[0] if scale else None
+        ``order`` rearranges the rank's rows of each linear.
+        """
+        rows = self.row_map or self.plain_rows(layer, self.full_sizes(layer, checkpoint))
+        return rows if order is None else [mine[order] for mine in rows]
+
+    def full_sizes(self, layer: LinearBase, checkpoint: Checkpoint) -> list[int]:
+        """Rows of the whole weight of each linear of the layer.
+
+        Raises:
+            UserError: a dense linear is missing or of another shape than the layer's.
+        """
+        sizes: list[int] = []
+        for part in self.parts:
+            if part.spec is not None:
+                sizes += part.spec.out_features
+                continue
+            for linear in part.names:
+                for suffix in part.suffixes:
+                    name, size = f"{linear}.{suffix}", self.output_sizes[len(sizes)]
+                    info = checkpoint.files.info.get(name)
+                    if info is None:
+                        raise UserError(
+                            f"{checkpoint.directory}: tensor {name} is missing; it is not factored "
+                            "either"
+                        )
+                    full = info.shape[0] if info.shape else 0
+                    fits = 0 < full <= size * layer.tp_size and full % size == 0
+                    if not fits or info.shape[1:] not in ((), (self.input_size,)):
+                        raise UserError(
+                            f"{checkpoint.directory}: {name} is {list(info.shape)}, expected "
+                            f"{[size * layer.tp_size, self.input_size]}"
+                        )
+                sizes.append(full)
+        return sizes
 
     def _lowrank(
         self,
         layer: LinearBase,
         factors: Factors,
+        places: Places,
         bias: nn.Parameter | None,
         ordered_input: bool,
     ) -> LowRankProduct:
-        """The products of factors whose ``factor_out`` holds this rank's rows."""
-        if factors.pivots is None:
-            columns, slots, order = self.channels, range(0), None
-        else:
-            places = _Places.of(factors.pivots, factors.in_features, self.channels)
-            columns, slots = places.columns, places.slots
-            order = None if ordered_input else places.order.to(layer.weight.device)
-        inner = factors.factor_in[:, columns.start : columns.stop]
+        """The products of this rank's share of the factors."""
+        gathers = factors.pivots is not None and not ordered_input
+        inner, scale = factors.factor_in, factors.factor_in_scale
         return LowRankProduct(
-            inner=product(layer, inner, factors.factor_in_scale) if inner.shape[1] else None,
+            inner=product(layer, inner, scale) if inner.shape[1] else None,
             outer=product(layer, factors.factor_out, factors.factor_out_scale, bias),
-            order=order,
-            slots=slots,
+            order=places.order.to(layer.weight.device) if gathers else None,
+            slots=places.slots,
             reduce=self.reduces_rank,
         )
 
@@ -351,73 +333,3 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return self._product(x, bias)
         y = torch.cat([product(x) for product in layer.products], dim=-1)
         return y if bias is None else y.add_(bias)
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where a rank's input channels stand in the interpolative layout.
-
-    Attributes:
-        slots: of its pivots among all pivots, that is in z.
-        columns: of its other channels among all others, that is in Z.
-        order: its channels, counted from its first one: pivots, then the others; int64.
-    """
-
-    slots: range
-    columns: range
-    order: Tensor
-
-    @classmethod
-    def of(cls, pivots: Tensor, in_features: int, channels: range) -> "_Places":
-        pivots = pivots.long().sort().values
-        rest = other_channels(pivots, in_features)
-        slots, columns = _within(pivots, channels), _within(rest, channels)
-        mine = pivots[slots.start : slots.stop], rest[columns.start : columns.stop]
-        return cls(slots, columns, torch.cat(mine) - channels.start)
-
-
-def _rows(
-    weight: Tensor,
-    full: Sequence[int],
-    local: Sequence[int],
-    layer: LinearBase,
-    order: Tensor | None,
-    mapped: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """The rank's rows of a stacked weight: of each member, ``local`` of its ``full`` rows.
-
-    A member held by fewer shards than there are ranks (key and value heads, replicated layers) is
-    repeated on consecutive ranks, as QKVParallelLinear.weight_loader does. ``mapped`` names
-    other rows of each member, where the model rearranges them (twin.py). ``order`` rearranges the
-    rank's rows of each member.
-    """
-    blocks = []
-    members = zip(torch.split(weight, list(full)), full, local, strict=True)
-    for index, (block, rows, size) in enumerate(members):
-        copies = layer.tp_size * size // rows
-        start = layer.tp_rank // copies * size
-        mine = block[start : start + size] if mapped is None else block[mapped[index]]
-        blocks.append(mine if order is None else mine[order])
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def _within(ascending: Tensor, channels: range) -> range:
-    """The positions in an ascending list of channels that fall into ``channels``."""
-    bounds = torch.tensor([channels.start, channels.stop])
-    start, stop = torch.searchsorted(ascending, bounds).tolist()
-    return range(start, stop)
-
-
-def _ascending(factors: Factors) -> Factors:
-    """The same weight with its pivots sorted, so that each rank's are contiguous in z."""
-    if factors.pivots is None or bool((factors.pivots.diff() > 0).all()):
-        return factors
-    pivots, order = factors.pivots.sort()
-    scale = factors.factor_in_scale
-    return replace(
-        factors,
-        factor_in=factors.factor_in[order],
-        factor_out=factors.factor_out[:, order],
-        pivots=pivots,
-        factor_in_scale=None if scale is None else scale[order],
-    )

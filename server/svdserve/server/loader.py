@@ -32,7 +32,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
-from svdserve.compression.checkpoint import Checkpoint, check_finite, open_checkpoint
+from svdserve.compression.checkpoint import Checkpoint, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import QUANT_METHOD
 from svdserve.server.gated_mlp import join_layers
@@ -55,11 +55,13 @@ class LoadReport:
         seconds: from the first check of the files to the last packed weight.
         layers: factored vLLM layers; none of a dense model.
         stored: bytes of weights on this rank, in the dtype that is served.
+        read: bytes of factored layers that this rank has read from the files.
     """
 
     seconds: float
     layers: int
     stored: StoredBytes
+    read: int = 0
     checks: tuple[LayerCheck, ...] = ()
     """Of every factored layer, where ``svdserve verify`` asked for them."""
 
@@ -140,10 +142,11 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
             )
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
+        read = self._checkpoint.files.bytes_read if layers else 0
         checks: tuple[LayerCheck, ...] = ()
         if layers and wanted():
             checks = tuple(verify_layers(model, vllm_config, self._checkpoint, prefix))
-        _reports[model] = LoadReport(seconds, layers, self._stored, checks)
+        _reports[model] = LoadReport(seconds, layers, self._stored, read, checks)
         if layers:
             logger.info(
                 "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
@@ -205,7 +208,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
             if isinstance(method, LowRankLinearMethod):
                 kind = kind_of(name, method)
                 if kind not in known:
-                    known[kind] = twin.row_map(name, method)
+                    known[kind] = twin.row_map(name, method, self._checkpoint)
                 method.row_map = known[kind]
 
     def get_all_weights(
@@ -221,7 +224,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
-        """Download where needed, then check the directory and the values of the factors."""
+        """Download where needed, then check the directory; values are checked as they are read."""
         model, revision = model_config.model, model_config.revision
         directory, *_ = self._prepare_weights(model, None, revision, False, None)
         if not (Path(directory) / "config.json").exists():
@@ -230,9 +233,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
             cache = self.load_config.download_dir
             hf_hub_download(model, "config.json", revision=revision, cache_dir=cache)
-        checkpoint = open_checkpoint(Path(directory))
-        check_finite(checkpoint)
-        return checkpoint
+        return open_checkpoint(Path(directory))
 
 
 def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:

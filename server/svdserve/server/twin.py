@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.server.linear import LowRankLinearMethod
 
@@ -67,7 +68,9 @@ class Twin:
                 raise UserError(self._refusal(name, "its code loads other tensors into it"))
             return weight.detach().clone()
 
-    def row_map(self, name: str, method: LowRankLinearMethod) -> list[Tensor] | None:
+    def row_map(
+        self, name: str, method: LowRankLinearMethod, checkpoint: Checkpoint
+    ) -> list[Tensor] | None:
         """For each linear of a layer the rows of its weight that this TP rank holds, in order.
 
         None where they are those that the layer takes by itself.
@@ -77,7 +80,7 @@ class Twin:
         """
         layer = self.model.get_submodule(name)
         assert isinstance(layer, LinearBase)
-        sizes = method.full_sizes(layer.tp_size)
+        sizes = method.full_sizes(layer, checkpoint)
         names = [linear for part in method.parts for linear in part.linears]
         columns, start, probes = method.input_size, 0, {}
         for linear, rows in zip(names, sizes, strict=True):
