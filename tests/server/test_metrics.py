@@ -3,18 +3,25 @@
 The real server of the last tests has two API servers and two tensor-parallel workers.
 """
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    generate_latest,
+    multiprocess,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from safetensors.torch import load_file
@@ -24,6 +31,7 @@ from files import file_bytes
 from models import save_model
 from ports import free_port
 from svdserve.compression.errors import UserError
+from svdserve.server import metrics
 from svdserve.server.launch import running
 from svdserve.server.metrics import TokenRate, model_facts, resident_bytes
 from traffic import complete
@@ -76,6 +84,60 @@ def test_resident_bytes_skips_processes_that_ended() -> None:
     statm = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     assert list(found) == ["here"]
     assert found["here"] == pytest.approx(statm, rel=0.1)
+
+
+def test_watching_outlives_what_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker ends and, after very many failures, another takes its role; the rates go on."""
+    monkeypatch.setattr(metrics, "_LONGEST_WAIT", 0.0)
+    counters = CollectorRegistry()
+    generated = Counter("vllm:generation_tokens", "-", registry=counters)
+    facts = model_facts(save_model("llama", tmp_path))
+    sleep = [sys.executable, "-c", "input()"]
+    workers = [subprocess.Popen(sleep, stdin=subprocess.PIPE)]
+    attempts = 0
+
+    def resident() -> dict[str, int]:
+        nonlocal attempts
+        attempts += 1
+        return {"worker_0": psutil.Process(workers[-1].pid).memory_info().rss}
+
+    def value(name: str, **labels: str) -> float | None:
+        return REGISTRY.get_sample_value(f"svdserve_{name}", {"model_name": "m", **labels})
+
+    async def until(condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        watched = metrics.ServerMetrics("m", facts, resident, [], counters)
+        task = asyncio.create_task(watched.watch(0.0))
+        await until(lambda: value("process_resident_bytes", process="worker_0"))
+        workers[-1].communicate()
+        tried = attempts
+        # A wait that doubles without bound is no floating point number after 1,024 failures.
+        await until(lambda: attempts > tried + 1100 or task.done())
+        generated.inc(1000)
+        await until(lambda: value("generation_tokens_per_second") or task.done())
+        workers.append(subprocess.Popen(sleep, stdin=subprocess.PIPE))
+        tried = attempts
+        await until(lambda: attempts > tried + 2 or task.done())
+        known = psutil.Process(workers[-1].pid).memory_info().rss
+        assert value("process_resident_bytes", process="worker_0") == pytest.approx(known, rel=0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        for worker in workers:
+            worker.communicate()
+    (record,) = [r for r in caplog.records if r.name.endswith("metrics")]  # of more than a thousand
+    assert record.exc_info
+    assert record.exc_info[0] is psutil.NoSuchProcess
 
 
 # One API server with vLLM's two counters; it lives until the test has read the files.

@@ -10,6 +10,7 @@ A gauge keeps its last value, so ``watch`` sets the moving ones every second: id
 
 import asyncio
 import logging
+import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -191,7 +192,12 @@ class ServerMetrics:
                 gauge.labels(self._name, str(rank)).set(value)
 
     def update(self, seconds: float) -> None:
-        """Set the moving gauges; ``seconds`` is a monotonic clock."""
+        """Set the token rates and the memory; ``seconds`` is a monotonic clock."""
+        self.update_rates(seconds)
+        self.update_memory()
+
+    def update_rates(self, seconds: float) -> None:
+        """Set the gauges of tokens per second."""
         totals = dict.fromkeys(_COUNTERS, 0.0)
         for metric in self._counters.collect():
             for sample in metric.samples:
@@ -200,27 +206,38 @@ class ServerMetrics:
                         totals[kind] += sample.value
         for kind, rate in self._rates.items():
             self._tokens_per_second[kind].labels(self._name).set(rate.add(seconds, totals[kind]))
+
+    def update_memory(self) -> None:
+        """Set the gauges of what the processes hold and what is left."""
         for process, resident in self._processes().items():
             self._resident.labels(self._name, process).set(resident)
         self._available.labels(self._name).set(available_bytes())
 
     async def watch(self, period: float = 1.0) -> None:
-        """Update for ever, every ``period`` seconds.
+        """Update for ever, every ``period`` seconds; it ends only when it is cancelled.
 
-        A failure is logged, once until an update succeeds again, and the next update is tried
-        after a wait that doubles up to a minute.
+        What fails is logged once for each kind of failure and tried again after a wait that doubles
+        up to a minute. Rates and memory are read apart, so that one goes on without the other.
         """
         clock = asyncio.get_running_loop().time
-        failures = 0
-        while True:
-            try:
-                self.update(clock())
-                failures = 0
-            except Exception:
-                if not failures:
-                    logger.exception("The svdserve gauges could not be updated; trying again")
-                failures += 1
-            await asyncio.sleep(min(period * 2**failures, max(period, _LONGEST_WAIT)))
+        readings = (lambda: self.update_rates(clock()), self.update_memory)
+        await asyncio.gather(*(_repeat(reading, period) for reading in readings))
+
+
+async def _repeat(reading: Callable[[], None], period: float) -> None:
+    told, wait = set[tuple[type[Exception], str]](), period
+    while True:
+        try:
+            reading()
+            wait = period
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            kind = type(error), f"{where.filename}:{where.lineno}"
+            if kind not in told:
+                told.add(kind)
+                logger.exception("The svdserve gauges could not be updated; trying again")
+            wait = max(period, min(2 * wait, _LONGEST_WAIT))
+        await asyncio.sleep(wait)
 
 
 def resident_bytes(pids: dict[str, int]) -> dict[str, int]:
