@@ -9,8 +9,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from models import save_model
-from svdserve.compression.card import add_results, hub_name
+from svdserve.compression.card import add_results
 from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
+from svdserve.compression.hub import hub_name
 from svdserve.compression.integrity import SUMS_FILE, verify
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Refinement, Run, make_recipe

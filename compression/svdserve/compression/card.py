@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from yaml import YAMLError
 
-from svdserve.compression.checkpoint import Checkpoint, is_checkpoint
+from svdserve.compression.checkpoint import LOG_FILE, Checkpoint, is_checkpoint
 from svdserve.compression.files import write_text
+from svdserve.compression.hub import as_hub_name, hub_name
 from svdserve.compression.methods import get_method
+from svdserve.compression.progress import read_log
 from svdserve.compression.recipe import Recipe, dump_recipe
 from svdserve.compression.workdir import parameters_of
 
@@ -20,14 +20,6 @@ CARD_FILE = "README.md"
 _RESULTS, _NEXT = "## Results", "## Recipe"
 _MIB = 2**20
 _TERMS = ("license", "license_name", "license_link", "language")
-
-
-def hub_name(directory: Path) -> str | None:
-    """The name on the Hub of a model whose directory is a snapshot in the Hub's cache."""
-    snapshots = directory.resolve().parent
-    if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
-        return None
-    return _as_hub_name(snapshots.parent.name.removeprefix("models--").replace("--", "/"))
 
 
 def model_card(checkpoint: Checkpoint, recipe: Recipe, source: Path) -> str:
@@ -57,7 +49,7 @@ The weights of {len(modules)} linear modules are stored as low-rank factors
 ([{method.title}]({method.paper})): {stored:,} parameters instead of {dense:,}
 ({stored / max(dense, 1):.3f}). All weights of the model take {now / _MIB:,.1f} MiB instead of
 {before / _MIB:,.1f} MiB. Embeddings, norms and the head are as they were.{_int8(recipe)}\
-{_training(recipe)}
+{_training(recipe)}{_reordered(checkpoint)}
 
 ## Use
 
@@ -124,15 +116,7 @@ def _hub_names(value: Any) -> str | list[str] | None:
     """Names with their owners; a card that a trainer wrote may name a folder instead."""
     if isinstance(value, list):
         return [name for item in value if (name := _hub_names(item)) and isinstance(name, str)]
-    return name if (name := _as_hub_name(value)) is not None and "/" in name else None
-
-
-def _as_hub_name(value: Any) -> str | None:
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return None
-    return str(value)
+    return name if (name := as_hub_name(value)) is not None and "/" in name else None
 
 
 def _language(value: Any) -> str | None:
@@ -146,6 +130,17 @@ def _int8(recipe: Recipe) -> str:
     return (
         "\nThe linears of the blocks, factored or dense, are stored in int8 with one float32 scale"
         "\nfor each row; vLLM multiplies them with int8 activations."
+    )
+
+
+def _reordered(checkpoint: Checkpoint) -> str:
+    """That another run of the recipe ends in other last digits, where the log tells so."""
+    events = read_log(checkpoint.directory / LOG_FILE)
+    if not any(event.get("event") == "resumed_anyway" for event in events):
+        return ""
+    return (
+        "\nThe job was resumed with another device, batch size, number of threads or version of"
+        "\ntorch (`--resume-anyway`), so the recipe gives these factors up to rounding only."
     )
 
 

@@ -11,18 +11,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from svdserve.compression.calibration import calibration_digests
 from svdserve.compression.card import add_results
 from svdserve.compression.checkpoint import TensorFiles, read_json
-from svdserve.compression.errors import UserError
+from svdserve.compression.errors import UserError, explain
 from svdserve.compression.evaluate import Perplexity, perplexity
-from svdserve.compression.files import exclusive, make_folder, write_json
-from svdserve.compression.hub import resolve_model
+from svdserve.compression.files import (
+    check_folder,
+    check_output,
+    exclusive,
+    remove_temporaries,
+    write_json,
+)
+from svdserve.compression.hub import model_name, resolve_model
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.job import compress
+from svdserve.compression.machine import usable_device
 from svdserve.compression.plotting import new_figure, save_figure
 from svdserve.compression.recipe import Recipe, Run
 from svdserve.compression.tasks import TaskScores, task_scores
@@ -43,10 +50,14 @@ class Evaluation(BaseModel):
     max_chunks: int | None = None
     device: str = "cpu"
 
+    @property
+    def files(self) -> list[Path]:
+        """Texts and local tasks."""
+        return [file for file in (*self.texts, *map(Path, self.tasks)) if file.is_file()]
+
     def key(self, recipe: Recipe | None) -> str:
         """Changes with everything that a record of this evaluation depends on."""
-        files = [f for f in (*self.texts, *map(Path, self.tasks)) if f.is_file()]
-        digests = [file_sha256(file) for file in files]
+        digests = [file_sha256(file) for file in self.files]
         settings = self.model_dump(mode="json"), recipe and recipe.model_dump(mode="json"), digests
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -116,16 +127,20 @@ def compare(
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
     directory = resolve_model(model)
-    if work.resolve() == directory.resolve():
-        raise UserError(f"{work}: is the dense model; give another folder for --work")
+    usable_device(evaluation.device)
+    texts = {text for recipe in recipes.values() for text in recipe.text_files}
+    outputs = {checkpoint_of(work, name, keep) for name in recipes for keep in keeps}
+    for out in outputs:
+        check_output(out, [directory, *evaluation.files, *texts])
     run = (run or Run()).model_copy(update={"cache": work / "teacher", "resume": True})
-    make_folder(work)
-    with exclusive(work):
-        return _compare(model, directory, work, recipes, keeps, evaluation, run)
+    check_folder(work)
+    with exclusive(work / "compare"):
+        for folder in (work, *outputs):
+            remove_temporaries(folder)
+        return _compare(directory, work, recipes, keeps, evaluation, run)
 
 
 def _compare(
-    model: str,
     directory: Path,
     work: Path,
     recipes: Mapping[str, Recipe],
@@ -141,11 +156,11 @@ def _compare(
             if recipe.keeps_all:
                 continue  # the dense model, which has its row
             out = checkpoint_of(work, name, keep)
-            compress(model, out, recipe, run)
+            compress(str(directory), out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
-            beside = Comparison(model=directory.name, cells=[cells[0], cells[-1]])
+            beside = Comparison(model=model_name(directory), cells=[cells[0], cells[-1]])
             add_results(out, markdown(beside))
-    return Comparison(model=directory.name, inputs=inputs, cells=cells)
+    return Comparison(model=model_name(directory), inputs=inputs, cells=cells)
 
 
 def _same_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> dict[str, str]:
@@ -193,9 +208,12 @@ def _cell(
     record = out.with_name(f"{out.name}.json")
     key = evaluation.key(recipe)
     if record.exists():
-        kept = json.loads(record.read_text())
-        if kept["key"] == key:
-            return Cell.model_validate(kept["cell"])
+        kept = read_json(record)
+        if kept.get("key") == key:
+            try:
+                return Cell.model_validate(kept.get("cell"))
+            except ValidationError as error:
+                raise UserError(f"{record}: {explain(error)}; remove it") from None
     cell = Cell(
         name=name,
         keep=keep,

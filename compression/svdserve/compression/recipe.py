@@ -170,7 +170,9 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "cpu"
-    threads: PositiveInt | None = Field(default=None, description="CPU threads; default all")
+    threads: PositiveInt | None = Field(
+        default=None, le=4_096, description="CPU threads; default all"
+    )
     batch_size: PositiveInt = Field(default=1, description="sequences per forward step")
     offload: Path | None = Field(default=None, description="folder for the hidden streams")
     cache: Path | None = Field(
@@ -222,16 +224,17 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
             return {}
         path = _NAMED / f"{recipe}.yaml"
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         named = ", ".join(recipe_names())
         raise UserError(
             f"recipe {recipe}: {error.strerror}; give a YAML file or one of: {named}"
         ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"recipe {recipe}: must map field names to values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers too
+        first = " ".join(str(error).split())
+        raise UserError(f"recipe {recipe}: not YAML ({first}); give a YAML file") from None
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise UserError(f"recipe {recipe}: must map field names to values, as in keep: 0.8")
     return fields
 
 

@@ -105,6 +105,16 @@ def _require_same_model(teacher: Path, student: Path) -> None:
                 f"{teacher}: {name} is {dense.get(name)!r}, and {small.get(name)!r} in {student}; "
                 "give the dense model that this checkpoint was made of"
             )
+    # Compression leaves vectors as they are, such as those of norms; other training moves them.
+    ours, theirs = TensorFiles(student), TensorFiles(teacher)
+    both = [name for name, info in ours.info.items() if len(info.shape) == 1 and name in theirs]
+    stored, given = ours.load(both), theirs.load(both)
+    for name in both:
+        if not torch.equal(stored[name], given[name].to(stored[name].dtype)):
+            raise UserError(
+                f"{teacher}: {name} is another one than in {student}; give the dense model that "
+                "this checkpoint was made of"
+            )
 
 
 class _Refiner:
@@ -208,6 +218,7 @@ class _Refiner:
     def _publish(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The student's directory with the best factors in it."""
         final, source = self.work.final(), self.student
+        # Hidden: .git and .cache of who fetched it, which are no part of the checkpoint.
         others = shutil.ignore_patterns("*.safetensors", ".*")
         shutil.copytree(
             source, final, dirs_exist_ok=True, ignore=others, copy_function=shutil.copyfile
@@ -219,10 +230,10 @@ class _Refiner:
         recipe = config["quantization_config"].setdefault("recipe", {})
         recipe["refinement"] = self.settings.model_dump(mode="json")
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if self.config.recipe:
-            self._describe(make_recipe(**recipe), final)
         for change in self.work.reordered:
             log_event(final / LOG_FILE, "resumed_anyway", **change)
+        if self.config.recipe:
+            self._describe(make_recipe(**recipe), final)
         with (final / LOG_FILE).open("a") as log:
             log.write((self.work.path / LOG).read_text())
         self.work.publish(final, facts)

@@ -80,9 +80,7 @@ def task_scores(
         UserError: no such model, file or task, a bad line, or the harness is not installed.
     """
     started = time.perf_counter()
-    files = {Path(task).stem: Path(task) for task in tasks if task.endswith(".jsonl")}
-    for file in files.values():
-        _check(file)
+    files = check_tasks(tasks, limit)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -134,6 +132,26 @@ def task_scores(
     )
 
 
+def check_tasks(tasks: Sequence[str], limit: int | None = None) -> dict[str, Path]:
+    """Check what can be checked of tasks before a model is loaded.
+
+    Returns:
+        The local files by the names of their tasks.
+
+    Raises:
+        UserError: no such file, a bad line, two files of one name, or no item to take.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give at least 1, or leave it out for all")
+    files: dict[str, Path] = {}
+    for file in (Path(task) for task in tasks if task.endswith(".jsonl")):
+        if file.stem in files:
+            raise UserError(f"{file}: another task is called {file.stem}, too; rename one")
+        files[file.stem] = file
+        _check(file)
+    return files
+
+
 def _local(name: str, file: Path) -> dict[str, Any]:
     """The harness's configuration of a JSONL file."""
     metrics = [
@@ -161,8 +179,11 @@ def _check(file: Path) -> None:
     for number, line in enumerate(lines, start=1):
         try:
             item = json.loads(line)
-            good = isinstance(item["context"], str) and item["choices"][item["gold"]]
-        except (ValueError, KeyError, IndexError, TypeError):
+            context, choices, gold = item["context"], item["choices"], item["gold"]
+            words = [context, *choices] if isinstance(choices, list) else [None]
+            good = all(isinstance(word, str) for word in words) and 0 <= gold < len(choices)
+            good = good and isinstance(gold, int) and not isinstance(gold, bool)
+        except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
             raise UserError(

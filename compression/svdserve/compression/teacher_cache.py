@@ -3,10 +3,15 @@
 Methods, keep ratios, layouts and allocators that are compared on one model share its gradients at
 the block boundaries, its profile, and the statistics of its inputs and gradients. The statistics of
 the student, and of the teacher beside it, do not keep: they are those of one student.
+
+Several processes may share a cache. One sweeps the teacher while the others wait for its files;
+statistics may be taken twice at the same time, to the same bytes.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdserve.compression.files import exclusive, remove_temporaries
 from svdserve.compression.skeleton import Group, Skeleton
 from svdserve.compression.statistics import OF_TEACHER, Statistic, Statistics
 from svdserve.compression.workdir import save_tensors
@@ -35,6 +41,15 @@ def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[
     return folder
 
 
+@contextmanager
+def sweeping(folder: Path) -> Iterator[None]:
+    """While inside, no other process carries gradients through the teacher into this folder."""
+    with exclusive(folder / "sweep", wait=True):
+        for kind in ("gradient", "hidden", "profile"):
+            remove_temporaries(folder, f"{kind}-*")
+        yield
+
+
 class TeacherStatistics:
     """Finished statistics of the teacher, one file for each group of each block.
 
@@ -50,6 +65,8 @@ class TeacherStatistics:
     def __init__(self, folder: Path, skeleton: Skeleton, wanted: frozenset[Statistic]) -> None:
         assert wanted <= OF_TEACHER
         self._folder, self._wanted = folder, wanted
+        with self._writing():
+            remove_temporaries(folder, "statistics-*")
         self.ready = all(
             self._file(index, group).exists()
             for index, groups in enumerate(skeleton.groups)
@@ -69,4 +86,8 @@ class TeacherStatistics:
             name: getattr(statistics, name).cpu().contiguous() for name in self._wanted
         }
         tensors["tokens"] = torch.tensor(statistics.tokens)
-        save_tensors(tensors, self._file(block, group))
+        with self._writing():
+            save_tensors(tensors, self._file(block, group))
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return exclusive(self._folder / "statistics", wait=True)

@@ -37,7 +37,9 @@ class Training(BaseModel):
 
     epochs: PositiveInt = Field(default=3, description="passes over the sequences")
     batch_size: PositiveInt = Field(default=2, description="sequences of a step")
-    learning_rate: PositiveFloat = Field(default=1e-4, description="AdamW's peak, then a cosine")
+    learning_rate: PositiveFloat = Field(
+        default=1e-4, allow_inf_nan=False, description="AdamW's peak, then a cosine"
+    )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the sequences")
     evaluations: PositiveInt = Field(default=8, description="times that held-out loss is measured")

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from svdserve.compression.errors import UserError
+from svdserve.compression.files import reason
 from svdserve.compression.permissions import links_allowed
 
 MAX_JSON_BYTES = 100_000_000  # the limit of safetensors for its header
@@ -57,7 +58,7 @@ def check_entry(path: Path, directory: Path) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); repair or remove it") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise UserError(f"{path}: is neither a file nor a folder; remove it")
 
@@ -84,18 +85,17 @@ def read_json(path: Path) -> dict[str, Any]:
     check_entry(path, path.parent)
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_JSON_BYTES // 10**6} MB")
+            limit = MAX_JSON_BYTES // 10**6
+            raise UserError(f"{path}: is larger than {limit} MB; give the model's own file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+        raise UserError(
+            f"{path}: cannot be read ({reason(error)}); give a model directory that you may read"
+        ) from None
     except (ValueError, RecursionError) as error:  # numbers may be too long, lists too deep
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
+        raise UserError(f"{path}: must hold a JSON object; copy it again")
     return value
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

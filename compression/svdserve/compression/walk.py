@@ -12,6 +12,7 @@ runs there is nothing to wait for, and the teacher's block runs once for all its
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.factors import Factors
+from svdserve.compression.files import reserve
 from svdserve.compression.gradients import BoundaryGradients, back_through
 from svdserve.compression.machine import Precision, forward_precision
 from svdserve.compression.measure import Measured, measured_rows
@@ -71,18 +73,21 @@ class Streams:
         shape = (self.rows, self.length, width)
         if self._folder is None:
             return torch.empty(shape, dtype=self._dtype)
-        path = self._folder / f"{name}.bin"
-        path.unlink(missing_ok=True)
+        # Without a name once it is open: a kill leaves nothing, and no other job can meet it.
+        descriptor, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".bin", dir=self._folder)
         size = self.rows * self.length * width
-        with path.open("wb") as file:
-            # A sparse file would end the process with SIGBUS where the disk is full.
-            _reserve(file.fileno(), size * self._dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=size, dtype=self._dtype).view(shape)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                # A sparse file would end the process with SIGBUS where the disk is full.
+                reserve(file, size * self._dtype.itemsize)
+            stream = torch.from_file(path, shared=True, size=size, dtype=self._dtype)
+        finally:
+            os.unlink(path)
+        return stream.view(shape)
 
     def drop(self, *names: str) -> None:
         for name in names:
-            if self._tensors.pop(name, None) is not None and self._folder is not None:
-                (self._folder / f"{name}.bin").unlink()
+            self._tensors.pop(name, None)
 
 
 class Walk:
@@ -385,14 +390,6 @@ class BlockPass:
         """The first linear of a group, dense or factored."""
         parent = next(g.parent for g in self.groups if g.name == group)
         return block.get_submodule(parent).get_submodule(GROUPS[group][0])
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Give a file its bytes on the disk; only its length where the system cannot (macOS)."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.ftruncate(descriptor, nbytes)
 
 
 def _share_copy(block: nn.Module) -> nn.Module:

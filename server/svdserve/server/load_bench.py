@@ -29,6 +29,7 @@ from rich.progress import track
 from svdserve.compression.errors import UserError
 from svdserve.compression.machine import Machine, this_machine
 from svdserve.server.cpu_install import work_around
+from svdserve.server.faults import EngineDied
 from svdserve.server.ideal import StepWork, model_work
 from svdserve.server.launch import SERVE, Server, running
 from svdserve.server.metrics import ModelFacts, model_facts
@@ -258,7 +259,7 @@ def _started(
     """A server that has answered with its first token; notes how long that took."""
     flags = [
         *("--dtype", options.dtype),
-        *("--served-model-name", target.directory.name),
+        *("--served-model-name", target.name),
         *("--max-model-len", str(options.max_len)),
         *("--max-num-seqs", str(max(options.concurrency))),
         *("--kv-cache-memory-bytes", str(options.kv_cache_bytes)),
@@ -270,7 +271,7 @@ def _started(
     serving = running(target.directory, DEFAULT_HOST, port, log, flags, command=target.command)
     with serving as server:
         result.ready_seconds.append(time.perf_counter() - server.started)
-        _first_token(server.url, target.directory.name)
+        _first_token(server.url, target.name)
         result.first_token_seconds.append(time.perf_counter() - server.started)
         yield server
 
@@ -323,6 +324,6 @@ def _loaded(
     with contextlib.redirect_stdout(None):
         found: dict[str, Any] = asyncio.run(main_async(arguments))
     if found["completed"] != requests:
-        raise RuntimeError(f"{server.url} answered {found['completed']} of {requests} requests")
+        raise EngineDied(f"{server.url} answered {found['completed']} of {requests} requests")
     names = [f"{s}_{latency}_ms" for latency in LATENCIES for s in STATISTICS]
     return {THROUGHPUT: found["output_throughput"], **{name: found[name] for name in names}}

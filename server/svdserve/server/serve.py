@@ -23,7 +23,7 @@ from svdserve.compression.checkpoint import (
     read_json,
 )
 from svdserve.compression.errors import UserError
-from svdserve.compression.hub import resolve_model
+from svdserve.compression.hub import model_name, resolve_model
 from svdserve.server import security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
@@ -62,12 +62,12 @@ def serve(
         UserError: no such model, a malformed checkpoint, no key in the file of keys, a port that is
             taken, more memory than there is, or an engine that did not start.
     """
-    name, directory = directory, str(resolve_model(directory))
+    given, directory = directory, str(resolve_model(directory))
     if not check_model(Path(directory)):
-        print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
+        print(f"{given} is not compressed by svdserve: serving it dense", file=sys.stderr)
     options, extra_args = take_keys(options or SecurityOptions.from_environment(), extra_args)
     keys = ApiKeys(options.api_keys, options.api_keys_file)
-    arguments = server_arguments(directory, extra_args, guarded=keys.required, name=name)
+    arguments = server_arguments(directory, extra_args, guarded=keys.required)
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
@@ -162,14 +162,13 @@ def take_keys(
 
 
 def server_arguments(
-    directory: str, extra_args: Sequence[str], *, guarded: bool = False, name: str | None = None
+    directory: str, extra_args: Sequence[str], *, guarded: bool = False
 ) -> list[str]:
     """The user's flags with our middleware, and with our defaults for those that are absent.
 
     Args:
         directory: that check_model has passed.
         extra_args: flags of `vllm serve`.
-        name: that the user gave, where it is a Hub name.
         guarded: whether requests need a key; if not, listening to other machines is warned of.
 
     Raises:
@@ -201,12 +200,8 @@ def server_arguments(
                 file=sys.stderr,
             )
     if given.served_model_name is None:
-        # vLLM would tell clients the directory as it was typed.
-        hub = name is not None and not Path(name).is_dir()
-        arguments += [
-            "--served-model-name",
-            name if hub and name else Path(directory).resolve().name,
-        ]
+        # vLLM would tell clients the directory as it was typed, or the folder of the Hub's cache.
+        arguments += ["--served-model-name", model_name(directory)]
     if given.shutdown_timeout is None:
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:

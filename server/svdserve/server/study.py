@@ -1,9 +1,10 @@
 """The commands for whoever studies a method: refine, eval, compare. cli.py registers them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from svdserve.compression.evaluate import Perplexity
     from svdserve.compression.report import RefineReport, Report
     from svdserve.compression.tasks import TaskScores
+
+Result = TypeVar("Result", bound=BaseModel)
 
 
 def refine(
@@ -124,11 +127,14 @@ def evaluate(
     from svdserve.compression.evaluate import perplexity
     from svdserve.compression.files import check_result_files
     from svdserve.compression.hub import resolve_model
-    from svdserve.compression.tasks import task_scores
+    from svdserve.compression.machine import usable_device
+    from svdserve.compression.tasks import check_tasks, task_scores
 
     if text is None and not tasks:
         raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
+    check_tasks(tasks or (), limit)
     check_result_files([json_file], [] if text is None else [text])
+    usable_device(device or "cpu")
     directories = [resolve_model(model) for model in models]
     common = {"batch_size": batch_size, "dtype": dtype, "device": device}
     given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
@@ -136,16 +142,23 @@ def evaluate(
     results = []
     if text is not None:
         options_of_text: dict[str, Any] = {"max_chunks": max_chunks, **chunks, **given}
-        results = [perplexity(one, text, **options_of_text) for one in directories]
+        found = (perplexity(one, text, **options_of_text) for one in directories)
+        results = [_called(name, result) for name, result in zip(models, found, strict=True)]
     scores = []
     if tasks:
-        scores = [task_scores(one, tasks, limit=limit, **given) for one in directories]
+        measured = (task_scores(one, tasks, limit=limit, **given) for one in directories)
+        scores = [_called(name, result) for name, result in zip(models, measured, strict=True)]
     if json_file is not None:
         write_json(json_file, [result.model_dump(mode="json") for result in (*results, *scores)])
     if results:
         _print_perplexity(results)
     if scores:
         _print_scores(scores)
+
+
+def _called(name: str, result: Result) -> Result:
+    """A result under the name that the user gave, which may be one of the Hub."""
+    return result.model_copy(update={"model": name})
 
 
 def _print_perplexity(results: list["Perplexity"]) -> None:
@@ -221,9 +234,11 @@ def compare(
     from svdserve.compression.compare import compare as run_comparison
     from svdserve.compression.files import check_result_files, write_text
     from svdserve.compression.methods import get_method
+    from svdserve.compression.plotting import check_figure
     from svdserve.compression.recipe import load_recipe, make_recipe, make_run
 
     check_result_files([json_file, table_file, plot_file], texts or ())
+    check_figure(plot_file)
     same = {"calibration": calibration, "tokens": tokens, "seq_len": seq_len}
     given: dict[str, Any] = {name: value for name, value in same.items() if value is not None}
     files = recipes or ([] if methods else ["default"])
@@ -257,11 +272,13 @@ def bench_served(
     models: list[Path], given: dict[str, Any], json_file: Path | None, plot_file: Path | None
 ) -> None:
     """`svdserve bench --served`, with the options of LoadOptions that ``given`` holds."""
+    from svdserve.compression.hub import model_name
     from svdserve.server.load_bench import LoadOptions, Target, run_load
     from svdserve.server.load_report import markdown, plot
 
     chosen = {name: given[name] for name in LoadOptions.model_fields if name in given}
-    result = run_load([Target(model.name, model) for model in models], LoadOptions(**chosen))
+    targets = [Target(model_name(model).rpartition("/")[2], model) for model in models]
+    result = run_load(targets, LoadOptions(**chosen))
     if json_file is not None:
         write_json(json_file, result.model_dump(mode="json"))
     if plot_file is not None:
