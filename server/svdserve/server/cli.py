@@ -78,6 +78,18 @@ class _Command(TyperCommand):
         super().format_help(ctx, formatter)
 
 
+class _ServeCommand(TyperCommand):
+    """A command whose other words are vLLM's, the ``--`` before a model included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "-h" in args:
+            args = ["--help"]
+        elif "--" in args:
+            place = args.index("--")
+            args = [*args[:place], "--", *args[place:]]  # the parser takes one away
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="svdserve",
     help="Make a large language model smaller with SVD, and serve it on vLLM.",
@@ -181,12 +193,18 @@ app.command()(study.compare)
 
 
 @app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    cls=_ServeCommand,
+    # Not -h: it would be found within vLLM's -cc.cudagraph_mode=NONE.
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": ["--help"],
+    },
 )
 def serve(
     ctx: typer.Context,
-    directory: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Directory or Hub name.")
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help="Directory or Hub name.")
     ] = None,
     api_keys_file: Annotated[
         Path | None,
@@ -220,8 +238,9 @@ def serve(
     by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
     from svdserve.server.security import SecurityOptions
-    from svdserve.server.serve import find_model
+    from svdserve.server.serve import configured_model
     from svdserve.server.serve import serve as run_server
+    from svdserve.server.words import find_model
 
     names = ("api_keys_file", "metrics_auth", "max_body_bytes")
     given = {name: value for name, value in locals().items() if name in names and value is not None}
@@ -230,7 +249,8 @@ def serve(
         os.environ["SVDSERVE_VERIFY"] = "1"
     base = SecurityOptions.from_environment()
     chosen = SecurityOptions(**{**base.model_dump(), **given})
-    model, flags = find_model([*([] if directory is None else [directory]), *ctx.args])
+    words = [*(words or []), *ctx.args]
+    model, flags = find_model(words, configured_model(words))
     raise typer.Exit(run_server(model, flags, chosen))
 
 
