@@ -152,7 +152,8 @@ class TensorFiles:
     def block(self, name: str, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Rows of one tensor, and of a matrix the given columns; nothing else of it is read."""
         index = (rows, columns) if len(self.info[name].shape) > 1 else rows
-        with safe_open(self.info[name].file, framework="pt") as handle:
+        # Not where a caller makes its tensors: transformers loads inside the meta device.
+        with safe_open(self.info[name].file, framework="pt") as handle, torch.device("cpu"):
             block = handle.get_slice(name.removeprefix(self._prefix))[index]
         assert isinstance(block, Tensor)
         self.bytes_read += block.nbytes

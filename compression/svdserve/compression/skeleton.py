@@ -206,7 +206,11 @@ class Skeleton:
         """
         decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         attribute = self.layers_name.rpartition(".")[2]
-        filled: list[nn.Module] = []
+        # Before the first call, since decoders put the tokens where it lies (Llama 4).
+        embedding = decoder.get_input_embeddings()
+        name = next(path for path, module in self.model.named_modules() if module is embedding)
+        self._fill(embedding, name, device, None)
+        filled: list[nn.Module] = [embedding]
         hooks = [
             module.register_forward_pre_hook(self._filler(path, device, filled))
             for path, module in self._outside()
@@ -252,7 +256,9 @@ class Skeleton:
     ) -> Callable[[nn.Module, Any], None]:
         """A hook that reads a module's weights when the decoder first calls it."""
 
-        def fill(module: nn.Module, _given: Any) -> None:
+        def fill(module: nn.Module, given: Any) -> None:
+            if any(isinstance(value, Tensor) and value.is_meta for value in given):
+                raise RuntimeError(f"{path} is called with tensors that have no values")
             if module not in filled:
                 # Of a large table of embeddings only a few rows are wanted.
                 dtype = None if isinstance(module, nn.Embedding) else torch.float32
