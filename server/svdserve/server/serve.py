@@ -7,6 +7,7 @@ endpoint plug-in (app.py) and the worker extension (worker.py). Every flag of `v
 import argparse
 import importlib.metadata
 import ipaddress
+import json
 import os
 import socket
 import sys
@@ -62,6 +63,7 @@ def serve(
             taken, more memory than there is, or an engine that did not start.
     """
     name, directory = directory, str(resolve_model(directory))
+    refuse_compressed_draft([*configured_flags(extra_args), *extra_args])
     if not check_model(Path(directory)):
         print(f"{directory} is not compressed by svdserve: serving it dense", file=sys.stderr)
     options, extra_args = take_keys(options or SecurityOptions.from_environment(), extra_args)
@@ -213,7 +215,9 @@ def configured_flags(extra_args: Sequence[str]) -> list[str]:
     flags = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        if not isinstance(value, bool | dict | None):
+        if isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
+        elif not isinstance(value, bool | None):
             flags += [f"--{name}", *map(str, values)]
     return flags
 
@@ -226,6 +230,32 @@ def configured_model(words: Sequence[str]) -> str | None:
     """
     flags = configured_flags(words)
     return flags[flags.index("--model") + 1] if "--model" in flags else None
+
+
+def refuse_compressed_draft(flags: Sequence[str]) -> None:
+    """Raise a UserError where the draft model of speculative decoding is svdserve's.
+
+    The plug-in refuses it too, but in a worker, after minutes and below a trace.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--speculative-config", "--speculative_config", "-sc", default="{}")
+    parser.add_argument(
+        *("--speculative-config.model", "--speculative_config.model", "-sc.model"),
+        *("--spec-model", "--spec_model"),
+        dest="model",
+    )
+    given, _ = parser.parse_known_args(flags)
+    try:
+        settings = json.loads(given.speculative_config)
+    except ValueError:
+        return  # vLLM says what is wrong with it
+    named = settings.get("model") if isinstance(settings, dict) else None
+    draft = given.model or (named if isinstance(named, str) else None)
+    if draft and Path(draft).is_dir() and is_checkpoint(Path(draft)):
+        raise UserError(
+            f"{draft}: a compressed model is not supported as the draft of speculative decoding; "
+            "give its dense model as the draft"
+        )
 
 
 def _is_loopback(host: str) -> bool:
