@@ -103,7 +103,8 @@ def test_a_vllm_that_does_not_fit_serves_all_other_models(tmp_path: Path) -> Non
     assert len(told) == 2  # in the log, and as the reason of the refusal
     assert "install vLLM >=0.32" in told[0]
     assert "(ImportError: cannot import name 'CPUInt8ScaledMMLinearKernel'" in told[1]
-    assert done.stdout.splitlines()[-3:] == ["DefaultModelLoader", "4", told[1]]
+    printed = [line for line in done.stdout.splitlines() if "WARNING" not in line]
+    assert printed == ["DefaultModelLoader", "4", told[1]]
     assert not [line for line in lines if "svdserve/" in line]  # no trace leads to it
 
 
