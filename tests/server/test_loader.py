@@ -93,6 +93,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     stranger = shutil.copytree(checkpoint, root / "stranger")
     _rename_module(stranger, f"{FIRST}.mlp.down_proj", f"{FIRST}.mlp.side_proj")
     engines["stranger"] = {"model": str(stranger)}
+    draft = {"model": str(checkpoint), "method": "draft_model", "num_speculative_tokens": 2}
+    engines["draft"] = {"model": str(dense), "speculative_config": draft}
     engines["reload"] = {"model": str(checkpoint), "reload": True}
     served = run(root / "run", list(engines.values()), [[5, 6, 7]])
     return dict(zip(engines, served, strict=True))
@@ -118,6 +120,11 @@ def test_refuses_a_damaged_checkpoint(name: str, results: dict[str, Served]) -> 
 def test_refuses_a_module_that_the_model_lacks(results: dict[str, Served]) -> None:
     expected = f"module {FIRST}.mlp.side_proj is factored, but Qwen2ForCausalLM of vLLM has no such"
     assert expected in results["stranger"].error
+    assert "transformers" in results["stranger"].error
+
+
+def test_refuses_a_compressed_draft(results: dict[str, Served]) -> None:
+    assert "not supported as the draft of speculative decoding" in results["draft"].error
 
 
 def test_refuses_to_reload_in_place(results: dict[str, Served]) -> None:

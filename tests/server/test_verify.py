@@ -1,4 +1,4 @@
-"""Every architecture that compress takes, served by vLLM: each layer and the logits are right."""
+"""Architectures that compress takes, served by vLLM: each layer and the logits are right."""
 
 import shutil
 from pathlib import Path
@@ -37,21 +37,10 @@ LLAMA4 = {"intermediate_size_mlp": 256, "moe_layers": [], "num_local_experts": 2
 TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": LLAMA4,
-    "mistral": {},
-    "qwen2": {},
     "qwen3": {},
-    "gemma": {},
     "gemma2": {},
-    "gemma3_text": {},
     "granite": {},
-    "cohere": {},
     "olmo2": {},
-    "smollm3": {},
-    "seed_oss": {},
-    "ernie4_5": {},
-    "exaone4": {},
-    "helium": {},
-    "hunyuan_v1_dense": {},
 }
 
 

@@ -126,7 +126,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if outputs != len(self.output_sizes):
             raise UserError(
                 f"{self.prefix}: vLLM merges {len(self.output_sizes)} linears here, the checkpoint "
-                f"lists {outputs}; keep this layer dense"
+                f"lists {outputs}; serve the dense model, or load this one with transformers"
             )
         local = iter(self.output_sizes)
         for part in self.parts:

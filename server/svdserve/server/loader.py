@@ -136,6 +136,11 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         started = time.perf_counter()
         if model_config.quantization != QUANT_METHOD:
             return self._load_other(vllm_config, model_config, prefix)
+        if prefix:  # vLLM names the layers of a draft model below it
+            raise UserError(
+                f"{model_config.model}: a compressed model is not supported as the draft of "
+                "speculative decoding; give its dense model as the draft"
+            )
         _require_compiled_pipeline(vllm_config)
         self._checkpoint = self._open(model_config)
         self._adapters = vllm_config.lora_config is not None
@@ -301,10 +306,14 @@ def _require_all_used(
     used = {name for method in methods for part in method.parts for name in part.names}
     for name in (*checkpoint.config.modules, *checkpoint.config.int8_linears):
         if name not in used and not is_pp_missing_parameter(name, model):
-            kind = "factored" if name in checkpoint.config.modules else "int8"
+            spec = checkpoint.config.modules.get(name)
+            kind = "int8" if spec is None else "factored"
+            remedy = "serve the dense model, or load this one with transformers"
+            if spec is not None and len(spec.members) > 1:
+                remedy = "compress the model with --grouping separate"
             raise UserError(
                 f"{checkpoint.directory}: module {name} is {kind}, but {type(model).__name__} of "
-                "vLLM has no layer of these linears; compress the model with --grouping separate"
+                f"vLLM has no such layer; {remedy}"
             )
 
 
