@@ -1,18 +1,28 @@
 """The entry point that vLLM calls in each of its processes."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.datastructures import State
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from checkpoints import write_checkpoint
 from models import save_model
 from svdserve.compression.errors import UserError
 from svdserve.server import plugin
+from svdserve.server.app import EndpointPlugin
 from svdserve.server.loader import _name_kernels
+from svdserve.server.shutdown import GracefulShutdown
 from vllm_run import ENVIRONMENT, run
 
 pytestmark = pytest.mark.vllm
@@ -163,3 +173,19 @@ def test_another_kernel_compiles_its_own_graph(small: Path, tmp_path: Path) -> N
         compiled = list((tmp_path / "torch_compile_cache" / "torch_aot_compile").iterdir())
         assert len(compiled) == count
     assert len(tokens[0][0]) == len(tokens[1][0])
+
+
+def test_gauges_and_shutdown_do_not_stop_a_server_whose_vllm_names_things_otherwise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = object()  # without vllm_config, errored, shutdown
+    asyncio.run(EndpointPlugin().init_state(engine, State(), Namespace()))
+    assert "svdserve gauges are off: AttributeError" in caplog.text
+    app = Starlette(
+        routes=[Route("/", lambda _: PlainTextResponse("served"))],
+        middleware=[Middleware(GracefulShutdown)],
+    )
+    app.state.engine_client = engine
+    with TestClient(app) as client:
+        assert client.get("/").text == "served"
+    assert "A shutdown will not wait for the requests in flight" in caplog.text
