@@ -1,5 +1,8 @@
 """The folders are source roots of one namespace package (design.md, Folders)."""
 
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,3 +34,13 @@ def test_heavy_libraries_stay_in_their_modules(library: str, allowed: set[str]):
         if line.strip().startswith((f"import {library}", f"from {library}"))
     }
     assert importing <= allowed
+
+
+def test_the_wheel_holds_the_package_and_nothing_that_python_runs_when_it_starts(tmp_path: Path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (wheel,) = tmp_path.iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"svdserve/compression/__init__.py", "svdserve/server/cli.py"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"svdserve"}
+    assert not [name for name in names if name.endswith(".pth")]

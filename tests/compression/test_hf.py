@@ -1,9 +1,11 @@
 """from_pretrained of svdserve checkpoints, after one import."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.errors import UserError
 from svdserve.compression.factors import LAYOUTS, Layout
-from svdserve.compression.hook import install_hook
 from svdserve.compression.modules import LowRankLinear
 
 PLAIN_USER = """
@@ -91,10 +92,37 @@ def test_the_order_of_imports_does_not_matter(first: str, checkpoint: Path) -> N
     assert done.stdout == "Qwen2Model\n"
 
 
-def test_the_hook_is_written_only_when_asked_for(tmp_path: Path) -> None:
-    path = install_hook(tmp_path)
-    assert path.read_text() == "import svdserve.compression\n"
-    assert path.suffix == ".pth"
+def test_the_hook_is_for_every_program_of_an_environment(tmp_path: Path) -> None:
+    """In an environment of its own, with the packages of this one but not their .pth files."""
+    venv.create(tmp_path, symlinks=True, with_pip=False)
+    python = tmp_path / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        command = [python, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert not done.stderr, done.stderr
+        return done.stdout
+
+    folder = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    packages = folder / "packages.pth"
+    packages.write_text("\n".join(path for path in sys.path if Path(path).is_dir()))
+    table = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as t; "
+    assert run("-c", f"{table} print('svdserve' in t)") == "False\n"
+
+    hook = folder / "svdserve_hook.pth"
+    command = ("-m", "svdserve.server.cli", "install-hook")
+    assert run(*command).startswith(f"{hook}: ")
+    assert run("-c", f"{table} print('svdserve' in t)") == "True\n"
+    loaded = "import sys; print(bool({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
+    assert run("-c", loaded) == "False\n"
+    line = hook.read_text()
+    assert run(*command, "--remove").startswith(f"{hook}: ")
+    assert run("-c", "import sys; print('svdserve.compression' in sys.modules)") == "False\n"
+
+    hook.write_text(line)
+    packages.unlink()  # as after pip uninstall
+    assert run("-c", "print('quiet')") == "quiet\n"
 
 
 def test_the_base_model_gives_the_hidden_states_of_the_whole(checkpoint: Path) -> None:

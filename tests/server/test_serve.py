@@ -32,7 +32,13 @@ from servers import (
 )
 from svdserve.compression.errors import UserError
 from svdserve.server import security, shutdown
-from svdserve.server.serve import allowed_plugins, check_model, server_arguments
+from svdserve.server.serve import (
+    allowed_plugins,
+    check_model,
+    refuse_compressed_draft,
+    serve,
+    server_arguments,
+)
 from svdserve.server.worker import EXTENSION
 
 pytestmark = pytest.mark.vllm
@@ -297,6 +303,27 @@ def test_flags_of_a_config_file_are_kept(
     file.unlink()
     with pytest.raises(UserError, match=r"flags\.yaml"):
         server_arguments(str(models.factored), flags)
+
+
+def test_a_compressed_draft_is_refused_before_vllm_starts(models: Models, tmp_path: Path) -> None:
+    small, dense = str(models.factored), str(models.reference)
+    file = tmp_path / "flags.yaml"
+    settings = {"model": small, "num_speculative_tokens": 2}
+    file.write_text(json.dumps({"speculative-config": settings}))
+    for flags in (
+        ["--speculative-config", json.dumps(settings)],
+        [f"--speculative_config={json.dumps(settings)}"],
+        ["-sc", json.dumps(settings)],
+        ["--speculative-config.model", small, "--speculative-config.num_speculative_tokens", "2"],
+        [f"-sc.model={small}"],
+        ["--spec-model", small],
+        ["--config", str(file)],
+    ):
+        with pytest.raises(UserError, match=f"^{small}: .* give its dense model as the draft"):
+            serve(dense, flags)
+    for allowed in ({"model": dense}, {"method": "ngram"}, {"model": "org/name"}, "{"):
+        text = allowed if isinstance(allowed, str) else json.dumps(allowed)
+        refuse_compressed_draft(["--speculative-config", text])
 
 
 def test_the_allow_list_takes_no_plugin_away() -> None:

@@ -13,6 +13,8 @@ from types import ModuleType
 TABLE = "transformers.quantizers.auto"
 PLUGIN = "svdserve.compression.hf"
 PTH_FILE = "svdserve_hook.pth"
+# pip does not know of the file and leaves it behind; then it must not print at every start.
+_LINE = r'import sys; exec("try: import svdserve.compression\nexcept ImportError: pass")'
 
 
 class _AfterTable:
@@ -58,7 +60,7 @@ def register_with_transformers() -> None:
 def install_hook(folder: Path | None = None) -> Path:
     """Write the .pth file into the environment's site-packages, or ``folder``; returns its path."""
     path = hook_path(folder)
-    path.write_text("import svdserve.compression\n")
+    path.write_text(f"{_LINE}\n")
     return path
 
 

@@ -92,14 +92,17 @@ class EndpointPlugin:
         """
         if engine_client is None:
             return
+        try:
+            await self._start(engine_client, state, args)
+        except Exception as error:  # such as a vLLM that names things otherwise; it serves on
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            logger.warning("svdserve gauges are off: %s%s", kind, error)
+
+    async def _start(self, engine_client: Any, state: Any, args: Namespace) -> None:
         config = engine_client.vllm_config
         directory = Path(config.model_config.model)
-        try:
-            facts = model_facts(directory)
-            modules = inspect_checkpoint(directory).modules if is_checkpoint(directory) else ()
-        except UserError as error:
-            logger.warning("svdserve gauges are off: %s", error)
-            return
+        facts = model_facts(directory)
+        modules = inspect_checkpoint(directory).modules if is_checkpoint(directory) else ()
         reports = []
         if config.parallel_config.worker_extension_cls == EXTENSION:
             answers = await engine_client.collective_rpc(METHOD)

@@ -22,7 +22,7 @@ from svdserve.compression.files import check_result_files
 from svdserve.compression.plotting import check_figure
 from svdserve.server import options, study
 from svdserve.server.faults import EngineDied, to_mend
-from svdserve.server.help_pages import Command, show_versions
+from svdserve.server.help_pages import Command, ServeCommand, show_versions
 from svdserve.server.resumable import resumable
 
 app = typer.Typer(
@@ -128,12 +128,18 @@ app.command()(study.compare)
 
 
 @app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    cls=ServeCommand,
+    # Not -h: it would be found within vLLM's -cc.cudagraph_mode=NONE.
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": ["--help"],
+    },
 )
 def serve(
     ctx: typer.Context,
-    directory: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Directory or Hub name.")
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help="Directory or Hub name.")
     ] = None,
     api_keys_file: Annotated[
         Path | None,
@@ -167,8 +173,9 @@ def serve(
     by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
     from svdserve.server.security import SecurityOptions
-    from svdserve.server.serve import find_model
+    from svdserve.server.serve import configured_model
     from svdserve.server.serve import serve as run_server
+    from svdserve.server.words import find_model
 
     names = ("api_keys_file", "metrics_auth", "max_body_bytes")
     given = {name: value for name, value in locals().items() if name in names and value is not None}
@@ -177,7 +184,8 @@ def serve(
         os.environ["SVDSERVE_VERIFY"] = "1"
     base = SecurityOptions.from_environment()
     chosen = SecurityOptions(**{**base.model_dump(), **given})
-    model, flags = find_model([*([] if directory is None else [directory]), *ctx.args])
+    words = [*(words or []), *ctx.args]
+    model, flags = find_model(words, configured_model(words))
     raise typer.Exit(run_server(model, flags, chosen))
 
 

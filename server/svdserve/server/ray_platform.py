@@ -10,27 +10,30 @@ vLLM finds ``platform`` through the entry point ``vllm.platform_plugins`` in eve
 starts, Ray's workers included, and calls it before any other plug-in.
 """
 
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 
-from vllm.platforms import cpu_platform_plugin
-from vllm.platforms.cpu import CpuPlatform
-
-
-class RayCpuPlatform(CpuPlatform):  # type: ignore[misc]
-    """vLLM's CPU platform, whose workers each take one "GPU" of a Ray node."""
-
-    ray_device_key = "GPU"
-
-    @classmethod
-    def get_device_communicator_cls(cls) -> str:
-        """vLLM's hook: the class that sums and sends tensors between workers."""
-        # By name: its module needs the platform that is being chosen now.
-        return "svdserve.server.ray_communicator.RayCpuCommunicator"
+GROUP = "vllm.platform_plugins"
+_REPLACED = "vllm.platforms.cpu.CpuPlatform"
 
 
 def platform() -> str | None:
-    """The class that takes the place of vLLM's CPU platform; None leaves vLLM's choice alone."""
-    chosen = cpu_platform_plugin()
-    if chosen != f"{CpuPlatform.__module__}.{CpuPlatform.__qualname__}" or find_spec("ray") is None:
-        return None  # A GPU, a vendor's own CPU platform, or no Ray.
-    return f"{__name__}.{RayCpuPlatform.__qualname__}"
+    """The class that takes the place of vLLM's CPU platform; None leaves vLLM's choice alone.
+
+    Never raises, and imports vLLM only where there is Ray, so that no other start depends on it.
+    """
+    # vLLM refuses two platforms from outside, and a vendor's is the better one.
+    if find_spec("ray") is None or any(e.value != _ENTRY for e in entry_points(group=GROUP)):
+        return None
+    try:
+        from vllm.platforms import cpu_platform_plugin
+
+        if cpu_platform_plugin() != _REPLACED:
+            return None  # a GPU, or a vendor's own CPU platform
+        from svdserve.server.ray_cpu_platform import RayCpuPlatform
+    except Exception:
+        return None  # a vLLM that svdserve does not fit, which plugin.py tells
+    return f"{RayCpuPlatform.__module__}.{RayCpuPlatform.__qualname__}"
+
+
+_ENTRY = f"{__name__}:{platform.__name__}"

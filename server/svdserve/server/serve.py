@@ -7,6 +7,7 @@ endpoint plug-in (app.py) and the worker extension (worker.py). Every flag of `v
 import argparse
 import importlib.metadata
 import ipaddress
+import json
 import os
 import socket
 import sys
@@ -30,10 +31,9 @@ from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.keys import ApiKeys, digest_of
 from svdserve.server.log_paths import VARIABLE, shorten_paths
 from svdserve.server.security import SecurityOptions
+from svdserve.server.words import require_vllm
 from svdserve.server.worker import EXTENSION
 
-# Flags of `vllm serve` without a value that often stand before the model.
-_SWITCHES = ("--enforce-eager", "--trust-remote-code", "--enable-lora", "--enable-prefix-caching")
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
@@ -63,6 +63,7 @@ def serve(
             taken, more memory than there is, or an engine that did not start.
     """
     given, directory = directory, str(resolve_model(directory))
+    refuse_compressed_draft([*configured_flags(extra_args), *extra_args])
     if not check_model(Path(directory)):
         print(f"{given} is not compressed by svdserve: serving it dense", file=sys.stderr)
     options, extra_args = take_keys(options or SecurityOptions.from_environment(), extra_args)
@@ -74,6 +75,7 @@ def serve(
     os.environ[VARIABLE] = "1"
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
+    require_vllm()
     from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
 
     shorten_paths()
@@ -87,35 +89,6 @@ def serve(
             "of memory, lower --gpu-memory-utilization, --kv-cache-memory-bytes or --max-model-len"
         ) from None
     return 1 if shutdown.engine_died() else 0
-
-
-def find_model(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The model among the words of a command line, and the others in their order.
-
-    It is the last word that is a directory or a Hub name and no value of a flag before it.
-
-    Raises:
-        UserError: there is none, or several.
-    """
-    found = [i for i, word in enumerate(words) if _may_be_model(words, i)]
-    folders = [i for i in found if Path(words[i]).is_dir() and not _follows_flag(words, i)]
-    chosen = folders or [i for i in found if not _follows_flag(words, i)]
-    chosen = chosen or [i for i in found if Path(words[i]).is_dir()] or found[-1:]
-    if len(chosen) != 1:
-        given = ", ".join(words[i] for i in chosen) or "none"
-        raise UserError(f"serve takes one model; given: {given}. Give a directory or a Hub name")
-    return words[chosen[0]], [word for i, word in enumerate(words) if i != chosen[0]]
-
-
-def _follows_flag(words: Sequence[str], index: int) -> bool:
-    """Whether the word before is a flag that may take this one as its value."""
-    before = words[index - 1] if index else ""
-    return before.startswith("-") and before not in _SWITCHES and "=" not in before
-
-
-def _may_be_model(words: Sequence[str], index: int) -> bool:
-    word = words[index]
-    return not word.startswith("-") and (Path(word).is_dir() or not word.isdigit())
 
 
 def check_model(directory: Path) -> bool:
@@ -237,9 +210,47 @@ def configured_flags(extra_args: Sequence[str]) -> list[str]:
     flags = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        if not isinstance(value, bool | dict | None):
+        if isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
+        elif not isinstance(value, bool | None):
             flags += [f"--{name}", *map(str, values)]
     return flags
+
+
+def configured_model(words: Sequence[str]) -> str | None:
+    """The model that the file of ``--config`` names, if there is one among the words.
+
+    Raises:
+        UserError: see ``configured_flags``.
+    """
+    flags = configured_flags(words)
+    return flags[flags.index("--model") + 1] if "--model" in flags else None
+
+
+def refuse_compressed_draft(flags: Sequence[str]) -> None:
+    """Raise a UserError where the draft model of speculative decoding is svdserve's.
+
+    The plug-in refuses it too, but in a worker, after minutes and below a trace.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--speculative-config", "--speculative_config", "-sc", default="{}")
+    parser.add_argument(
+        *("--speculative-config.model", "--speculative_config.model", "-sc.model"),
+        *("--spec-model", "--spec_model"),
+        dest="model",
+    )
+    given, _ = parser.parse_known_args(flags)
+    try:
+        settings = json.loads(given.speculative_config)
+    except ValueError:
+        return  # vLLM says what is wrong with it
+    named = settings.get("model") if isinstance(settings, dict) else None
+    draft = given.model or (named if isinstance(named, str) else None)
+    if draft and Path(draft).is_dir() and is_checkpoint(Path(draft)):
+        raise UserError(
+            f"{draft}: a compressed model is not supported as the draft of speculative decoding; "
+            "give its dense model as the draft"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -67,7 +67,10 @@ class GracefulShutdown:
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched_send(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._start(scope["app"].state)
+                try:
+                    self._start(scope["app"].state)
+                except Exception:  # a vLLM that names things otherwise; it ends as it does alone
+                    logger.exception("A shutdown will not wait for the requests in flight")
             await send(message)
 
         try:
@@ -101,7 +104,12 @@ class GracefulShutdown:
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("A watcher of this server has failed", exc_info=error)
 
     def _terminate(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -114,13 +122,16 @@ class GracefulShutdown:
     async def _drain(self) -> None:
         count = len(self._requests)
         logger.info("Ending: %d requests have %g s to finish", count, self._grace)
-        while self._requests and not self._expired():
-            await asyncio.wait(self._requests, timeout=min(_POLL_SECONDS, self._remaining()))
-        if self._requests:
-            logger.warning("%d requests have not finished and are cut off", len(self._requests))
-            for task in self._requests:
-                task.cancel()
-            await asyncio.wait(self._requests)
+        try:
+            while self._requests and not self._expired():
+                await asyncio.wait(self._requests, timeout=min(_POLL_SECONDS, self._remaining()))
+            if self._requests:
+                logger.warning("%d requests have not finished and are cut off", len(self._requests))
+                for task in self._requests:
+                    task.cancel()
+                await asyncio.wait(self._requests)
+        except Exception:  # whatever fails, the server must end
+            logger.exception("The requests in flight are not waited for")
         signal.raise_signal(signal.SIGINT)
 
     def _remaining(self) -> float:
