@@ -32,8 +32,14 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Without experts in any layer; its temperature would act beyond these lengths.
-LLAMA4 = {"intermediate_size_mlp": 256, "moe_layers": [], "num_local_experts": 2}
+# Without experts in any layer.
+LLAMA4 = {
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 2,
+    "moe_layers": [],  # for transformers
+    "interleave_moe_layer_step": 0,  # the same for vLLM
+    "attn_temperature_tuning": False,
+}
 TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": LLAMA4,
