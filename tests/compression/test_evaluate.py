@@ -15,7 +15,7 @@ from models import random_tokens, save_model
 from svdserve.compression import evaluate
 from svdserve.compression.checkpoint import TensorFiles, open_checkpoint
 from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import perplexity
+from svdserve.compression.evaluate import perplexity, text_chunks
 
 SEQ_LEN = 24
 
@@ -72,6 +72,26 @@ def test_compressed_equals_its_dense_twin(dense: Path, text: Path, tmp_path: Pat
     ]
     assert values[0].recipe is None
     assert values[2].recipe == open_checkpoint(small).config.recipe
+
+
+def test_the_first_chunks_of_a_long_text_are_those_of_the_whole(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, read = tmp_path / "long.txt", []
+    text.write_text(" ".join(LETTERS[i % 70 :][: i % 7 + 1] for i in range(20_000)))
+    whole = text_chunks(dense, text, SEQ_LEN, None)
+    real = evaluate.read_file
+
+    def noted(path: Path, called: str, characters: int) -> str:
+        found = real(path, called, characters)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(evaluate, "read_file", noted)
+    first = text_chunks(dense, text, SEQ_LEN, 3)
+    assert torch.equal(first, whole[:3])
+    assert sum(read) < 20 * 3 * SEQ_LEN
+    assert torch.equal(text_chunks(dense, text, SEQ_LEN, len(whole) + 5), whole)
 
 
 def test_non_finite_logits_fail(dense: Path, text: Path, tmp_path: Path) -> None:

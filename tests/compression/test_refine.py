@@ -1,5 +1,6 @@
 """Refinement on a pico model: it learns, resumes to the same bytes, and never makes worse."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,19 @@ def test_killed_and_resumed_gives_the_same_bytes(
     assert (again.made, again.steps) == (False, 58)
     whole, parts = (path / SINGLE_FILE for path in (tmp_path / "whole", out))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_only_files_of_a_checkpoint_are_copied(
+    models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    text, dense, small = models
+    given = tmp_path / "given"
+    shutil.copytree(small, given)
+    for name in ("pytorch_model.bin", "modeling_mine.py", "NOTICE"):
+        (given / name).write_text("x")
+    refine(str(dense), given, tmp_path / "out", settings(text, epochs=1), RUN)
+    names = {path.name for path in given.iterdir()} - {"pytorch_model.bin", "modeling_mine.py"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 def test_never_returns_something_worse(models: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -121,7 +122,8 @@ def test_a_file_of_up_to_a_mebibyte_is_read_whole(model: Path, tmp_path: Path):
 def test_memory_does_not_grow_with_the_file(model: Path, tmp_path: Path):
     text = tmp_path / "huge.txt"
     with text.open("wb") as file:
-        file.truncate(1 << 30)  # sparse: zeros, which are text
+        for _ in range(64):
+            file.write(b"sixteen letters " * (1 << 20))
     program = (
         "import sys, resource; from pathlib import Path;"
         "from svdserve.compression.calibration import calibration_tokens, calibration_digests;"
@@ -143,6 +145,7 @@ def test_memory_does_not_grow_with_the_file(model: Path, tmp_path: Path):
     numbers, kibibytes = map(int, done.stdout.split())
     assert numbers == 2048
     assert kibibytes < 200 * 1024
+    text.unlink()
 
 
 @pytest.mark.parametrize("size", [100, 3_000_000])
@@ -152,6 +155,28 @@ def test_what_is_not_utf8_is_one_line(model: Path, tmp_path: Path, size: int):
     recipe = make_recipe(calibration=str(text), tokens=40, seq_len=20)
     with pytest.raises(UserError, match=r"is not UTF-8 text \(.*at byte \d+\); convert it"):
         calibration_tokens(model, recipe)
+
+
+@pytest.mark.parametrize("size", [100, 3_000_000])
+def test_utf16_without_its_mark_is_one_line(model: Path, tmp_path: Path, size: int):
+    text = tmp_path / "utf16.txt"
+    text.write_bytes(("plain words " * (size // 12)).encode("utf-16-le"))
+    recipe = make_recipe(calibration=str(text), tokens=40, seq_len=20)
+    with pytest.raises(UserError, match="has zero bytes, so it is UTF-16 or no text; convert it"):
+        calibration_tokens(model, recipe)
+
+
+def test_a_first_token_without_an_embedding_is_one_line(model: Path, tmp_path: Path):
+    directory = variant(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(directory)
+    recipe = make_recipe(calibration="self", tokens=40, seq_len=20)
+    with pytest.raises(UserError, match=r"calibration self: has the token id .* not resized"):
+        calibration_tokens(directory, recipe)
 
 
 def test_too_few_tokens_in_a_large_file_is_one_line(model: Path, tmp_path: Path):

@@ -90,7 +90,7 @@ def test_compress_eval_and_inspect(dense: Path, tmp_path: Path) -> None:
             "recipe bst: No such file or directory; give a YAML file or one of: default, best",
         ),
         (("refine", "MODEL", "MODEL", "--out", "OUT"), "not a svdserve model"),
-        (("eval", "MODEL", "--text", "NOWHERE"), "cannot be read as UTF-8 text"),
+        (("eval", "MODEL", "--text", "NOWHERE"), "NOWHERE: cannot be read (No such file"),
         (("eval", "MODEL"), "nothing to evaluate"),
         (("inspect", "MODEL"), "not a svdserve model"),
         (("serve", "NOWHERE"), "no such directory"),

@@ -81,6 +81,18 @@ def test_generated_requests_get_no_5xx(server: Server, model: Path, tmp_path: Pa
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+REFUSAL = {"type": "refusal", "refusal": "no"}
+
+
+@pytest.mark.parametrize("content", [[], [REFUSAL]], ids=["empty", "refusal"])
+def test_messages_that_vllm_cannot_convert(server: Server, content: list[dict[str, str]]) -> None:
+    message = {"type": "message", "id": "m", "role": "assistant", "status": "completed"}
+    body = {"model": "pico", "input": [message | {"content": content}], "max_output_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/responses", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_the_engine_is_killed(server: Server) -> None:
     """Last of the tests of this server: it says so, ends with a failure, and another can start."""
     tree = living_tree(server.process.pid)

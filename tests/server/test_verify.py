@@ -17,6 +17,7 @@ from models import random_tokens, save_model
 from svdserve.compression.evaluate import load_model
 from svdserve.compression.job import compress
 from svdserve.compression.recipe import Run, make_recipe
+from svdserve.server import verify
 from svdserve.server.verify import LayerCheck, require_right
 from vllm_run import Served, run
 
@@ -142,6 +143,33 @@ def test_a_permuted_model_on_two_tp_ranks(root: Path) -> None:
     for report in two.reports:
         assert report is not None
         require_right([LayerCheck(**check) for check in report["checks"]])
+
+
+def test_joined_mlps_with_a_fused_activation(tmp_path: Path) -> None:
+    """In bfloat16 svdserve's kernel runs, where the processor has one."""
+    dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    fields = {"method": "svd", "allocator": "uniform", "keep": 0.7, "layout": "interpolative"}
+    compress(str(dense), tmp_path / "small", make_recipe(**fields), Run(progress=False))
+    engine = {"model": str(tmp_path / "small")}
+    (result,) = run(tmp_path / "run", [engine], PROMPTS, SVDSERVE_VERIFY="1")
+    assert not result.error, result.error
+    (report,) = result.reports
+    assert report is not None
+    checks = [LayerCheck(**check) for check in report["checks"]]
+    assert {check.name.rpartition(".")[2] for check in checks} == {
+        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    }
+    require_right(checks)
+
+
+def test_one_wrong_channel_of_many_is_found() -> None:
+    expected = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)).double()
+    served = expected.clone()
+    served[:, 7] = -served[:, 7]
+    assert float((served - expected).norm() / expected.norm()) < 0.05
+    assert verify._error(served, expected) > 0.2
+    served[:, 7] = torch.nan
+    assert verify._error(served, expected) == float("inf")
 
 
 def test_a_wrong_layer_is_named() -> None:

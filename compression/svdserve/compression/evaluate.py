@@ -22,7 +22,10 @@ from svdserve.compression.errors import UserError
 from svdserve.compression.integrity import file_sha256
 from svdserve.compression.machine import Machine, this_machine
 from svdserve.compression.permissions import remote_code
+from svdserve.compression.texts import read_file
 
+# Of a text of which the first chunks are wanted, this much is tokenised at first.
+_CHARACTERS_PER_TOKEN, _CUT_TOKENS = 16, 64
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -201,11 +204,18 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     from svdserve.compression.building import check_ids, load_config, load_tokenizer
 
     read_json(model_dir / "config.json")
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{text}: cannot be read as UTF-8 text ({error})") from None
-    ids = load_tokenizer(model_dir)(words, add_special_tokens=False, verbose=False).input_ids
+    tokenizer = load_tokenizer(model_dir)
+
+    def encode(characters: int) -> list[int]:
+        words = read_file(text, str(text), characters)
+        ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    # The last word of a part may be cut, and its tokens others than in the whole text.
+    start = (max_chunks or 0) * seq_len * _CHARACTERS_PER_TOKEN
+    ids = encode(start) if start else []
+    if len(ids) <= (max_chunks or 0) * seq_len + _CUT_TOKENS:
+        ids = encode(-1)
     count = len(ids) // seq_len
     if count == 0:
         raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")

@@ -25,6 +25,7 @@ from svdserve.compression.calibration import (
 )
 from svdserve.compression.card import CARD_FILE, model_card
 from svdserve.compression.checkpoint import LOG_FILE, TensorFiles, open_checkpoint, read_json
+from svdserve.compression.companions import copy_companions
 from svdserve.compression.distillation import Distillation, Targets
 from svdserve.compression.errors import UserError
 from svdserve.compression.evaluate import load_model
@@ -218,11 +219,10 @@ class _Refiner:
     def _publish(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """The student's directory with the best factors in it."""
         final, source = self.work.final(), self.student
-        # Hidden: .git and .cache of who fetched it, which are no part of the checkpoint.
-        others = shutil.ignore_patterns("*.safetensors", ".*")
-        shutil.copytree(
-            source, final, dirs_exist_ok=True, ignore=others, copy_function=shutil.copyfile
-        )
+        copy_companions(source, final)
+        for own in (CARD_FILE, LOG_FILE, "recipe.yaml"):
+            if (source / own).is_file():
+                shutil.copyfile(source / own, final / own)
         for file in TensorFiles(source).paths:
             replaced = {name: best.get(name, tensor) for name, tensor in load_file(file).items()}
             save_tensors(replaced, final / file.name)

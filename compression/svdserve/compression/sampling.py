@@ -6,6 +6,7 @@ are read; temperatures, penalties, lengths, beams and stop strings are for chats
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,20 @@ from transformers import (
     set_seed,
 )
 
-from svdserve.compression.building import load_tokenizer, starts_with_bos, transformers_says
+from svdserve.compression.building import (
+    check_ids,
+    load_tokenizer,
+    starts_with_bos,
+    transformers_says,
+)
 from svdserve.compression.errors import UserError
 from svdserve.compression.permissions import remote_code
 from svdserve.compression.progress import bar
 from svdserve.compression.recipe import Recipe
 from svdserve.compression.untrusted import read_json
 
-_BATCH = 32
+_CPU_BATCH, _DEVICE_BATCH = 32, 256
+_CACHE_SHARE = 0.25  # of the device's free memory, for keys and values
 
 
 @torch.no_grad()
@@ -56,13 +63,16 @@ def sample(model: Path, recipe: Recipe, device: torch.device, progress: bool) ->
     special = set(tokenizer.all_special_ids)
     allowed = torch.tensor([i for i in range(min(len(tokenizer), rows)) if i not in special])
     bos = torch.tensor(starts_with_bos(tokenizer), dtype=torch.int64)
+    if len(bos):
+        check_ids(model, network.config, bos, "calibration self")
+    batch = _batch(network, recipe, device)
     set_seed(recipe.seed)
     parts: list[Tensor] = []
     with bar(progress) as shown:
         total = recipe.sequences * recipe.length
         task = shown.add_task("sampling", total=total, facts="tokens")
-        for start in range(0, recipe.sequences, _BATCH):
-            count = min(_BATCH, recipe.sequences - start)
+        for start in range(0, recipe.sequences, batch):
+            count = min(batch, recipe.sequences - start)
             first = allowed[torch.randint(len(allowed), (count, 1))]
             prompt = torch.cat([bos.expand(count, -1), first], dim=1)[:, : recipe.length].to(device)
 
@@ -85,6 +95,18 @@ def sample(model: Path, recipe: Recipe, device: torch.device, progress: bool) ->
             parts.append(prompt.cpu())
         shown.update(task, completed=total)
     return torch.cat(parts)
+
+
+def _batch(network: Any, recipe: Recipe, device: torch.device) -> int:
+    """Sequences that are written together: a power of two whose keys and values have room."""
+    if device.type != "cuda":
+        return _CPU_BATCH
+    config = network.config.get_text_config(decoder=True)
+    # At most: models with fewer heads of keys and values, or short windows, need less.
+    cache = 2 * config.num_hidden_layers * config.hidden_size * network.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = int(_CACHE_SHARE * free / (cache * recipe.length))
+    return min(_DEVICE_BATCH, 1 << max(fits.bit_length() - 1, 0))
 
 
 def _ends_of_text(model: Path) -> int | list[int] | None:

@@ -155,8 +155,8 @@ class Skeleton:
     def _unsupported(self, reason: str) -> UserError:
         return UserError(
             f"architecture {self.model_type!r} is not supported: {reason}; tested: "
-            f"{', '.join(TESTED)}; others work if their blocks have q_proj, k_proj, v_proj, "
-            "o_proj, gate_proj, up_proj and down_proj"
+            f"{', '.join(TESTED)}; serve the dense model, or give one whose blocks have "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, once each"
         )
 
     @property

@@ -110,6 +110,7 @@ def _words(data: bytes, path: Path, offset: int) -> str:
             f"calibration {path}: is not UTF-8 text ({error.reason} at byte "
             f"{offset + start + error.start}); convert it"
         ) from None
+    _refuse_zeros(text, f"calibration {path}")
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files are read whole
     if len(text.split(maxsplit=2)) < 3:
         return text
@@ -128,17 +129,37 @@ def read(recipe: Recipe, tokenizer: Any) -> str:
     """
     if is_dataset(recipe.calibration):
         return _join(recipe, tokenizer)
+    return read_file(Path(recipe.calibration), f"calibration {recipe.calibration}")
+
+
+def read_file(path: Path, called: str, characters: int = -1) -> str:
+    """The first characters of a text file, or all of it.
+
+    Args:
+        called: how a message names the file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8 text.
+    """
     try:
-        return Path(recipe.calibration).read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(characters)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"calibration {recipe.calibration}: is not UTF-8 text ({error.reason} at byte "
-            f"{error.start}); convert it"
+            f"{called}: is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
         ) from None
     except OSError as error:
+        raise UserError(f"{called}: cannot be read ({error.strerror})") from None
+    _refuse_zeros(text, called)
+    return text
+
+
+def _refuse_zeros(text: str, called: str) -> None:
+    """UTF-16 without its mark reads as UTF-8 with a zero beside every letter."""
+    if "\0" in text:
         raise UserError(
-            f"calibration {recipe.calibration}: cannot be read ({error.strerror})"
-        ) from None
+            f"{called}: has zero bytes, so it is UTF-16 or no text; convert it to UTF-8 text"
+        )
 
 
 def _dataset_parts(source: str) -> tuple[str, str | None, str | None, str, str]:

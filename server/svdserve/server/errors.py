@@ -4,10 +4,11 @@ vLLM answers most errors in that shape, but not those of its web framework ({"de
 unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
 asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
 so this ASGI middleware makes it 404. app.py puts it inside vLLM's counter of answers, which would
-otherwise count a failure of ours. Where a validator of vLLM's fails on a value of a type that it
-did not expect ({"structured_outputs": true} in 0.32), so that pydantic does not report it, the
-answer is 400. No other 5xx is touched. In the log a bad request is one line: some of vLLM's routes
-write a stack trace for it.
+otherwise count a failure of ours. Where vLLM's code that reads a request fails on a value that it
+did not expect, the answer is 400: a validator that pydantic does not hear of
+({"structured_outputs": true} in 0.32), and the conversion of the messages of /v1/responses (one
+without content, or with a refusal in it). No other 5xx is touched. In the log a bad request is one
+line: some of vLLM's routes write a stack trace for it.
 """
 
 import json
@@ -22,6 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # The modules that have pydantic check what a request holds.
 _READERS = {"fastapi.dependencies.utils", "vllm.entrypoints.serve.sagemaker.api_router"}
+
+# The module that makes messages of what a request of /v1/responses holds.
+_CONVERTER = "vllm.entrypoints.openai.responses.utils"
+_UNEXPECTED = (AttributeError, IndexError, KeyError, TypeError)
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
 
@@ -55,18 +60,21 @@ class RequestErrors:
         try:
             await self._app(scope, receive, shaped_send)
         except Exception as error:
-            if not _fails_validation(error):
+            if not _fails_reading(error):
                 raise
             told = f"{type(error).__name__}: {error}"
-            logger.warning("A request to %s failed validation: %s", scope["path"], told)
-            message = f"A field of the request has a value of the wrong type ({error})."
+            logger.warning("A request to %s could not be read: %s", scope["path"], told)
+            message = f"A field of the request has a value that is not supported ({error})."
             await send_error(send, HTTPStatus.BAD_REQUEST, message, "invalid_value")
 
 
-def _fails_validation(error: Exception) -> bool:
-    """Whether it was raised while pydantic checked what was read from the request."""
+def _fails_reading(error: Exception) -> bool:
+    """Whether it was raised while pydantic checked the request, or vLLM converted its messages."""
     frames = traceback.walk_tb(error.__traceback__)
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    own = [name for name in modules if not name.startswith("pydantic.")]  # its __getattr__
+    if own[-1:] == [_CONVERTER] and isinstance(error, _UNEXPECTED):
+        return True
     direct = [name for name in modules if not name.startswith("fastapi._compat")]
     return any(
         reader in _READERS and checker == "pydantic.type_adapter"

@@ -153,7 +153,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         read = self._checkpoint.files.bytes_read
         checks: tuple[LayerCheck, ...] = ()
         if wanted():
-            checks = tuple(verify_layers(model, vllm_config, self._checkpoint, prefix))
+            joined = self._joined
+            checks = tuple(verify_layers(model, vllm_config, self._checkpoint, joined, prefix))
         _reports[model] = LoadReport(seconds, layers, self._stored, read, checks)
         logger.info(
             "Loaded %d factored layers in %.2f s: %.1f MiB low rank, %.1f MiB dense "
@@ -210,10 +211,9 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         rest = sum(p.nbytes for p in expected.values())
         stored = StoredBytes(dense=rest, dense_equivalent=rest)
         self._map_rows(model)
-        apart = self._adapters or wanted()
-        joined = {} if apart else join_layers(model, self._checkpoint)
+        self._joined = {} if self._adapters else join_layers(model, self._checkpoint)
         for layer, method in layers:
-            stored += method.load(layer, self._checkpoint, **joined.get(layer, {}))
+            stored += method.load(layer, self._checkpoint, **self._joined.get(layer, {}))
         self._stored = stored
 
     def _map_rows(self, model: nn.Module) -> None:

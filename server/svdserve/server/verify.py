@@ -7,7 +7,7 @@ this processor, a shard that is cut at the wrong place.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from svdserve.compression.checkpoint import Checkpoint
 from svdserve.compression.errors import UserError
 from svdserve.compression.int8 import dequantized
+from svdserve.kernels.reference import gated
 from svdserve.server.linear import LowRankLinearMethod
 from svdserve.server.twin import Twin
 
@@ -29,12 +30,17 @@ VARIABLE = "SVDSERVE_VERIFY"
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _INT8_TOLERANCE = 0.1
-_VECTORS = 4
+_CHANNEL = 5.0  # times a tolerance, for the error of one output channel over the mean channel
+_VECTORS = 8
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """Relative error of one layer's outputs, and what is allowed."""
+    """Relative error of one layer's outputs, and what is allowed.
+
+    The error is that of all outputs, or a fifth of that of the worst output channel (over the mean
+    channel) if this is more, so that one wrong row of a large weight is found too.
+    """
 
     name: str
     error: float
@@ -51,9 +57,16 @@ def wanted() -> bool:
 
 
 def verify_layers(
-    model: nn.Module, vllm_config: VllmConfig, checkpoint: Checkpoint, prefix: str = ""
+    model: nn.Module,
+    vllm_config: VllmConfig,
+    checkpoint: Checkpoint,
+    joined: Mapping[nn.Module, dict[str, Any]],
+    prefix: str = "",
 ) -> list[LayerCheck]:
     """Compare every factored layer of a loaded model with the dense weights; all TP ranks together.
+
+    Args:
+        joined: what ``join_layers`` found for the layers when they were loaded.
 
     Raises:
         UserError: the model's own code cannot load a layer's weights.
@@ -65,7 +78,9 @@ def verify_layers(
         method = getattr(layer, "quant_method", None)
         if isinstance(method, LowRankLinearMethod):
             dense = twin.loaded(name, dense_weights(method, checkpoint))
-            checks.append(_check(name, layer, method, dense, generator))
+            own = joined.get(layer, {})
+            order = method.input_order(checkpoint) if own.get("ordered_input") else None
+            checks.append(_check(name, layer, method, dense, generator, order, own))
     return checks
 
 
@@ -92,24 +107,47 @@ def _check(
     method: LowRankLinearMethod,
     dense: Tensor,
     generator: torch.Generator,
+    input_order: Tensor | None,
+    joined: Mapping[str, Any],
 ) -> LayerCheck:
     """``generator`` is the same on every TP rank; each takes its own input channels."""
     like = layer.weight
     x = torch.randn(_VECTORS, method.input_size, generator=generator).to(like.dtype)
     x = x[:, method.channels.start : method.channels.stop].contiguous()
     bias = None if layer.skip_bias_add else layer.bias
-    served = method.apply(layer, x.to(like.device), bias).float().cpu()
+    given = x if input_order is None else x[:, input_order].contiguous()
+    served = method.apply(layer, given.to(like.device), bias).double().cpu()
     expected = x.double() @ dense.double().T
     if method.reduces_rank:
         whole = expected.float().to(like.device)
         expected = tensor_model_parallel_all_reduce(whole).cpu().double()
     if bias is not None:
         expected += bias.double().cpu()
-    error = float((served.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-    if float(expected.norm()) == 0:
-        error = float(served.norm())
+    expected = _as_joined(expected, method, joined)
     int8 = any(part.weights == "int8" for part in method.parts)
-    return LayerCheck(name, error, _INT8_TOLERANCE if int8 else _TOLERANCES[like.dtype])
+    allowed = _INT8_TOLERANCE if int8 else _TOLERANCES[like.dtype]
+    return LayerCheck(name, _error(served, expected), allowed)
+
+
+def _as_joined(y: Tensor, method: LowRankLinearMethod, joined: Mapping[str, Any]) -> Tensor:
+    """Outputs [k, m] as the layer gives them once it is joined with the rest of its gated MLP."""
+    order, activation = joined.get("row_order"), joined.get("activation")
+    if order is not None:
+        blocks = torch.split(y, method.output_sizes, dim=1)
+        y = torch.cat([block[:, order] for block in blocks], dim=1)
+    return y if activation is None else gated(y, activation)
+
+
+def _error(served: Tensor, expected: Tensor) -> float:
+    """See ``LayerCheck``; of float64 outputs [k, m]."""
+    wrong = served - expected
+    whole = float(expected.norm())
+    if whole == 0:
+        return float(wrong.norm())
+    mean_channel = whole / expected.shape[1] ** 0.5
+    worst = float(wrong.norm(dim=0).max()) / mean_channel
+    error = max(float(wrong.norm()) / whole, worst / _CHANNEL)
+    return error if error == error else float("inf")  # NaN compares as right
 
 
 def require_right(checks: Sequence[LayerCheck]) -> None:
