@@ -30,7 +30,7 @@ VARIABLE = "SVDSERVE_VERIFY"
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _INT8_TOLERANCE = 0.1
-_CHANNEL = 5.0  # times a tolerance, for the error of one output channel over the mean channel
+_CHANNEL = 5.0  # times a tolerance, for the error of one output channel
 _VECTORS = 8
 
 
@@ -38,8 +38,9 @@ _VECTORS = 8
 class LayerCheck:
     """Relative error of one layer's outputs, and what is allowed.
 
-    The error is that of all outputs, or a fifth of that of the worst output channel (over the mean
-    channel) if this is more, so that one wrong row of a large weight is found too.
+    The error is that of all outputs, or a fifth of that of the worst output channel if this is
+    more, so that one wrong row of a large weight is found too. The error of a channel is relative
+    to the channel itself or to the mean channel, whichever is larger.
     """
 
     name: str
@@ -145,7 +146,8 @@ def _error(served: Tensor, expected: Tensor) -> float:
     if whole == 0:
         return float(wrong.norm())
     mean_channel = whole / expected.shape[1] ** 0.5
-    worst = float(wrong.norm(dim=0).max()) / mean_channel
+    channels = wrong.norm(dim=0) / expected.norm(dim=0).clamp_min(mean_channel)
+    worst = float(channels.max())
     error = max(float(wrong.norm()) / whole, worst / _CHANNEL)
     return error if error == error else float("inf")  # NaN compares as right
 
