@@ -172,3 +172,19 @@ def test_wrong_size_is_refused() -> None:
     with pytest.raises(UserError, match=r"v_proj \[9, 24\].*\[8, 24\]"):
         replace_group(attention, "qkv_proj", spec, None, torch.float32, "meta")
     assert isinstance(attention.q_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("members", [("q_proj", "k_proj"), ("q_proj",)])
+def test_what_peft_prints_of_a_module_says_what_to_do(members: tuple[str, ...]) -> None:
+    """PEFT ends with "Target module {module} is not supported", in which only the name is ours."""
+    parent = nn.Module()
+    for member in members:
+        setattr(parent, member, nn.Linear(8, 6, bias=False))
+    name = "q_proj" if len(members) == 1 else "qkv_proj"
+    sizes = (6,) * len(members)
+    spec = ModuleSpec(members=members, layout="pair", rank=3, in_features=8, out_features=sizes)
+    replace_group(parent, name, spec, None, torch.float32, "cpu")
+    for member in members:
+        printed = str(getattr(parent, member))
+        assert "takes no PEFT adapter: merge it into the dense model and compress that" in printed
+        assert "\n" not in printed

@@ -19,6 +19,9 @@ from svdserve.compression.schema import ModuleSpec
 from svdserve.kernels import lowrank_linear
 from svdserve.kernels.reference import project
 
+# PEFT prints a module that it cannot put an adapter on, and nothing else of ours.
+_NO_ADAPTERS = "factored, takes no PEFT adapter: merge it into the dense model and compress that"
+
 
 class FactoredWeight(nn.Module):
     """The tensors of one ModuleSpec, from ``factors`` or, when None, uninitialised.
@@ -93,7 +96,8 @@ class FactoredWeight(nn.Module):
         return value if self.scale is None else value * self.scale
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, {self.layout}"
+        sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
+        return f"{sizes}, {self.layout}; {_NO_ADAPTERS}"
 
 
 class LowRankLinear(FactoredWeight):
@@ -209,7 +213,8 @@ class SharedMember(nn.Module):
         return output
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, member={self.member}"
+        sizes = f"in={self.in_features}, out={self.out_features}, member={self.member}"
+        return f"{sizes}; {_NO_ADAPTERS}"
 
 
 class Int8Linear(nn.Module):
