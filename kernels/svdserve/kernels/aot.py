@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from svdserve.kernels import triton_kernels as kernels
-from svdserve.kernels.triton_linear import CONFIGS, Config, compile_options, interpreted
+from svdserve.kernels.triton_linear import (
+    CONFIGS,
+    GATHERED,
+    PLAIN,
+    Config,
+    compile_options,
+    interpreted,
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,13 @@ TARGETS = {
         "scratch_",
     ),
 }
+# Those that can start a kernel while the one before it ends.
+EARLY_TARGETS = ("sm_90", "sm_100")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\s+([a-z]\w*)", re.MULTILINE)
-_POINTERS = {"channels_ptr": "i32", "pivots_ptr": "i32", "groups_ptr": "i32", "counters_ptr": "i32"}
+_POINTERS = dict.fromkeys(
+    ("channels_ptr", "pivots_ptr", "groups_ptr", "counters_ptr", "arrivals_ptr"), "i32"
+)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -83,15 +95,22 @@ class Variant:
     kernel: str
     dtype: torch.dtype
     config: Config
-    gather: bool | None
+    read: int | None
     target: str
 
     @property
     def fixed(self) -> dict[str, object]:
         """The arguments that are known when it is compiled."""
-        gather = {} if self.gather is None else {"GATHER": self.gather}
+        shrink, expand = self.config.shrink, self.config.expand
+        assert shrink is not None
+        assert expand is not None
+        read = {} if self.read is None else {"READ": self.read}
         on_amd = TARGETS[self.target].gpu.backend == "hip"
-        return compile_options(self.config, self.dtype, on_amd) | gather
+        tile = expand if self.kernel == "expand" else shrink
+        early = self.config.launch == "early"
+        options = compile_options(tile, self.dtype, on_amd, early=early)
+        splits = {} if self.kernel == "expand" else {"SPLITS": shrink.splits}
+        return options | read | splits
 
 
 @dataclass(frozen=True)
@@ -120,15 +139,14 @@ class Compiled:
 
 def variants() -> Iterator[Variant]:
     """Everything that triton_linear.py can launch."""
-    for target in TARGETS:
-        for dtype, configs in CONFIGS.items():
-            for config in configs:
-                if config.single_launch:
-                    yield Variant("shrink_expand", dtype, config, None, target)
-                else:
-                    yield Variant("shrink", dtype, config, True, target)
-                    yield Variant("shrink", dtype, config, False, target)
-                    yield Variant("expand", dtype, config, None, target)
+    reads = PLAIN, GATHERED
+    for target, dtype in product(TARGETS, CONFIGS):
+        for config in CONFIGS[dtype]:
+            if config.launch == "one":
+                yield from (Variant("shrink_expand", dtype, config, r, target) for r in reads)
+            elif config.launch == "two" or target in EARLY_TARGETS:
+                yield from (Variant("shrink", dtype, config, r, target) for r in reads)
+                yield Variant("expand", dtype, config, None, target)
 
 
 def compile_all() -> list[Compiled]:
@@ -149,13 +167,16 @@ def compile_one(variant: Variant) -> Compiled:
         raise RuntimeError("TRITON_INTERPRET is set; unset it to compile")
     kernel = getattr(kernels, variant.kernel)
     fixed = variant.fixed | {"WIDEN": False}
-    launch = {name: value for name, value in fixed.items() if name not in kernel.arg_names}
+    launch = {name: value for name, value in fixed.items() if not name.isupper()}
     signature, attributes = {}, {}
+    # Unsplit sums are z itself.
+    split = {"sums_ptr": "fp32"} if fixed.get("SPLITS", 1) != 1 else {}
+    pointers = _POINTERS | split
     for place, name in enumerate(kernel.arg_names):
         if name in fixed:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + _POINTERS.get(name, _TYPES[variant.dtype])
+            signature[name] = "*" + pointers.get(name, _TYPES[variant.dtype])
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"  # never specialised: triton_kernels._CALL_SIZES
@@ -219,12 +240,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
     found = compile_all()
-    print("kernel         dtype     rows  gather  target  registers  shared  spills  wide  matrix")
+    print("kernel         dtype     rows  read  target  registers  shared  spills  wide  matrix")
     for one in found:
         matrix = ", ".join(f"{times} {name}" for name, times in one.tensor_core.items()) or "none"
         print(
             f"{one.kernel:14} {one.dtype:9} {one.config['rows'] or 'any':>4}  "
-            f"{one.fixed.get('GATHER', '')!s:6}  {one.target:6}  {one.registers:9}  "
+            f"{one.fixed.get('READ', '')!s:4}  {one.target:6}  {one.registers:9}  "
             f"{one.shared_bytes:6}  {one.spills:6}  {one.wide_loads:4}  {matrix}"
         )
     if arguments.json:

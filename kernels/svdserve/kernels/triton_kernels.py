@@ -1,9 +1,16 @@
 """The Triton kernels: shrink, expand, and both in one launch; triton_linear.py launches them.
 
 Shrink is z = x[pivots] + Z x[rest] with the gather and the addition fused in, or z = V x; expand is
-y = C z + b. Sums are float32; z is written once, in the dtype of x. A kernel serves several groups
-at once, each with its own factors and rank, all reading the same x: the q, k and v of a model that
-is factored ``separate`` are one launch, and one part is the case of one group.
+y = C z + b. Sums are float32. A kernel serves several groups at once, each with its own factors and
+rank, all reading the same x: the q, k and v of a model that is factored ``separate`` are one
+launch, and one part is the case of one group.
+
+A factor_in has few rows, so few tiles for the many multiprocessors of a GPU: shrink may divide its
+columns among SPLITS programs, each of which writes its own float32 sums. The last one to finish
+adds them, always in the same order, so that results do not vary from run to run.
+
+EARLY is programmatic dependent launch (NVIDIA, from sm_90): a kernel starts while the one before it
+ends, asks for the first weights of each row, and only then waits for what that one writes.
 
 Every size is a multiple of 16, zero padded (triton_linear.py pads), and arrives in blocks of 16, so
 that the compiler knows the alignment of every row: the loads of weights are 128 bits wide, and no
@@ -30,11 +37,17 @@ FIELDS = tl.constexpr(GROUP_FIELDS)
 STARTED = tl.constexpr(0)
 SHRUNK = tl.constexpr(1)
 FINISHED = tl.constexpr(2)
-COUNTERS = 3
+COUNTERS = 4  # one is free, so that what follows is aligned
 
 # Sizes that vary from call to call: else one of them being 1 or odd would compile a kernel again.
 _CALL_SIZES = ("rows", "x_blocks", "z_blocks", "y_blocks", "groups", "tiles", "shrink_tiles")
-_CALL_SIZES += ("has_bias",)
+_CALL_SIZES += ("has_bias", "rest_block", "rest_blocks")
+
+# How shrink reads x. IN_ORDER: x is what ``gather`` writes, the pivots and then the others, each
+# padded, so that shrink reads it as it reads weights.
+PLAIN = tl.constexpr(0)
+GATHERED = tl.constexpr(1)
+IN_ORDER = tl.constexpr(2)
 
 
 @triton.jit
@@ -89,10 +102,23 @@ def _rounded(sums, dtype: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _ask_for(rows, width, LINES: tl.constexpr):
+    """Ask the L2 cache for the first LINES times 128 bytes of every row; waits for nothing."""
+    column = tl.minimum(
+        tl.arange(0, LINES) * (128 // (rows.dtype.element_ty.primitive_bitwidth // 8)), width - 1
+    )
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [rows + column[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _shrink_tile(
-    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
-    rows, x_blocks, z_blocks, groups, row_block, tile,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, groups_ptr,
+    rows, x_blocks, z_blocks, groups, rest_block, row_block, tile, split,
+    READ: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     group, first = _locate(groups_ptr, groups, tile, RANK, BN)
@@ -103,34 +129,63 @@ def _shrink_tile(
     t = row_block * BT + tl.arange(0, BT)
     n = first + tl.arange(0, BN)
     x_rows = x_ptr + (t.to(tl.int64) * (x_blocks * 16))[:, None]
-    w_rows = inner_ptr + tl.load(group + INNER).to(tl.int64) * 16 + (n * width)[:, None]
+    inner = inner_ptr + tl.load(group + INNER).to(tl.int64) * 16
+    w_rows = inner + (n * width)[:, None]
+    share = tl.cdiv(tl.cdiv(width, BK), SPLITS) * BK
+    begin = split * share
+    end = tl.minimum(begin + share, width)
+    if EARLY:
+        if LINES and not WIDEN:
+            _ask_for(
+                inner + (tl.minimum(n, rank - 1) * width)[:, None] + begin, width - begin, LINES
+            )
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros([BT, BN], tl.float32)
-    if GATHER:
+    if READ == GATHERED:
         # Scalar loads cannot be copied asynchronously, so the next ones are under way in registers.
-        x = _gathered(x_rows, channels, 0, width, t < rows, BK)
-        for k0 in range(0, width, BK):
-            w = _weights(w_rows, k0, width, n < rank, BK)
-            following = _gathered(x_rows, channels, k0 + BK, width, t < rows, BK)
+        x = _gathered(x_rows, channels, begin, end, t < rows, BK)
+        for k0 in range(begin, end, BK):
+            w = _weights(w_rows, k0, end, n < rank, BK)
+            following = _gathered(x_rows, channels, k0 + BK, end, t < rows, BK)
             sums = _dot(x, w, sums, PRECISION, WIDEN)
             x = following
-        pivot = tl.load(pivots_ptr + column + n, mask=n < rank, other=-1)
-        chosen = (t < rows)[:, None] & (pivot >= 0)[None, :]
-        sums += tl.load(x_rows + pivot[None, :], mask=chosen, other=0.0).to(tl.float32)
     else:
-        for k0 in range(0, width, BK):
+        for k0 in range(begin, end, BK):
             k = k0 + tl.arange(0, BK)
-            inside = (t < rows)[:, None] & (k < width)[None, :]
-            x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-            sums = _dot(x, _weights(w_rows, k0, width, n < rank, BK), sums, PRECISION, WIDEN)
-    z = z_ptr + column + (t.to(tl.int64) * (z_blocks * 16))[:, None] + n[None, :]
+            inside = (t < rows)[:, None] & (k < end)[None, :]
+            x = tl.load(x_rows + rest_block * 16 + k[None, :], mask=inside, other=0.0)
+            sums = _dot(x, _weights(w_rows, k0, end, n < rank, BK), sums, PRECISION, WIDEN)
+    if READ != PLAIN and split == 0:
+        pivot = n
+        if READ == GATHERED:
+            pivot = tl.load(pivots_ptr + column + n, mask=n < rank, other=-1)
+        chosen = (t < rows)[:, None] & ((pivot >= 0) & (n < rank))[None, :]
+        sums += tl.load(x_rows + pivot[None, :], mask=chosen, other=0.0).to(tl.float32)
     inside = (t < rows)[:, None] & (n < rank)[None, :]
-    tl.store(z, _rounded(sums, z_ptr.dtype.element_ty, WIDEN), mask=inside)
+    place = column + (t.to(tl.int64) * (z_blocks * 16))[:, None] + n[None, :]
+    dtype = z_ptr.dtype.element_ty
+    if SPLITS == 1:
+        tl.store(z_ptr + place, _rounded(sums, dtype, WIDEN), mask=inside)
+    else:
+        whole = tl.cast(rows, tl.int64) * (z_blocks * 16)
+        tl.store(sums_ptr + split * whole + place, sums, mask=inside)
+        tl.debug_barrier()  # every warp has stored its part before one thread says so
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros([BT, BN], tl.float32)
+            for other in tl.static_range(SPLITS):
+                # .cg: from the L2 cache, where the other multiprocessors wrote it.
+                total += tl.load(
+                    sums_ptr + other * whole + place, mask=inside, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(z_ptr + place, _rounded(total, dtype, WIDEN), mask=inside)
+            tl.atomic_xchg(arrivals_ptr, 0, sem="relaxed")
 
 
 @triton.jit
 def _expand_tile(
     z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
     rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
+    EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -141,11 +196,17 @@ def _expand_tile(
     t = row_block * BT + tl.arange(0, BT)
     n = first + tl.arange(0, BN)
     z_rows = z_ptr + tl.load(group + Z_COLUMN) * 16 + (t.to(tl.int64) * (z_blocks * 16))[:, None]
-    c_rows = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16 + (n * rank)[:, None]
+    outer = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16
+    c_rows = outer + (n * rank)[:, None]
+    if EARLY:
+        if LINES and not WIDEN:
+            _ask_for(outer + (tl.minimum(n, outputs - 1) * rank)[:, None], rank, LINES)
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros([BT, BN], tl.float32)
     for k0 in range(0, rank, BK):
         k = k0 + tl.arange(0, BK)
-        z = tl.load(z_rows + k[None, :], mask=(t < rows)[:, None] & (k < rank)[None, :], other=0.0)
+        inside = (t < rows)[:, None] & (k < rank)[None, :]
+        z = tl.load(z_rows + k[None, :], mask=inside, other=0.0)
         sums = _dot(z, _weights(c_rows, k0, rank, n < outputs, BK), sums, PRECISION, WIDEN)
     bias = tl.load(bias_ptr + column + n, mask=n < outputs * has_bias, other=0.0)
     sums += bias.to(tl.float32)[None, :]
@@ -167,17 +228,21 @@ def _swizzled(rows, tiles, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_CALL_SIZES)
 def shrink(
-    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
-    rows, x_blocks, z_blocks, groups, tiles,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, groups_ptr,
+    rows, x_blocks, z_blocks, groups, rest_block, tiles,
+    READ: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """z of every group; a program for every tile [BT, BN] of it."""
+    """z of every group; a program for every tile [BT, BN] of it and every split of its sum."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
     _shrink_tile(
-        x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
-        rows, x_blocks, z_blocks, groups, row_block, tile,
-        GATHER, PRECISION, WIDEN, BT, BN, BK,
+        x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr,
+        arrivals_ptr + row_block * tiles + tile, groups_ptr,
+        rows, x_blocks, z_blocks, groups, rest_block, row_block, tile, tl.program_id(1),
+        READ, SPLITS, EARLY, LINES, PRECISION, WIDEN, BT, BN, BK,
     )  # fmt: skip
 
 
@@ -185,23 +250,28 @@ def shrink(
 def expand(
     z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
     rows, z_blocks, y_blocks, groups, has_bias, tiles,
+    EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y of every group; a program for every tile [BT, BN] of it."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
     _expand_tile(
         z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
         rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
-        PRECISION, WIDEN, BT, BN, BK,
+        EARLY, LINES, PRECISION, WIDEN, BT, BN, BK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CALL_SIZES)
 def shrink_expand(
-    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-    counters_ptr,
-    rows, x_blocks, z_blocks, y_blocks, groups, has_bias, shrink_tiles, tiles,
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, outer_ptr, bias_ptr,
+    y_ptr, groups_ptr, counters_ptr,
+    rows, x_blocks, z_blocks, y_blocks, groups, has_bias, rest_block,
+    shrink_tiles, tiles,
+    READ: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -212,24 +282,52 @@ def shrink_expand(
     that run. The last one to finish sets the counters back to zero for the next launch.
     """
     ticket = tl.atomic_add(counters_ptr + STARTED, 1, sem="relaxed")
-    if ticket < shrink_tiles:
+    if ticket < shrink_tiles * SPLITS:
         _shrink_tile(
-            x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, groups_ptr,
-            rows, x_blocks, z_blocks, groups, 0, ticket,
-            True, PRECISION, WIDEN, BT, BN, BK,
+            x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr,
+            arrivals_ptr + ticket // SPLITS, groups_ptr,
+            rows, x_blocks, z_blocks, groups, rest_block,
+            0, ticket // SPLITS, ticket % SPLITS,
+            READ, SPLITS, False, LINES, PRECISION, WIDEN, BT, BN, BK,
         )  # fmt: skip
         tl.debug_barrier()  # every warp has stored its part of z before one thread says so
         tl.atomic_add(counters_ptr + SHRUNK, 1, sem="release")
     else:
-        while tl.atomic_add(counters_ptr + SHRUNK, 0, sem="acquire") < shrink_tiles:
+        tile = ticket - shrink_tiles * SPLITS
+        if LINES and not WIDEN:
+            group, first = _locate(groups_ptr, groups, tile, OUTPUTS, BN)
+            rank = tl.load(group + RANK) * 16
+            n = tl.minimum(first + tl.arange(0, BN), tl.load(group + OUTPUTS) * 16 - 1)
+            outer = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16
+            _ask_for(outer + (n * rank)[:, None], rank, LINES)
+        while tl.atomic_add(counters_ptr + SHRUNK, 0, sem="acquire") < shrink_tiles * SPLITS:
             pass
         tl.debug_barrier()
         _expand_tile(
             z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-            rows, z_blocks, y_blocks, groups, has_bias, 0, ticket - shrink_tiles,
-            PRECISION, WIDEN, BT, BN, BK,
+            rows, z_blocks, y_blocks, groups, has_bias, 0, tile,
+            False, LINES, PRECISION, WIDEN, BT, BN, BK,
         )  # fmt: skip
     if tl.atomic_add(counters_ptr + FINISHED, 1, sem="acq_rel") == tiles - 1:
         tl.atomic_xchg(counters_ptr + STARTED, 0, sem="relaxed")
         tl.atomic_xchg(counters_ptr + SHRUNK, 0, sem="relaxed")
         tl.atomic_xchg(counters_ptr + FINISHED, 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_CALL_SIZES)
+def gather(
+    x_ptr, channels_ptr, pivots_ptr, z_ptr, rest_ptr,
+    x_blocks, z_blocks, rest_blocks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies x[pivots] to z and x[rest] to rest, zeros where they are padded."""
+    t = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ranks = z_blocks * 16
+    own = place < ranks
+    other = (place >= ranks) & (place < ranks + rest_blocks * 16)
+    channel = tl.load(pivots_ptr + place, mask=own, other=-1)
+    channel = tl.where(own, channel, tl.load(channels_ptr + place - ranks, mask=other, other=-1))
+    x = tl.load(x_ptr + t * (x_blocks * 16) + channel, mask=channel >= 0, other=0.0)
+    tl.store(z_ptr + t * ranks + place, x, mask=own)
+    tl.store(rest_ptr + t * (rest_blocks * 16) + place - ranks, x, mask=other)

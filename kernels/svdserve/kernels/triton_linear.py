@@ -9,9 +9,10 @@ Importing this module imports Triton.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 import triton
@@ -23,33 +24,70 @@ from svdserve.kernels.operations import define
 from svdserve.kernels.parts import Part, PreparedFactors, check_bias, check_input, other_channels
 
 ALIGNMENT = 16  # Rows of every matrix begin at multiples of it; see triton_kernels.py.
+PLAIN, GATHERED, IN_ORDER = (
+    int(place.value) for place in (kernels.PLAIN, kernels.GATHERED, kernels.IN_ORDER)
+)
+_KERNELS = (kernels.shrink, kernels.expand, kernels.shrink_expand)
+_ARGUMENTS = {name for kernel in _KERNELS for name in kernel.arg_names}
 TENSORS = tuple(name for name in kernels.shrink_expand.arg_names if name.endswith("_ptr"))
+_MOST_BLOCKS = 8  # of rows, of a shrink whose sums are split
+_COPIED = 1024  # columns of a row that a program of gather copies
 _LARGEST = 2**31  # Offsets within one factor are 32 bits.
 
 
 @dataclass(frozen=True)
-class Config:
-    """How the kernels run for up to ``rows`` rows of x (None: for any number)."""
+class Tile:
+    """How a kernel divides its work: a program computes [rows, columns] in steps of ``depth``.
 
-    rows: int | None
-    block_rows: int
-    block_columns: int
-    block_depth: int
+    Attributes:
+        splits: of shrink alone: programs that share the sum of one tile.
+        lines: of 128 bytes, of every row of the factor, which are asked for before z is complete.
+    """
+
+    rows: int
+    columns: int
+    depth: int
     warps: int
     stages: int
-    single_launch: bool = False
+    splits: int = 1
+    lines: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """How up to ``rows`` rows of x are multiplied (None: any number).
+
+    Attributes:
+        shrink, expand: their tiles; None for the device's own products, after one gather.
+        launch: both in one; in two; or in two of which the second starts early (sm_90 and later).
+    """
+
+    rows: int | None
+    shrink: Tile | None = None
+    expand: Tile | None = None
+    launch: Literal["one", "two", "early"] = "two"
+
+
+def single(rows: int, tile: Tile) -> Config:
+    """One launch, whose two halves have the same tile."""
+    return Config(rows, tile, replace(tile, splits=1), "one")
+
+
+def double(rows: int | None, tile: Tile) -> Config:
+    """Two launches with the same tile."""
+    return Config(rows, tile, tile)
 
 
 # Decoding is bound by the bytes of the weights: small tiles keep all processors busy, deep stages
 # keep enough loads under way. Prefill is bound by arithmetic: tiles that tensor cores like.
 _HALF = (
-    Config(16, 16, 16, 128, warps=2, stages=5, single_launch=True),
-    Config(64, 64, 32, 64, warps=4, stages=6, single_launch=True),
-    Config(None, 128, 128, 64, warps=8, stages=3),
+    single(16, Tile(16, 16, 128, warps=2, stages=5)),
+    single(64, Tile(64, 32, 64, warps=4, stages=6)),
+    double(None, Tile(128, 128, 64, warps=8, stages=3)),
 )
 _SINGLE = (
-    Config(16, 16, 32, 32, warps=4, stages=3, single_launch=True),
-    Config(None, 64, 64, 32, warps=4, stages=3),
+    single(16, Tile(16, 32, 32, warps=4, stages=3)),
+    double(None, Tile(64, 64, 32, warps=4, stages=3)),
 )
 CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.bfloat16: _HALF,
@@ -83,29 +121,31 @@ class TritonFactors(PreparedFactors):
     groups: Tensor
     counters: Tensor
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], in_order: bool = False) -> None:
         """Copy the factors, except where one part has the layout of the kernels already.
 
         Args:
             parts: each with its own rank; shapes as in ``lowrank_linear``, checked by the caller.
+            in_order: x will be given in the order that ``gathered`` brings it to; of one part.
 
         Raises:
             ValueError: a factor of 2³¹ elements or more.
         """
         super().__init__()
         device = parts[0].factor_in.device
-        self.in_features = parts[0].in_features
         self.ranks = [_padded(part.rank) for part in parts]
         self.outputs = [part.outputs for part in parts]
         # Several groups share the gathering kernel: a pair is then the case without pivots.
-        self.gather = len(parts) > 1 or parts[0].pivots is not None
+        gathers = len(parts) > 1 or parts[0].pivots is not None
+        self.read = IN_ORDER if in_order else GATHERED if gathers else PLAIN
         inner = [_aligned(part.factor_in, rows=True) for part in parts]
         outer = [_aligned(part.factor_out, rows=True) for part in parts]
         if max(factor.numel() for factor in (*inner, *outer)) >= _LARGEST:
             raise ValueError(
                 f"a factor of {_LARGEST:,} elements or more; the kernels count to that"
             )
-        widths = [factor.shape[1] for factor in inner]
+        self.widths = widths = [factor.shape[1] for factor in inner]
+        self.in_features = self.ranks[0] + widths[0] if in_order else parts[0].in_features
         chosen = [_chosen(part) for part in parts]
         buffers = {
             "inner": _flat(inner),
@@ -113,7 +153,11 @@ class TritonFactors(PreparedFactors):
             "channels": _indices([rest for _, rest in chosen], widths),
             "pivots": _indices([own for own, _ in chosen], self.ranks),
             "groups": _table(tuple(self.ranks), tuple(widths), tuple(self.outputs), device),
-            "counters": torch.zeros(kernels.COUNTERS, dtype=torch.int32, device=device),
+            "counters": torch.zeros(
+                kernels.COUNTERS + _MOST_BLOCKS * sum(self.ranks) // ALIGNMENT,
+                dtype=torch.int32,
+                device=device,
+            ),
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -131,8 +175,9 @@ class TritonFactors(PreparedFactors):
             self.counters,
             self.in_features,
             self.ranks,
+            self.widths,
             self.outputs,
-            self.gather,
+            self.read,
             bias,
         )
 
@@ -147,75 +192,172 @@ def _run(
     counters: Tensor,
     in_features: int,
     ranks: Sequence[int],
+    widths: Sequence[int],
     outputs: Sequence[int],
-    gather: bool,
+    read: int,
     bias: Tensor | None,
 ) -> Tensor:
     check_input(x, in_features, inner)
     check_bias(bias, sum(outputs), x)
     rows = x.numel() // in_features
     padded = [_padded(size) for size in outputs]
+    config = config_for(x.dtype, rows)
     y = x.new_empty(rows, sum(padded))
     if rows:
-        z = x.new_empty(rows, sum(ranks))
         whole = _aligned(x.reshape(rows, in_features))
-        added = y if bias is None else _aligned_bias(bias, outputs)
-        config = config_for(x.dtype, rows)
-        tiles = [
-            sum(triton.cdiv(size, config.block_columns) for size in sizes)
-            for sizes in (ranks, padded)
-        ]
-        sizes = {
-            "rows": rows,
-            "x_blocks": whole.stride(0) // ALIGNMENT,
-            "z_blocks": z.shape[1] // ALIGNMENT,
-            "y_blocks": y.shape[1] // ALIGNMENT,
-            "groups": len(ranks),
-            "has_bias": int(bias is not None),
-            "GATHER": gather,
-        }
-        tensors = (whole, inner, channels, pivots, z, outer, added, y, groups, counters)
+        added = None if bias is None else _aligned_bias(bias, outputs)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            _launch(tensors, sizes, tiles, config)
+            if config.shrink is None:
+                latent = _latent(whole, inner, channels, pivots, ranks, widths, read)
+                _expanded(latent, outer, added, ranks, padded, y)
+            else:
+                tensors = (whole, inner, channels, pivots, outer, added, y, groups, counters)
+                _launch(tensors, ranks, padded, read, config)
     if padded != list(outputs):
         blocks = torch.split(y, padded, dim=1)
         y = torch.cat([b[:, :size] for b, size in zip(blocks, outputs, strict=True)], dim=1)
     return y.reshape(*x.shape[:-1], sum(outputs))
 
 
-def _launch(
-    tensors: tuple[Tensor, ...], sizes: dict[str, int], tiles: Sequence[int], config: Config
-) -> None:
-    """One launch or two; ``tiles`` of z and of y in one block of rows."""
-    named = dict(zip(TENSORS, tensors, strict=True)) | sizes
-    on_amd = torch.version.hip is not None
-    options = compile_options(config, tensors[0].dtype, on_amd) | {"WIDEN": interpreted()}
-    if config.single_launch:
-        counts = {"shrink_tiles": tiles[0], "tiles": sum(tiles)}
-        steps = [(kernels.shrink_expand, sum(tiles), counts)]
+def _latent(
+    x: Tensor,
+    inner: Tensor,
+    channels: Tensor,
+    pivots: Tensor,
+    ranks: Sequence[int],
+    widths: Sequence[int],
+    read: int,
+) -> Tensor:
+    """z [rows, sum of ranks] of every part by the device's own products, after one gather."""
+    rows = len(x)
+    rest = x
+    if read == GATHERED:
+        z, rest = x.new_empty(rows, sum(ranks)), x.new_empty(rows, sum(widths))
+        blocks = [size // ALIGNMENT for size in (x.stride(0), z.shape[1], rest.shape[1])]
+        grid = rows, triton.cdiv(z.shape[1] + rest.shape[1], _COPIED)
+        kernels.gather[grid](x, channels, pivots, z, rest, *blocks, BLOCK=_COPIED)
+    elif read == IN_ORDER:
+        z, rest = x[:, : ranks[0]].contiguous(), x[:, ranks[0] :]
     else:
-        row_blocks = triton.cdiv(sizes["rows"], config.block_rows)
+        z = x.new_zeros(rows, ranks[0])
+    factors = torch.split(inner, [rank * width for rank, width in zip(ranks, widths, strict=True)])
+    parts = zip(
+        torch.split(z, list(ranks), 1),
+        torch.split(rest, list(widths), 1),
+        factors,
+        ranks,
+        strict=True,
+    )
+    for own, other, factor, rank in parts:
+        if factor.numel():
+            own.addmm_(other, factor.view(rank, -1).T)
+    return z
+
+
+def _expanded(
+    z: Tensor,
+    outer: Tensor,
+    bias: Tensor | None,
+    ranks: Sequence[int],
+    outputs: Sequence[int],
+    y: Tensor,
+) -> None:
+    """y [rows, sum of outputs] of z by the device's own products."""
+    factors = torch.split(outer, [size * rank for size, rank in zip(outputs, ranks, strict=True)])
+    parts = zip(
+        torch.split(z, list(ranks), 1),
+        factors,
+        torch.split(y, list(outputs), 1),
+        outputs,
+        strict=True,
+    )
+    for own, factor, found, size in parts:
+        torch.mm(own, factor.view(size, -1).T, out=found)
+    if bias is not None:
+        y.add_(bias)
+
+
+def _launch(
+    tensors: tuple[Tensor | None, ...],
+    ranks: Sequence[int],
+    outputs: Sequence[int],
+    read: int,
+    config: Config,
+) -> None:
+    """One launch or two."""
+    assert config.shrink is not None
+    assert config.expand is not None
+    x, inner, channels, pivots, outer, bias, y, groups, counters = tensors
+    assert x is not None
+    assert y is not None
+    assert counters is not None
+    splits = config.shrink.splits
+    z = x.new_empty(len(x), sum(ranks))
+    sums = z
+    if splits > 1:
+        if triton.cdiv(len(x), config.shrink.rows) > _MOST_BLOCKS:
+            raise ValueError(f"{len(x)} rows; a split shrink takes {_MOST_BLOCKS} blocks of rows")
+        sums = x.new_empty(splits * len(x), sum(ranks), dtype=torch.float32)
+    sizes = {
+        "rows": len(x),
+        "x_blocks": x.stride(0) // ALIGNMENT,
+        "z_blocks": z.shape[1] // ALIGNMENT,
+        "y_blocks": y.shape[1] // ALIGNMENT,
+        "groups": len(ranks),
+        "has_bias": int(bias is not None),
+        "rest_block": ranks[0] // ALIGNMENT if read == IN_ORDER else 0,
+        "READ": read,
+        "SPLITS": splits,
+    }
+    added = y if bias is None else bias
+    arrivals = counters[kernels.COUNTERS :]
+    placed = (x, inner, channels, pivots, z, sums, arrivals, outer, added, y, groups, counters)
+    named = dict(zip(TENSORS, placed, strict=True)) | sizes
+    shrinks = sum(triton.cdiv(rank, config.shrink.columns) for rank in ranks)
+    expands = sum(triton.cdiv(size, config.expand.columns) for size in outputs)
+    steps: list[tuple[Any, Tile, tuple[int, ...], dict[str, int]]]
+    if config.launch == "one":
+        programs = shrinks * config.shrink.splits + expands
+        counts = {"shrink_tiles": shrinks, "tiles": programs}
+        steps = [(kernels.shrink_expand, config.shrink, (programs,), counts)]
+    else:
         steps = [
-            (kernel, row_blocks * count, {"tiles": count})
-            for kernel, count in zip((kernels.shrink, kernels.expand), tiles, strict=True)
+            (
+                kernel,
+                tile,
+                (triton.cdiv(sizes["rows"], tile.rows) * tiles, splits),
+                {"tiles": tiles},
+            )
+            for kernel, tile, tiles, splits in (
+                (kernels.shrink, config.shrink, shrinks, config.shrink.splits),
+                (kernels.expand, config.expand, expands, 1),
+            )
         ]
-    for kernel, programs, counts in steps:
-        given = named | counts
-        taken = {name: given[name] for name in kernel.arg_names if name in given}
-        kernel[(programs,)](**taken, **options)
+    dtype, on_amd = x.dtype, torch.version.hip is not None
+    for kernel, tile, programs, counts in steps:
+        options = compile_options(tile, dtype, on_amd, early=config.launch == "early")
+        given = named | counts | options | {"WIDEN": interpreted()}
+        # The options of the compiler are no arguments of the kernel.
+        foreign = set(given) & _ARGUMENTS - set(kernel.arg_names)
+        kernel[programs](**{name: value for name, value in given.items() if name not in foreign})
 
 
-def compile_options(config: Config, dtype: torch.dtype, on_amd: bool) -> dict[str, object]:
-    """Compile-time arguments of every kernel of a configuration."""
+def compile_options(
+    tile: Tile, dtype: torch.dtype, on_amd: bool, early: bool = False
+) -> dict[str, object]:
+    """Compile-time arguments and options of a kernel with such a tile."""
     return {
         "PRECISION": precision(dtype),
-        "BT": config.block_rows,
-        "BN": config.block_columns,
-        "BK": config.block_depth,
-        "num_warps": config.warps,
+        "EARLY": early,
+        "LINES": tile.lines,
+        "BT": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        "num_warps": tile.warps,
         # AMD's compiler keeps loads under way in registers, and two stages are what it plans for.
-        "num_stages": min(config.stages, 2) if on_amd else config.stages,
+        "num_stages": min(tile.stages, 2) if on_amd else tile.stages,
         "enable_fp_fusion": True,  # Triton's default changes between versions
+        **({"launch_pdl": True} if early else {}),
     }
 
 
@@ -229,18 +371,19 @@ def _fake(
     counters: Tensor,
     in_features: int,
     ranks: Sequence[int],
+    widths: Sequence[int],
     outputs: Sequence[int],
-    gather: bool,
+    read: int,
     bias: Tensor | None,
 ) -> Tensor:
-    del inner, outer, channels, pivots, groups, counters, in_features, ranks, gather, bias
+    del inner, outer, channels, pivots, groups, counters, in_features, ranks, widths, read, bias
     return x.new_empty(*x.shape[:-1], sum(outputs))
 
 
 define(
     "lowrank_triton(Tensor x, Tensor inner, Tensor outer, Tensor channels, Tensor pivots, "
-    "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] outputs, bool gather, "
-    "Tensor? bias) -> Tensor",
+    "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] widths, int[] outputs, "
+    "int read, Tensor? bias) -> Tensor",
     _run,
     _fake,
 )

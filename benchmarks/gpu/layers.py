@@ -1,0 +1,385 @@
+"""The low-rank linear on a GPU: right or not, which configuration, and how fast beside dense."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import fp8
+import torch
+from timing import copies, medians
+from torch import Tensor
+from torch.nn.functional import linear
+
+from svdserve.compression.factors import rank_for_keep
+from svdserve.kernels import Part, reference
+from svdserve.kernels import triton_linear as ours
+
+TABLE_ROWS = (16, 32, 64, 128)  # rows up to which a line of a table holds
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear [outputs, inputs] of a model on one GPU."""
+
+    model: str
+    name: str
+    outputs: int
+    inputs: int
+
+
+def _model(
+    name: str, hidden: int, intermediate: int, heads: int, kv_heads: int, gpus: int = 1
+) -> tuple[Layer, ...]:
+    wide, narrow = heads * 128 // gpus, kv_heads * 128 // gpus
+    return (
+        Layer(name, "qkv_proj", wide + 2 * narrow, hidden),
+        Layer(name, "o_proj", hidden, wide),
+        Layer(name, "gate_up_proj", 2 * intermediate // gpus, hidden),
+        Layer(name, "down_proj", hidden, intermediate // gpus),
+    )
+
+
+LLAMA_8B = _model("Llama-3-8B", 4096, 14336, 32, 8)
+MODELS = (
+    *LLAMA_8B,
+    *_model("Qwen3-8B", 4096, 12288, 32, 8)[2:],  # its attention has the shapes of Llama's
+    *_model("Llama-3-70B", 8192, 28672, 64, 8),
+    *_model("Llama-3-70B TP 8", 8192, 28672, 64, 8, gpus=8),
+)
+DRY = (Layer("dry", "qkv_proj", 96, 64), Layer("dry", "down_proj", 64, 160))
+
+
+class Weights:
+    """A layer's dense weight and its factors, in as many copies as no cache holds."""
+
+    def __init__(self, layer: Layer, keep: float, device: torch.device, dry: bool) -> None:
+        rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+        assert rank is not None
+        self.layer, self.keep = layer, keep
+        self.rank = rank if dry else rank // 16 * 16
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.device = device
+        stored = 2 * self.rank * (layer.outputs + layer.inputs - self.rank)
+        self.copies = copies(stored, dry)
+        order = torch.randperm(layer.inputs, generator=self.generator, device=device)
+        pivots = order[: self.rank].sort().values.to(torch.int32)
+        self.parts = [
+            Part(
+                self.random(self.rank, layer.inputs - self.rank),
+                self.random(layer.outputs, self.rank),
+                pivots,
+            )
+            for _ in range(self.copies)
+        ]
+
+    def random(self, rows: int, columns: int) -> Tensor:
+        made = torch.empty(rows, columns, dtype=torch.bfloat16, device=self.device)
+        return made.normal_(std=columns**-0.5, generator=self.generator)
+
+    def dense(self) -> list[Tensor]:
+        own = self.random(self.layer.outputs, self.layer.inputs)
+        return [own, *(own.clone() for _ in range(self.copies - 1))]
+
+    def prepared(self, in_order: bool = False) -> list[ours.TritonFactors]:
+        return [ours.TritonFactors([part], in_order=in_order) for part in self.parts]
+
+
+def use(*configs: ours.Config) -> None:
+    """Make these the configurations of bfloat16."""
+    ours.CONFIGS[torch.bfloat16] = configs
+
+
+def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool) -> dict[str, Any]:
+    """The largest error of each configuration against float64, relative to the largest output."""
+    shapes = [(96, 64, 20), (17, 33, 15), (48, 160, 96)]
+    if not dry:
+        shapes += [(6144, 4096, 1786), (4096, 14336, 3054)]
+    worst: dict[str, float] = {}
+    for outputs, inputs, rank in shapes:
+        generator = torch.Generator(device).manual_seed(outputs)
+
+        def random(*size: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
+
+        own = torch.randperm(inputs, generator=generator, device=device)[:rank].sort().values
+        factor_in = random(rank, inputs - rank) / inputs**0.5
+        part = Part(factor_in, random(outputs, rank) / rank**0.5, own.to(torch.int32))
+        pair = Part(random(rank, inputs) / inputs**0.5, part.factor_out)
+        for given in (part, pair):
+            module = ours.TritonFactors([given])
+            for rows in (1, 3, 16, 31, 64, 100) if not dry else (1, 16):
+                x = random(rows, inputs)
+                wide = (given.factor_in.double(), given.factor_out.double(), given.pivots)
+                want = reference.lowrank_linear(x.double(), *wide)
+                for config in configs:
+                    limit = config.rows or 1 << 30
+                    if rows > limit:
+                        continue
+                    use(replace(config, rows=None))
+                    for _ in range(2):  # the second finds what the first left behind
+                        got = module(x)
+                    error = float((got.double() - want).abs().max() / want.abs().max())
+                    name = describe(config)
+                    worst[name] = max(worst.get(name, 0.0), math.inf if error != error else error)
+    allowed = 2**-7
+    wrong = {name: error for name, error in worst.items() if error > allowed}
+    return {"allowed": allowed, "worst": worst, "wrong": wrong}
+
+
+def describe(config: ours.Config) -> str:
+    """A configuration in a few letters."""
+    if config.shrink is None or config.expand is None:
+        return "products"
+    parts = [
+        f"{t.rows}x{t.columns}x{t.depth}w{t.warps}s{t.stages}/{t.splits}l{t.lines}"
+        for t in (config.shrink, config.expand)
+    ]
+    return f"{config.launch} " + " ".join(parts)
+
+
+T = ours.Tile
+# By block of rows: tiles of shrink with the splits that are tried, tiles of expand.
+CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.Tile]]] = {
+    16: (
+        [
+            (T(16, 16, 128, 2, 5), (1, 2, 4)),
+            (T(16, 16, 256, 4, 3), (2, 4)),
+            (T(16, 32, 128, 4, 4), (2, 4, 8)),
+            (T(16, 32, 64, 2, 6), (4, 8)),
+            (T(16, 64, 64, 4, 5), (8,)),
+        ],
+        [
+            T(16, 16, 128, 2, 5),
+            T(16, 16, 256, 4, 3),
+            T(16, 32, 128, 4, 4),
+            T(16, 32, 64, 2, 6),
+            T(16, 64, 64, 4, 5),
+        ],
+    ),
+    32: (
+        [
+            (T(32, 16, 128, 2, 4), (2, 4)),
+            (T(32, 32, 128, 4, 4), (2, 4)),
+            (T(32, 64, 64, 4, 5), (4, 8)),
+        ],
+        [T(32, 16, 128, 2, 4), T(32, 32, 128, 4, 4), T(32, 64, 64, 4, 5), T(32, 32, 64, 2, 6)],
+    ),
+    64: (
+        [
+            (T(64, 32, 64, 4, 5), (2, 4)),
+            (T(64, 64, 64, 4, 4), (2, 4, 8)),
+            (T(64, 128, 64, 8, 3), (4, 8)),
+        ],
+        [T(64, 32, 64, 4, 5), T(64, 64, 64, 4, 4), T(64, 128, 64, 8, 3), T(64, 32, 128, 4, 3)],
+    ),
+    128: (
+        [
+            (T(128, 64, 64, 4, 4), (2, 4)),
+            (T(128, 128, 64, 8, 3), (2, 4)),
+            (T(64, 64, 64, 4, 4), (2, 4)),
+        ],
+        [T(128, 64, 64, 4, 4), T(128, 128, 64, 8, 3), T(64, 64, 64, 4, 4)],
+    ),
+}
+LINES = (0, 1, 4)
+
+
+def stages(rows: int, dry: bool) -> Iterator[Callable[[ours.Config], list[ours.Config]]]:
+    """What is tried one after the other, each time from the best so far."""
+    shrinks, expands = CANDIDATES[rows]
+    if dry:
+        shrinks, expands = shrinks[:2], expands[:2]
+    early = ("two",) if dry else ("two", "early")
+
+    def one_tile(_: ours.Config) -> list[ours.Config]:
+        tiles = [replace(t, splits=s) for t, splits in shrinks for s in splits]
+        both = [ours.Config(rows, t, expands[0]) for t in tiles]
+        return both + [ours.single(rows, t) for t in tiles if t.rows >= rows]
+
+    def the_other(best: ours.Config) -> list[ours.Config]:
+        if best.launch == "one":
+            return [best]
+        return [replace(best, expand=tile) for tile in expands]
+
+    def the_launch(best: ours.Config) -> list[ours.Config]:
+        found = [best]
+        for lines in LINES:
+            assert best.shrink is not None
+            assert best.expand is not None
+            own = replace(best.shrink, lines=lines), replace(best.expand, lines=lines)
+            kinds = ("one",) if best.launch == "one" else early
+            found += [
+                replace(best, shrink=own[0], expand=own[1], launch=kind)
+                for kind in kinds
+                if kind != "two" or lines == 0
+            ]
+        return found
+
+    yield from (one_tile, the_other, the_launch)
+
+
+def tune(device: torch.device, budget_s: float, dry: bool) -> dict[str, Any]:
+    """The fastest configuration for each number of rows over the layers of an 8B model.
+
+    Args:
+        device: of the weights.
+        budget_s: not used by the search; told in the result so that a reader can judge it.
+        dry: few candidates, tiny layers.
+    """
+    layers = DRY if dry else LLAMA_8B
+    keep = 0.6
+    weights = [Weights(layer, keep, device, dry) for layer in layers]
+    modules = [own.prepared() for own in weights]
+    tried: dict[str, dict[str, float]] = {}
+    chosen: dict[int, ours.Config] = {}
+    with _compilers(dry) as warm:
+        for rows in TABLE_ROWS[:1] if dry else TABLE_ROWS:
+            inputs = [own.random(rows, own.layer.inputs) for own in weights]
+            best = ours.Config(rows, T(16, 16, 128, 2, 5), T(16, 16, 128, 2, 5))
+            record: dict[str, float] = {}
+            tried[str(rows)] = record
+            for stage in stages(rows, dry):
+                options = stage(best)
+                warm(options)
+                for config in options:
+                    if describe(config) not in record:
+                        cost = _cost(config, modules, inputs)
+                        record[describe(config)] = cost
+                best = min(options, key=lambda c: record[describe(c)])
+            chosen[rows] = best
+            use(ours.Config(None))
+            record["products"] = _cost(ours.Config(None), modules, inputs)
+    return {
+        "keep": keep,
+        "budget_s": budget_s,
+        "microseconds_of_the_block": tried,
+        "chosen": {rows: _plain(config) for rows, config in chosen.items()},
+        "configs": chosen,
+    }
+
+
+def _cost(
+    config: ours.Config, modules: list[list[ours.TritonFactors]], inputs: list[Tensor]
+) -> float:
+    """Microseconds of one block's layers; infinite where it cannot run."""
+    use(replace(config, rows=None))
+    total = 0.0
+    try:
+        for copies_, x in zip(modules, inputs, strict=True):
+            calls = [partial(module, x) for module in copies_]
+            total += medians({"own": calls}, 4)["own"]
+    except Exception as error:  # a candidate that does not fit the card
+        print(f"  {describe(config)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return math.inf
+    return total * 1e6
+
+
+def _plain(config: ours.Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+class _compilers:
+    """Processes that compile configurations into Triton's cache, side by side."""
+
+    def __init__(self, dry: bool) -> None:
+        self.pool = None if dry else ProcessPoolExecutor(10, get_context("spawn"))
+
+    def __enter__(self) -> Callable[[Sequence[ours.Config]], None]:
+        return self.warm
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def warm(self, configs: Sequence[ours.Config]) -> None:
+        if self.pool:
+            list(self.pool.map(compile_now, configs))
+
+
+def compile_now(config: ours.Config) -> None:
+    """Run a configuration once on a tiny layer; an error is left to the one that measures."""
+    use(replace(config, rows=None))
+    device = torch.device("cuda")
+    part = Part(
+        torch.zeros(16, 16, dtype=torch.bfloat16, device=device),
+        torch.zeros(16, 16, dtype=torch.bfloat16, device=device),
+        torch.arange(16, dtype=torch.int32, device=device),
+    )
+    try:
+        for in_order in (False, True):
+            ours.TritonFactors([part], in_order)(part.factor_in.new_zeros(1, 32))
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"  {describe(config)}: {type(error).__name__}", flush=True)
+
+
+def times(
+    device: torch.device,
+    table: Sequence[ours.Config],
+    dry: bool,
+    left: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """Microseconds of every layer: dense, two products, and our kernels by ``table``.
+
+    Args:
+        device: of the weights.
+        table: ends with a configuration for any number of rows.
+        dry: tiny layers.
+        left: seconds that may still be spent; what does not fit is left out.
+    """
+    rows_tried = (1, 8) if dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
+    first = ours.single(16, T(16, 16, 128, 2, 5)), ours.single(64, T(64, 32, 64, 4, 6))
+    found = []
+    for layer in DRY if dry else MODELS:
+        dense: list[Tensor] = []
+        for keep in (0.8,) if dry else (0.8, 0.6, 0.4):
+            if left() < 0:
+                return found
+            own = Weights(layer, keep, device, dry)
+            dense = dense or own.dense()
+            modules, ordered = own.prepared(), own.prepared(in_order=True)
+            for rows in rows_tried:
+                x = own.random(rows, layer.inputs)
+                arranged = own.random(rows, ordered[0].in_features)
+
+                def ours_with(
+                    configs: Sequence[ours.Config],
+                    modules: Sequence[ours.TritonFactors],
+                    given: Tensor,
+                ) -> list[Callable[[], Tensor]]:
+                    def call(module: ours.TritonFactors) -> Tensor:
+                        use(*configs)
+                        return module(given)
+
+                    return [partial(call, module) for module in modules]
+
+                products = (ours.Config(None),)
+                contenders: dict[str, list[Callable[[], Any]]] = {
+                    "dense": [partial(linear, x, weight) for weight in dense],
+                    "gathered products": ours_with(products, modules, x),
+                    "products in order": ours_with(products, ordered, arranged),
+                }
+                if rows <= TABLE_ROWS[-1]:
+                    contenders["kernels"] = ours_with(table, modules, x)
+                    contenders["kernels in order"] = ours_with(table, ordered, arranged)
+                if rows <= 64 and layer.model != "Qwen3-8B":
+                    contenders["first edition"] = ours_with(first, modules, x)
+                if layer.model == "Llama-3-8B" and ordered[0].in_features == layer.inputs:
+                    factors = [(part.factor_in, part.factor_out) for part in own.parts]
+                    contenders |= fp8.contenders(dense, factors, x, arranged)
+                seconds = medians(contenders, 5)
+                found.append(
+                    {
+                        **asdict(layer),
+                        "keep": keep,
+                        "rank": own.rank,
+                        "rows": rows,
+                        "microseconds": {n: round(s * 1e6, 3) for n, s in seconds.items()},
+                    }
+                )
+            del own, modules, ordered
+    return found

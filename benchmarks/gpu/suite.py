@@ -1,0 +1,153 @@
+"""Everything that a lent GPU is asked, in one command: about 7 minutes, no network, no vLLM.
+
+    python benchmarks/gpu/suite.py --out results/gpu_h100.json [--table FILE] [--dry]
+
+Needs torch, triton and transformers. Parts, each written as soon as it is known: whether every
+kernel is right (float64), which configuration is fastest for how many rows (the dispatch table),
+times of every layer of 8B and 70B shapes beside dense, a whole decoder of 8B shape, the linear
+algebra of compression, and the compression of two blocks. ``--dry`` runs all of it on tiny shapes
+on the CPU, where Triton's interpreter takes the place of the GPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / part) for part in ("compression", "kernels", "server")]
+if "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+PARTS = ("kernels", "layers", "decoder", "linear_algebra", "compression")
+
+
+def main() -> int:
+    """Run the parts; the exit code is 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="results file to write")
+    parser.add_argument("--table", type=Path, help="dispatch table to write")
+    parser.add_argument("--seconds", type=float, default=420, help="what does not fit is left out")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU")
+    arguments = parser.parse_args()
+    suite = Suite(arguments.out, arguments.table, arguments.seconds, arguments.dry)
+    for name in arguments.parts:
+        suite.part(name)
+    return 1 if suite.report["failed"] else 0
+
+
+class Suite:
+    """The report and the time that is left."""
+
+    def __init__(self, out: Path, table: Path | None, seconds: float, dry: bool) -> None:
+        self.out, self.table_file, self.dry = out, table, dry
+        self.end = time.monotonic() + seconds
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.report: dict[str, Any] = {
+            "command": "python benchmarks/gpu/suite.py" + (" --dry" if dry else ""),
+            "machine": _machine(dry),
+            "failed": {},
+            "seconds": {},
+        }
+        from svdserve.kernels import triton_linear
+
+        self.table: tuple[triton_linear.Config, ...] = (triton_linear.Config(None),)
+
+    def part(self, name: str) -> None:
+        """Run one part; a failure is reported and the next part runs."""
+        start = time.monotonic()
+        print(f"{name}: {self.left():.0f} s left", flush=True)
+        try:
+            if self.left() < 0:
+                raise TimeoutError("no time was left")
+            getattr(self, f"_{name}")()
+        except Exception:
+            traceback.print_exc()
+            self.report["failed"][name] = traceback.format_exc()[-3000:]
+        self.report["seconds"][name] = round(time.monotonic() - start, 1)
+        _write(self.out, self.report)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def until(self, reserve: float) -> Callable[[], float]:
+        """Seconds left but for a reserve of the parts that follow."""
+        return lambda: self.left() - reserve
+
+    def _kernels(self) -> None:
+        import layers
+
+        tuned = layers.tune(self.device, self.left(), self.dry)
+        chosen = tuned.pop("configs")
+        self.table = (*chosen.values(), layers.ours.Config(None))
+        self.report["tuning"] = tuned
+        _write(self.out, self.report)
+        if self.table_file:
+            lines = [layers._plain(config) for config in self.table]
+            _write(self.table_file, {"machine": self.report["machine"], "bfloat16": lines})
+        first = layers.ours.single(16, layers.T(16, 16, 128, 2, 5))
+        self.report["correctness"] = layers.correctness(self.device, (*self.table, first), self.dry)
+        if self.report["correctness"]["wrong"]:
+            raise ValueError(f"wrong results: {self.report['correctness']['wrong']}")
+
+    def _layers(self) -> None:
+        import layers
+
+        self.report["layers"] = layers.times(self.device, self.table, self.dry, self.until(150))
+
+    def _decoder(self) -> None:
+        import decoder
+        import layers
+
+        self.report["decoder"] = decoder.measure(
+            self.device, lambda: layers.use(*self.table), self.dry, self.until(90)
+        )
+
+    def _linear_algebra(self) -> None:
+        import factoring
+
+        self.report["linear_algebra"] = factoring.primitives(self.device, self.dry, self.until(60))
+
+    def _compression(self) -> None:
+        import factoring
+
+        with tempfile.TemporaryDirectory() as work:
+            found = factoring.compression(ROOT, Path(work), self.dry, max(self.left(), 30))
+        self.report["compression"] = found
+        if found["exit_code"] != 0:
+            raise ValueError(f"compress ended with {found['exit_code']}")
+
+
+def _machine(dry: bool) -> dict[str, Any]:
+    import triton
+
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__}
+    if not dry:
+        card = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": card.name,
+            "memory_gib": card.total_memory >> 30,
+            "multiprocessors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
