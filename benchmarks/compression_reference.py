@@ -27,11 +27,11 @@ from typing import Any
 from reference_stages import ADAPTED
 from safetensors.torch import save_file
 
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import read_json
-from svdserve.compression.evaluate import perplexity
-from svdserve.compression.integrity import file_sha256
-from svdserve.compression.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from svdserve.compression.evaluation.perplexity import perplexity
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from svdserve.server.study import write_json
 
 BAR = 3.0

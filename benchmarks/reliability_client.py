@@ -19,8 +19,8 @@ from typing import Any, Literal
 import httpx
 import psutil
 
-from svdserve.compression.checkpoint import is_checkpoint
-from svdserve.compression.machine import this_machine
+from svdserve.compression.format.checkpoint import is_checkpoint
+from svdserve.compression.system.machine import this_machine
 from svdserve.server.launch import running
 
 HOST = "127.0.0.1"

@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 
-from svdserve.compression.checkpoint import TensorFiles
-from svdserve.compression.evaluate import perplexity, text_chunks
-from svdserve.compression.machine import this_machine
+from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
+from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.system.machine import this_machine
 from svdserve.server.launch import running
 from svdserve.server.study import write_json
 

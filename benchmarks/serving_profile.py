@@ -18,7 +18,7 @@ from typing import Any
 
 from serving_1b import KEEPS
 
-from svdserve.compression.machine import this_machine
+from svdserve.compression.system.machine import this_machine
 from svdserve.server.bench import BenchOptions, start_engines, turns
 from svdserve.server.bench_worker import TOTAL
 from svdserve.server.ideal import ModelWork, model_work

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from svdserve.compression.compare import Comparison, markdown
+from svdserve.compression.evaluation.compare import Comparison, markdown
 from svdserve.server.bench import BenchResult, plot_bench
 
 DOCS = Path(__file__).parent

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from models import save_model
 from pages import ROOT, Block, blocks, pages, script
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
 
 SECONDS = 1800  # of one page, on a machine that does something else as well
 ENVIRONMENT = {

@@ -16,7 +16,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdserve.compression.memory import release
+from svdserve.compression.system.memory import release
 
 NEW_TOKENS = 64
 ENVIRONMENT = {

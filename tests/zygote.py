@@ -105,7 +105,7 @@ def zygote(folder: Path) -> Iterator[Zygote]:
 
 def _serve() -> None:
     for module in ("job", "refine"):  # which the commands import when they run
-        import_module(f"svdserve.compression.{module}")
+        import_module(f"svdserve.compression.pipeline.{module}")
     from svdserve.server.cli import main
 
     for line in sys.stdin:

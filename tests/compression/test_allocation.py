@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from svdserve.compression.allocation import (
+from svdserve.compression.allocation.registry import (
     ALLOCATORS,
     Budget,
     Module,
@@ -16,8 +16,8 @@ from svdserve.compression.allocation import (
     scores,
     uniform,
 )
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.system.errors import UserError
 
 SHAPES = [(12, 16), (16, 12), (30, 10), (8, 20)]
 

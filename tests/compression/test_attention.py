@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from models import VOCABULARY, random_tokens, save_tokenizer
-from svdserve.compression.evaluate import load_model
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import make_recipe, make_run
-from svdserve.compression.skeleton import Skeleton
-from svdserve.compression.walk import Walk
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import make_recipe, make_run
+from svdserve.compression.pipeline.walk import Walk
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

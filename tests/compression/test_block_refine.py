@@ -8,14 +8,25 @@ import torch
 from torch import Tensor
 
 from models import save_model
-from svdserve.compression import block_refine
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import load_model
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import BlockRefinement, Recipe, Refinement, Run, make_recipe
-from svdserve.compression.refine import refine
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.format.checkpoint import (
+    LOG_FILE,
+    SINGLE_FILE,
+    check_finite,
+    open_checkpoint,
+)
+from svdserve.compression.pipeline import block_refinement as block_refine
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import (
+    BlockRefinement,
+    Recipe,
+    Refinement,
+    Run,
+    make_recipe,
+)
+from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1, batch_size=3)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))

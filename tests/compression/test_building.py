@@ -21,14 +21,14 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from models import build_model, random_tokens, save_model
-from svdserve.compression import permissions
-from svdserve.compression.building import attention_of
-from svdserve.compression.checkpoint import check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import load_model
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.skeleton import Skeleton
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.model.building import attention_of
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.system import permissions
+from svdserve.compression.system.errors import UserError
 
 COMMON: dict[str, Any] = {
     "vocab_size": 512,

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import save_model
-from svdserve.compression.calibration import calibration_tokens, check_calibration
-from svdserve.compression.errors import UserError
-from svdserve.compression.recipe import make_recipe
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens, check_calibration
+from svdserve.compression.pipeline.recipe import make_recipe
+from svdserve.compression.system.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer
 
 from models import save_model
-from svdserve.compression.card import add_results
-from svdserve.compression.companions import DOWNLOADED, NOT_DOWNLOADED
-from svdserve.compression.hub import hub_name
-from svdserve.compression.integrity import SUMS_FILE, verify
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Refinement, Run, make_recipe
-from svdserve.compression.refine import refine
+from svdserve.compression.format.integrity import SUMS_FILE, verify
+from svdserve.compression.model.companions import DOWNLOADED, NOT_DOWNLOADED
+from svdserve.compression.model.hub import hub_name
+from svdserve.compression.pipeline.card import add_results
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
+from svdserve.compression.pipeline.refine import refine
 
 SOURCE_CARD = """---
 license: other

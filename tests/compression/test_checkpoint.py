@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.checkpoint import (
+from svdserve.compression.format.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorFiles,
     check_finite,
     open_checkpoint,
 )
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import LAYOUTS
-from svdserve.compression.schema import CheckpointConfig, parse_config
-from svdserve.compression.shards import merge_shards
+from svdserve.compression.format.factors import LAYOUTS
+from svdserve.compression.format.schema import CheckpointConfig, parse_config
+from svdserve.compression.format.writer import merge_shards
+from svdserve.compression.system.errors import UserError
 
 MODULE = "model.layers.1.self_attn.qkv_proj"
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from models import save_model
-from svdserve.compression import compare as module
-from svdserve.compression.card import add_results
-from svdserve.compression.checkpoint import TensorFiles, open_checkpoint
-from svdserve.compression.compare import Comparison, Evaluation, compare, markdown, plot
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import perplexity
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.walk import BlockPass
+from svdserve.compression.evaluation import compare as module
+from svdserve.compression.evaluation.compare import Comparison, Evaluation, compare, markdown, plot
+from svdserve.compression.evaluation.perplexity import perplexity
+from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
+from svdserve.compression.pipeline.card import add_results
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.pipeline.walk import BlockPass
+from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)
 

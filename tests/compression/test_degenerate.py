@@ -10,17 +10,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import save_model
-from svdserve.compression import job as job_module
-from svdserve.compression.allocation import ALLOCATORS, Budget, Module
-from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors, interpolative, stored
-from svdserve.compression.job import compress
-from svdserve.compression.linalg import relative_error
+from svdserve.compression.allocation.registry import ALLOCATORS, Budget, Module
+from svdserve.compression.format.checkpoint import (
+    LOG_FILE,
+    SINGLE_FILE,
+    check_finite,
+    open_checkpoint,
+)
+from svdserve.compression.format.factors import Factors, interpolative, stored
 from svdserve.compression.methods import METHODS
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.pipeline import job as job_module
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.statistics.linalg import relative_error
+from svdserve.compression.statistics.moments import Statistics
+from svdserve.compression.system.errors import UserError
 
 QUIET = Run(progress=False)
 T, FULL = 300, 99

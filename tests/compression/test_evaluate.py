@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
-from svdserve.compression import evaluate
-from svdserve.compression.checkpoint import TensorFiles, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import perplexity, text_chunks
+from svdserve.compression.evaluation import perplexity as evaluate
+from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
+from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
+from svdserve.compression.system.errors import UserError
 
 SEQ_LEN = 24
 

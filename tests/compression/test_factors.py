@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdserve.compression.factors import (
+from svdserve.compression.format.factors import (
     LAYOUTS,
     Factors,
     interpolative,

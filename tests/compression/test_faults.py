@@ -15,9 +15,9 @@ import torch
 
 from kills import contents, kill_and_resume
 from models import save_model
-from svdserve.compression.checkpoint import SINGLE_FILE
-from svdserve.compression.errors import UserError
-from svdserve.compression.integrity import SUMS_FILE, verify
+from svdserve.compression.format.checkpoint import SINGLE_FILE
+from svdserve.compression.format.integrity import SUMS_FILE, verify
+from svdserve.compression.system.errors import UserError
 from zygote import Ended, Zygote, zygote
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))

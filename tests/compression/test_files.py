@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from models import save_model
-from svdserve.compression.errors import UserError
-from svdserve.compression.files import check_output, exclusive, replacing, write_text
-from svdserve.compression.job import compress
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.files import check_output, exclusive, replacing, write_text
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from svdserve.compression.files import exclusive
+from svdserve.compression.system.files import exclusive
 with exclusive(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
@@ -103,7 +103,7 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path: Path) -> None:
 
 def _stop_after_one_block(model: Path, out: Path, recipe: object, run: Run) -> None:
     """A job that ended after its first block, as a kill leaves it."""
-    from svdserve.compression.job import Job
+    from svdserve.compression.pipeline.job import Job
 
     class Stopped(Exception):
         pass

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from svdserve.compression import checkpoint
-from svdserve.compression.factors import Factors, parameters
-from svdserve.compression.schema import parse_config
+from svdserve.compression.format import checkpoint
+from svdserve.compression.format.factors import Factors, parameters
+from svdserve.compression.format.schema import parse_config
 from svdserve.kernels.reference import lowrank_linear, project
 
 

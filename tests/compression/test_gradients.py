@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, random_tokens, save_model
-from svdserve.compression.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.skeleton import Skeleton
-from svdserve.compression.statistics import GradientAccumulator, Statistics
-from svdserve.compression.walk import Walk
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
+from svdserve.compression.statistics.moments import GradientAccumulator, Statistics
 
 CPU = torch.device("cpu")
 LENGTH, SEED = 40, 7

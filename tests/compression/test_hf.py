@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import LAYOUTS, Layout
-from svdserve.compression.modules import LowRankLinear
+from svdserve.compression.format.factors import LAYOUTS, Layout
+from svdserve.compression.model.modules import LowRankLinear
+from svdserve.compression.system.errors import UserError
 
 PLAIN_USER = """
 import sys, torch
@@ -77,7 +77,7 @@ def test_plain_transformers_equals_multiplied_out(
 def test_importing_the_package_loads_nothing_heavy_and_starts_nothing() -> None:
     code = (
         "import sys; assert 'svdserve.compression' not in sys.modules; import svdserve.compression;"
-        "assert not {'torch', 'transformers', 'svdserve.compression.hf'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'svdserve.compression.model.hf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -216,7 +216,7 @@ def test_unknown_version_is_refused(checkpoint: Path) -> None:
 
 
 def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
-    from svdserve.compression.hf import SvdserveConfig
+    from svdserve.compression.model.hf import SvdserveConfig
 
     dense = save_model("llama", tmp_path / "dense")
     config = SvdserveConfig(format_version=1, base_model="dense", keep=0.5, modules={})

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.inspection import inspect_checkpoint, print_inspection
+from svdserve.compression.evaluation.inspection import inspect_checkpoint, print_inspection
 
 
 @pytest.fixture(scope="module")

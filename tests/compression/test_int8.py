@@ -11,18 +11,23 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import LAYOUTS, Layout
-from svdserve.compression.inspection import inspect_checkpoint
-from svdserve.compression.int8 import dequantized, quantized
-from svdserve.compression.job import compress
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import Refinement, Run, make_recipe
-from svdserve.compression.refine import refine
-from svdserve.compression.schema import parse_config
-from svdserve.compression.workdir import WorkDirectory
+from svdserve.compression.evaluation.inspection import inspect_checkpoint
+from svdserve.compression.format.checkpoint import (
+    LOG_FILE,
+    SINGLE_FILE,
+    check_finite,
+    open_checkpoint,
+)
+from svdserve.compression.format.factors import LAYOUTS, Layout
+from svdserve.compression.format.int8 import dequantized, quantized
+from svdserve.compression.format.schema import parse_config
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
+from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.pipeline.workdir import WorkDirectory
+from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, save_model
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.job import compress
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.schema import linears_of
+from svdserve.compression.format.checkpoint import LOG_FILE, check_finite, open_checkpoint
+from svdserve.compression.format.schema import linears_of
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.system.errors import UserError
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
 QUIET = Run(progress=False, threads=1)
@@ -200,9 +200,9 @@ def test_stored_dtype_follows_the_recipe(tmp_path: Path, calibration: str):
 _COMMAND = """
 import sys
 from pathlib import Path
-from svdserve.compression.job import compress
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import make_recipe, make_run
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import make_recipe, make_run
 model, out, text = sys.argv[1:4]
 compress(model, Path(out), make_recipe(calibration=text, tokens=2048, seq_len=64),
          make_run(progress=False, threads=1, resume=True))

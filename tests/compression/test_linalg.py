@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdserve.compression.linalg import (
+from svdserve.compression.statistics.linalg import (
     left_subspace,
     lower_products,
     mirrored,

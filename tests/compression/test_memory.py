@@ -6,10 +6,10 @@ import sys
 import psutil
 import torch
 
-from svdserve.compression.memory import peak_bytes, release
+from svdserve.compression.system.memory import peak_bytes, release
 
 _CHILD = """
-from svdserve.compression.memory import peak_bytes
+from svdserve.compression.system.memory import peak_bytes
 before = peak_bytes()
 block = bytearray(200_000_000)
 print(before, peak_bytes())

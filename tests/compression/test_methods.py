@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.linalg import eigen_root, whiten
 from svdserve.compression.methods import METHODS, get_method, markdown_table
 from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
-from svdserve.compression.statistics import GradientAccumulator, Statistics
+from svdserve.compression.statistics.linalg import eigen_root, whiten
+from svdserve.compression.statistics.moments import GradientAccumulator, Statistics
+from svdserve.compression.system.errors import UserError
 
 M, N, T, R = 24, 32, 600, 7
 SHARE = 2 * (M + N) / (M * N)  # two of the seven ranks for a residual

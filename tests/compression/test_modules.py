@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors, Layout, interpolative
-from svdserve.compression.modules import LowRankLinear, SharedFactors, SharedMember, replace_group
-from svdserve.compression.schema import ModuleSpec
+from svdserve.compression.format.factors import Factors, Layout, interpolative
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.model.modules import (
+    LowRankLinear,
+    SharedFactors,
+    SharedMember,
+    replace_group,
+)
+from svdserve.compression.system.errors import UserError
 
 IN, SIZES, RANK = 24, (16, 8, 8), 6
 MEMBERS = ("q_proj", "k_proj", "v_proj")
@@ -93,7 +98,7 @@ def test_gradients_equal_dense(layout: Layout) -> None:
 
 
 def test_projection_is_computed_once_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdserve.compression import modules
+    from svdserve.compression.model import modules
 
     attention, _, _ = build("pair")
     values: list[weakref.ref[Tensor]] = []

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.recipe import (
+from svdserve.compression.pipeline.recipe import (
     dump_recipe,
     load_recipe,
     make_recipe,
     make_run,
     recipe_names,
 )
+from svdserve.compression.system.errors import UserError
 
 
 def test_a_refinement_may_mix_the_recipes_own_text_with_others():

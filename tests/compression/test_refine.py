@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import save_model
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import SINGLE_FILE, check_finite, open_checkpoint
-from svdserve.compression.distillation import Distillation
-from svdserve.compression.errors import UserError
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Refinement, Run, load_recipe, make_recipe
-from svdserve.compression.refine import check_own_calibration, refine
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.format.checkpoint import SINGLE_FILE, check_finite, open_checkpoint
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Refinement, Run, load_recipe, make_recipe
+from svdserve.compression.pipeline.refine import check_own_calibration, refine
+from svdserve.compression.statistics.moments import Statistics
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.training.distillation import Distillation
 
 RUN = Run(progress=False, threads=1)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))

@@ -11,22 +11,27 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models import save_model
-from svdserve.compression.allocation import Budget, Module, Ranks, scores
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, check_finite, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Layout, parameters
-from svdserve.compression.job import compress
+from svdserve.compression.allocation.registry import Budget, Module, Ranks, scores
+from svdserve.compression.format.checkpoint import (
+    LOG_FILE,
+    SINGLE_FILE,
+    check_finite,
+    open_checkpoint,
+)
+from svdserve.compression.format.factors import Layout, parameters
+from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.methods import get_method
-from svdserve.compression.methods.learner import Learner
+from svdserve.compression.methods.learned.driver import Components, ScoreObjective
+from svdserve.compression.methods.learned.learner import Learner
 from svdserve.compression.methods.soco import Soco
-from svdserve.compression.modules import FactoredWeight, replace_group
-from svdserve.compression.recipe import Recipe, Run, make_recipe
-from svdserve.compression.schema import ModuleSpec
-from svdserve.compression.scores import Components, ScoreObjective
-from svdserve.compression.statistics import Statistics
-from svdserve.compression.training import Trainer
-from svdserve.compression.workdir import WorkDirectory
+from svdserve.compression.model.modules import FactoredWeight, replace_group
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
+from svdserve.compression.pipeline.workdir import WorkDirectory
+from svdserve.compression.statistics.moments import Statistics
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.training.trainer import Trainer
 
 RUN = Run(progress=False, threads=1)
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))

@@ -9,18 +9,23 @@ import pytest
 import torch
 
 from models import save_model
-from svdserve.compression import files, memory
-from svdserve.compression.card import CARD_FILE
-from svdserve.compression.checkpoint import LOG_FILE, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import perplexity
-from svdserve.compression.files import check_output, remove_temporaries, replacing, write_text
-from svdserve.compression.job import compress
-from svdserve.compression.progress import log_event
-from svdserve.compression.recipe import Refinement, Run, make_recipe
-from svdserve.compression.refine import refine
-from svdserve.compression.teacher_cache import sweeping
-from svdserve.compression.walk import Streams
+from svdserve.compression.evaluation.perplexity import perplexity
+from svdserve.compression.format.checkpoint import LOG_FILE, open_checkpoint
+from svdserve.compression.pipeline.card import CARD_FILE
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.progress import log_event
+from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
+from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.pipeline.walk import Streams
+from svdserve.compression.statistics.cache import sweeping
+from svdserve.compression.system import files, memory
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.files import (
+    check_output,
+    remove_temporaries,
+    replacing,
+    write_text,
+)
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
 CPU = torch.device("cpu")

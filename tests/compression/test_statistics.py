@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdserve.compression.statistics import Accumulator
+from svdserve.compression.statistics.moments import Accumulator
 
 ALL = frozenset({"gram", "shift", "teacher_gram", "teacher_magnitude"})
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import random_tokens, save_model
-from svdserve.compression.checkpoint import LOG_FILE, SINGLE_FILE, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.inspection import inspect_checkpoint
-from svdserve.compression.job import Job, compress
-from svdserve.compression.progress import read_log
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.schema import linears_of
+from svdserve.compression.evaluation.inspection import inspect_checkpoint
+from svdserve.compression.format.checkpoint import LOG_FILE, SINGLE_FILE, open_checkpoint
+from svdserve.compression.format.schema import linears_of
+from svdserve.compression.pipeline.job import Job, compress
+from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.system.errors import UserError
 from svdserve.server.metrics import model_facts
 
 QUIET = Run(progress=False)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import random_tokens, save_model
-from svdserve.compression.errors import UserError
-from svdserve.compression.tasks import TaskScore, task_scores
+from svdserve.compression.evaluation.tasks import TaskScore, task_scores
+from svdserve.compression.system.errors import UserError
 
 
 @pytest.fixture(scope="module")

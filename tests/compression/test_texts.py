@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from models import save_model
-from svdserve.compression.calibration import (
+from svdserve.compression.evaluation.perplexity import text_chunks
+from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,
     calibration_tokens,
     check_calibration,
 )
-from svdserve.compression.errors import UserError
-from svdserve.compression.evaluate import text_chunks
-from svdserve.compression.recipe import make_recipe
+from svdserve.compression.pipeline.recipe import make_recipe
+from svdserve.compression.system.errors import UserError
 from svdserve.server.cli import app
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -126,8 +126,9 @@ def test_memory_does_not_grow_with_the_file(model: Path, tmp_path: Path):
             file.write(b"sixteen letters " * (1 << 20))
     program = (
         "import sys, resource; from pathlib import Path;"
-        "from svdserve.compression.calibration import calibration_tokens, calibration_digests;"
-        "from svdserve.compression.recipe import make_recipe;"
+        "from svdserve.compression.pipeline.calibration.tokens import calibration_tokens;"
+        "from svdserve.compression.pipeline.calibration.tokens import calibration_digests;"
+        "from svdserve.compression.pipeline.recipe import make_recipe;"
         "recipe = make_recipe(calibration=sys.argv[2], tokens=2048, seq_len=128);"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "calibration_digests([recipe]);"

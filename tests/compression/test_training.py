@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.training import State, Trainer, Training
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.training.trainer import State, Trainer, Training
 
 SEQUENCES, WIDTH = 24, 8
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from models import ARCHITECTURES, build_model, random_tokens, save_model
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors, interpolative
-from svdserve.compression.measure import measured_rows
-from svdserve.compression.replay import learn_containers
-from svdserve.compression.schema import ModuleSpec
-from svdserve.compression.skeleton import Group, Skeleton
-from svdserve.compression.walk import Walk
+from svdserve.compression.format.factors import Factors, interpolative
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.model.containers import learn_containers
+from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.pipeline.measure import measured_rows
+from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.system.errors import UserError
 
 CPU = torch.device("cpu")
 ALL = frozenset({"gram", "shift", "teacher_gram"})

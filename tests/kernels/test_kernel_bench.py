@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.system.errors import UserError
 from svdserve.kernels import bench
 from svdserve.kernels.implementations import Request, choose
 

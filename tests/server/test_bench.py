@@ -9,7 +9,7 @@ import pytest
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server.bench import (
     BenchOptions,
     BenchResult,

@@ -37,7 +37,7 @@ def test_help_names_every_command_and_loads_no_model_library() -> None:
 
 
 def test_compress_help_shows_the_defaults_of_the_recipe() -> None:
-    from svdserve.compression.recipe import Recipe
+    from svdserve.compression.pipeline.recipe import Recipe
 
     done = svdserve("compress", "--help")
     assert done.returncode == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from models import save_model
-from svdserve.compression.files import check_result_files, write_text
-from svdserve.compression.hub import model_name, resolve_model
+from svdserve.compression.model.hub import model_name, resolve_model
+from svdserve.compression.system.files import check_result_files, write_text
 from svdserve.server import cli
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
@@ -128,7 +128,7 @@ def test_an_unreadable_model_is_one_line(
     def denied(*_: object, **__: object) -> object:
         raise PermissionError(13, "Permission denied", str(root / "dense" / "config.json"))
 
-    monkeypatch.setattr("svdserve.compression.evaluate.perplexity", denied)
+    monkeypatch.setattr("svdserve.compression.evaluation.perplexity.perplexity", denied)
     line = refused(capsys, "eval", root / "dense", "--text", root / "text.txt")
     assert line.endswith(
         "config.json: Permission denied; give a path that is there and that you may use"

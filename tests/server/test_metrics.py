@@ -30,7 +30,7 @@ from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
 from ports import free_port
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server import metrics
 from svdserve.server.launch import running
 from svdserve.server.metrics import TokenRate, model_facts, resident_bytes

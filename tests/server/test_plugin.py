@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server import plugin
 from svdserve.server.app import EndpointPlugin
 from svdserve.server.loader import _name_kernels

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server.keys import RECHECK_SECONDS, ApiKeys, read_keys
 from svdserve.server.security import Guard, SecurityOptions
 from svdserve.server.serve import server_arguments, take_keys

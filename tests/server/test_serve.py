@@ -30,7 +30,7 @@ from servers import (
     running,
     wait_until,
 )
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server import security, shutdown
 from svdserve.server.serve import (
     allowed_plugins,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from checkpoints import random_factors, write_checkpoint
 from models import save_model
-from svdserve.compression.checkpoint import Checkpoint, open_checkpoint
-from svdserve.compression.factors import LAYOUTS, Factors, Layout
+from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
+from svdserve.compression.format.factors import LAYOUTS, Factors, Layout
 from svdserve.server.quantization import Part
 from svdserve.server.shares import Places, read_dense, read_factors
 

@@ -9,10 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svdserve.compression.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint, read_json
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
-from svdserve.compression.schema import linears_of
+from svdserve.compression.format.checkpoint import (
+    SINGLE_FILE,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
+from svdserve.compression.format.schema import linears_of
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.smollm import fetch_smollm2
 from vllm_run import run
 

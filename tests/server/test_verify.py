@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from models import random_tokens, save_model
-from svdserve.compression.evaluate import load_model
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.server import verify
 from svdserve.server.verify import LayerCheck, require_right
 from vllm_run import Served, run

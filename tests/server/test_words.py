@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server.cli import app
 from svdserve.server.words import find_model, serve_flags
 

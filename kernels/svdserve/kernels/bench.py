@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from svdserve.compression.checkpoint import read_json
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import rank_for_keep
-from svdserve.compression.machine import Machine, this_machine, usable_device
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine, usable_device
 from svdserve.kernels.implementations import (
     IMPLEMENTATIONS,
     NoImplementation,

@@ -19,9 +19,9 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 from starlette.middleware import Middleware
 
-from svdserve.compression.checkpoint import is_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.inspection import ModuleFacts, inspect_checkpoint
+from svdserve.compression.evaluation.inspection import ModuleFacts, inspect_checkpoint
+from svdserve.compression.format.checkpoint import is_checkpoint
+from svdserve.compression.system.errors import UserError
 from svdserve.server.dashboard import attach_dashboard
 from svdserve.server.errors import RequestErrors
 from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes

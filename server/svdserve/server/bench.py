@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from svdserve.compression.checkpoint import read_json
-from svdserve.compression.errors import UserError
-from svdserve.compression.hub import model_name
-from svdserve.compression.machine import Machine, this_machine
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.model.hub import model_name
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.kernels.cpu import openmp_libraries
 from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around

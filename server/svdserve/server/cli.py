@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.files import check_result_files
-from svdserve.compression.plotting import check_figure
+from svdserve.compression.evaluation.plots import check_figure
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.files import check_result_files
 from svdserve.server import options, study
 from svdserve.server.faults import EngineDied, to_mend
 from svdserve.server.help_pages import Command, ServeCommand, show_versions
@@ -100,7 +100,7 @@ def compress(
 
 
 def _compress(given: dict[str, Any]) -> None:
-    from svdserve.compression.recipe import Recipe, Run, load_recipe, make_recipe, make_run
+    from svdserve.compression.pipeline.recipe import Recipe, Run, load_recipe, make_recipe, make_run
 
     fields = load_recipe(given["recipe"]) if "recipe" in given else {}
     fields |= {name: given[name] for name in Recipe.model_fields if name in given}
@@ -109,7 +109,7 @@ def _compress(given: dict[str, Any]) -> None:
         fields["parameters"] = {**fields.get("parameters", {}), "beta": beta}
     checked = make_recipe(**fields)
     run = make_run(**{name: given[name] for name in Run.model_fields if name in given})
-    from svdserve.compression.job import compress as run_job
+    from svdserve.compression.pipeline.job import compress as run_job
 
     report = run_job(given["model"], given["out"], checked, run)
     study.tell_if_complete(report)
@@ -243,7 +243,7 @@ def bench(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     options.grant(allow_links=allow_links)
-    from svdserve.compression.hub import resolve_model
+    from svdserve.compression.model.hub import resolve_model
 
     if not kernels and (dense is None or not models):
         raise UserError("bench compares models: name the dense one and then a compressed one")
@@ -296,12 +296,12 @@ def inspect_(
 ) -> None:
     """Show what a compressed model stores: rank, bytes, error and β of every module."""
     options.grant(allow_links=allow_links)
-    from svdserve.compression.hub import resolve_model
-    from svdserve.compression.inspection import inspect_checkpoint, print_inspection
+    from svdserve.compression.evaluation.inspection import inspect_checkpoint, print_inspection
+    from svdserve.compression.model.hub import resolve_model
 
     directory = resolve_model(model)
     if verify:
-        from svdserve.compression.integrity import verify as compare_digests
+        from svdserve.compression.format.integrity import verify as compare_digests
 
         count = compare_digests(directory)
         typer.echo(f"{directory}: {count} files have the digests of SHA256SUMS", err=True)
@@ -324,8 +324,8 @@ def verify(
     Exit code 1 if a layer is wrong.
     """
     options.grant(allow_links=allow_links)
-    from svdserve.compression.checkpoint import open_checkpoint
-    from svdserve.compression.hub import resolve_model
+    from svdserve.compression.format.checkpoint import open_checkpoint
+    from svdserve.compression.model.hub import resolve_model
 
     directory = resolve_model(model)
     open_checkpoint(directory)
@@ -363,7 +363,7 @@ def install_hook(
     Writes a .pth file, which Python reads at every start. Without it `import svdserve.compression`
     does the same for one program; vLLM and svdserve need neither.
     """
-    from svdserve.compression.hook import hook_path, install_hook
+    from svdserve.compression.model.hook import hook_path, install_hook
 
     try:
         if remove:

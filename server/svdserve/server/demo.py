@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from svdserve.compression.checkpoint import TensorFiles
+from svdserve.compression.format.checkpoint import TensorFiles
 from svdserve.server.launch import running
 from svdserve.server.serve import DEFAULT_HOST, check_port
 

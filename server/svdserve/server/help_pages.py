@@ -14,7 +14,7 @@ from typer.core import TyperCommand, TyperOption
 
 
 def _recipe_defaults() -> dict[str, Any]:
-    from svdserve.compression.recipe import Recipe, Run
+    from svdserve.compression.pipeline.recipe import Recipe, Run
 
     return {**_field_defaults(Recipe), **_field_defaults(Run), **Recipe().parameters}
 
@@ -27,13 +27,13 @@ def _bench_defaults() -> dict[str, Any]:
 
 
 def _eval_defaults() -> dict[str, Any]:
-    from svdserve.compression.evaluate import perplexity
+    from svdserve.compression.evaluation.perplexity import perplexity
 
     return {name: p.default for name, p in inspect.signature(perplexity).parameters.items()}
 
 
 def _refine_defaults() -> dict[str, Any]:
-    from svdserve.compression.recipe import Refinement, Run
+    from svdserve.compression.pipeline.recipe import Refinement, Run
 
     return {**_field_defaults(Run), **_field_defaults(Refinement)}
 

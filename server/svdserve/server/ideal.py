@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from svdserve.compression.checkpoint import TensorFiles, read_json
+from svdserve.compression.format.checkpoint import TensorFiles, read_json
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 
 MIN_LENGTH = 16
 RECHECK_SECONDS = 1.0

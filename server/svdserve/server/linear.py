@@ -34,9 +34,9 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
 )
 
-from svdserve.compression.checkpoint import Checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors
+from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
 from svdserve.server.products import (

@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.machine import Machine, this_machine
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.server.cpu_install import work_around
 from svdserve.server.faults import EngineDied
 from svdserve.server.ideal import StepWork, model_work

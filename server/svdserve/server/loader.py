@@ -34,9 +34,9 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
 from svdserve.compression import __version__
-from svdserve.compression.checkpoint import Checkpoint, open_checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.schema import QUANT_METHOD
+from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
+from svdserve.compression.format.schema import QUANT_METHOD
+from svdserve.compression.system.errors import UserError
 from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
 from svdserve.server.gated_mlp import join_layers
 from svdserve.server.linear import LowRankLinearMethod, StoredBytes

@@ -43,7 +43,7 @@ AllowLinks = Annotated[
 
 def grant(*, trust_remote_code: bool = False, allow_links: bool = False) -> None:
     """Give this process and those below it what the user has allowed."""
-    from svdserve.compression import permissions
+    from svdserve.compression.system import permissions
 
     if trust_remote_code:
         permissions.allow(permissions.REMOTE_CODE)

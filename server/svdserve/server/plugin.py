@@ -9,8 +9,8 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.schema import QUANT_METHOD
+from svdserve.compression.format.schema import QUANT_METHOD
+from svdserve.compression.system.errors import UserError
 from svdserve.server.log_paths import VARIABLE, shorten_paths
 
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.

@@ -14,8 +14,8 @@ from vllm.model_executor.kernels.linear import (
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, NoImplementation, Part
 from svdserve.kernels.implementations import Request, choose, reasons_against
 

@@ -15,9 +15,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from svdserve.compression.checkpoint import open_checkpoint
-from svdserve.compression.int8 import Weights
-from svdserve.compression.schema import (
+from svdserve.compression.format.checkpoint import open_checkpoint
+from svdserve.compression.format.int8 import Weights
+from svdserve.compression.format.schema import (
     GROUPS,
     QUANT_METHOD,
     CheckpointConfig,

@@ -11,7 +11,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

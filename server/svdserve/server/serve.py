@@ -16,15 +16,15 @@ from pathlib import Path
 
 import yaml
 
-from svdserve.compression.checkpoint import (
+from svdserve.compression.format.checkpoint import (
     TensorFiles,
     check_sizes,
     is_checkpoint,
     open_checkpoint,
     read_json,
 )
-from svdserve.compression.errors import UserError
-from svdserve.compression.hub import model_name, resolve_model
+from svdserve.compression.model.hub import model_name, resolve_model
+from svdserve.compression.system.errors import UserError
 from svdserve.server import security, shutdown
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around

@@ -11,8 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from svdserve.compression.checkpoint import Checkpoint
-from svdserve.compression.factors import Factors, other_channels
+from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.factors import Factors, other_channels
 from svdserve.server.quantization import Part
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdserve.compression.plotting import new_figure, save_figure
+from svdserve.compression.evaluation.plots import new_figure, save_figure
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server import options
 from svdserve.server.resumable import resumable
 
 if TYPE_CHECKING:
-    from svdserve.compression.evaluate import Perplexity
-    from svdserve.compression.report import RefineReport, Report
-    from svdserve.compression.tasks import TaskScores
+    from svdserve.compression.evaluation.perplexity import Perplexity
+    from svdserve.compression.evaluation.tasks import TaskScores
+    from svdserve.compression.pipeline.report import RefineReport, Report
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -61,10 +61,10 @@ def refine(
     given = {name: value for name, value in locals().items() if value is not None}
     options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
     with resumable(out):
-        from svdserve.compression.hub import resolve_model
-        from svdserve.compression.recipe import Refinement, Run, make_run
-        from svdserve.compression.refine import check_own_calibration
-        from svdserve.compression.refine import refine as run_refinement
+        from svdserve.compression.model.hub import resolve_model
+        from svdserve.compression.pipeline.recipe import Refinement, Run, make_run
+        from svdserve.compression.pipeline.refine import check_own_calibration
+        from svdserve.compression.pipeline.refine import refine as run_refinement
 
         settings = Refinement(**{k: given[k] for k in Refinement.model_fields if k in given})
         names = set(Run.model_fields) - {"batch_size"}
@@ -124,11 +124,11 @@ def evaluate(
     tokens; the mean token loss over all chunks. Logits that are not finite are an error.
     """
     options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
-    from svdserve.compression.evaluate import perplexity
-    from svdserve.compression.files import check_result_files
-    from svdserve.compression.hub import resolve_model
-    from svdserve.compression.machine import usable_device
-    from svdserve.compression.tasks import check_tasks, task_scores
+    from svdserve.compression.evaluation.perplexity import perplexity
+    from svdserve.compression.evaluation.tasks import check_tasks, task_scores
+    from svdserve.compression.model.hub import resolve_model
+    from svdserve.compression.system.files import check_result_files
+    from svdserve.compression.system.machine import usable_device
 
     if text is None and not tasks:
         raise UserError("nothing to evaluate; give --text FILE, --task NAME, or both")
@@ -230,12 +230,12 @@ def compare(
     Run the same command again to go on after an interruption.
     """
     options.grant(trust_remote_code=trust_remote_code, allow_links=allow_links)
-    from svdserve.compression.compare import Evaluation, markdown, plot, print_comparison
-    from svdserve.compression.compare import compare as run_comparison
-    from svdserve.compression.files import check_result_files, write_text
+    from svdserve.compression.evaluation.compare import Evaluation, markdown, plot, print_comparison
+    from svdserve.compression.evaluation.compare import compare as run_comparison
+    from svdserve.compression.evaluation.plots import check_figure
     from svdserve.compression.methods import get_method
-    from svdserve.compression.plotting import check_figure
-    from svdserve.compression.recipe import load_recipe, make_recipe, make_run
+    from svdserve.compression.pipeline.recipe import load_recipe, make_recipe, make_run
+    from svdserve.compression.system.files import check_result_files, write_text
 
     check_result_files([json_file, table_file, plot_file], texts or ())
     check_figure(plot_file)
@@ -272,7 +272,7 @@ def bench_served(
     models: list[Path], given: dict[str, Any], json_file: Path | None, plot_file: Path | None
 ) -> None:
     """`svdserve bench --served`, with the options of LoadOptions that ``given`` holds."""
-    from svdserve.compression.hub import model_name
+    from svdserve.compression.model.hub import model_name
     from svdserve.server.load_bench import LoadOptions, Target, run_load
     from svdserve.server.load_report import markdown, plot
 
@@ -288,8 +288,8 @@ def bench_served(
 
 def write_json(file: Path, value: Any) -> None:
     """Write the results of a command, in one step."""
-    from svdserve.compression.files import make_folder
-    from svdserve.compression.files import write_json as write_whole
+    from svdserve.compression.system.files import make_folder
+    from svdserve.compression.system.files import write_json as write_whole
 
     make_folder(file.parent)
     write_whole(file, value)

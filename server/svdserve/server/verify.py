@@ -18,9 +18,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase
 
-from svdserve.compression.checkpoint import Checkpoint
-from svdserve.compression.errors import UserError
-from svdserve.compression.int8 import dequantized
+from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.int8 import dequantized
+from svdserve.compression.system.errors import UserError
 from svdserve.kernels.reference import gated
 from svdserve.server.linear import LowRankLinearMethod
 from svdserve.server.twin import Twin

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server.cpu_install import work_around
 
 _MODEL = "--model"

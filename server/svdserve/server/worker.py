@@ -16,7 +16,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from svdserve.compression.memory import release
+from svdserve.compression.system.memory import release
 
 EXTENSION = "svdserve.server.worker.WorkerExtension"
 METHOD = "svdserve_report"
