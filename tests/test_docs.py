@@ -114,7 +114,7 @@ def tree(pid: int) -> list[psutil.Process]:
 @cache
 def commands() -> dict[str, set[str]]:
     """The options of every command of `svdserve`."""
-    from svdserve.server.cli import app
+    from svdserve.cli.main import app
 
     group: Any = typer.main.get_command(app)
     return {

@@ -173,7 +173,7 @@ def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from vllm import ir
 
     from svdserve.kernels.parts import PreparedFactors
-    from svdserve.server.loader import load_report
+    from svdserve.server.plugin.loader import load_report
 
     report = load_report(model)
     if report is None:

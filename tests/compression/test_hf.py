@@ -111,7 +111,7 @@ def test_the_hook_is_for_every_program_of_an_environment(tmp_path: Path) -> None
     assert run("-c", f"{table} print('svdserve' in t)") == "False\n"
 
     hook = folder / "svdserve_hook.pth"
-    command = ("-m", "svdserve.server.cli", "install-hook")
+    command = ("-m", "svdserve.cli.main", "install-hook")
     assert run(*command).startswith(f"{hook}: ")
     assert run("-c", f"{table} print('svdserve' in t)") == "True\n"
     loaded = "import sys; print(bool({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"

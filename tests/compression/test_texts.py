@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from models import save_model
+from svdserve.cli.main import app
 from svdserve.compression.evaluation.perplexity import text_chunks
 from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,
@@ -22,7 +23,6 @@ from svdserve.compression.pipeline.calibration.tokens import (
 )
 from svdserve.compression.pipeline.recipe import make_recipe
 from svdserve.compression.system.errors import UserError
-from svdserve.server.cli import app
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdserve.bench import kernels as bench
 from svdserve.compression.format.factors import rank_for_keep
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels import bench
 from svdserve.kernels.implementations import Request, choose
 
 

@@ -9,8 +9,7 @@ import pytest
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
-from svdserve.compression.system.errors import UserError
-from svdserve.server.bench import (
+from svdserve.bench.engine import (
     BenchOptions,
     BenchResult,
     plot_bench,
@@ -18,7 +17,8 @@ from svdserve.server.bench import (
     run_bench,
     start_engines,
 )
-from svdserve.server.bench_worker import TOTAL
+from svdserve.bench.worker import TOTAL
+from svdserve.compression.system.errors import UserError
 
 SMALL = {"prompt_len": 8, "output_len": 8, "prefill_len": 32, "kv_cache_bytes": 16 << 20}
 
@@ -89,7 +89,7 @@ def test_no_engine_is_left(result: BenchResult) -> None:
     assert not [
         child
         for child in psutil.Process().children(recursive=True)
-        if "svdserve.server.bench_worker" in child.cmdline()
+        if "svdserve.bench.worker" in child.cmdline()
     ]
 
 

@@ -14,7 +14,7 @@ COMMANDS = ("compress", "eval", "serve", "bench", "inspect", "methods")
 
 
 def svdserve(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "svdserve.server.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "svdserve.cli.main", *map(str, arguments)]
     environment = os.environ | {"COLUMNS": "160", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, timeout=300
@@ -28,7 +28,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command_and_loads_no_model_library() -> None:
     code = (
-        "import sys; sys.argv = ['svdserve', '--help']; from svdserve.server.cli import app\n"
+        "import sys; sys.argv = ['svdserve', '--help']; from svdserve.cli.main import app\n"
         "try: app()\n"
         "finally: assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )

@@ -33,13 +33,13 @@ from browser import VIEWS, chromium
 from checkpoints import write_checkpoint
 from models import save_model
 from ports import free_port
-from svdserve.server.launch import running
+from svdserve.bench.launch import running
 from traffic import load
 
 pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[2]
-STATIC = ROOT / "server/svdserve/server/dashboard/static"
+STATIC = ROOT / "server/svdserve/server/http/dashboard/static"
 SCREENSHOTS = ROOT / "build/screenshots"
 NAME = "pico"
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -528,7 +528,7 @@ def test_the_wheel_carries_the_page(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    prefix = "svdserve/server/dashboard/static/"
+    prefix = "svdserve/server/http/dashboard/static/"
     with zipfile.ZipFile(wheel) as archive:
         packed = {n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)}
     files = {str(f.relative_to(STATIC)) for f in STATIC.rglob("*") if f.is_file()}

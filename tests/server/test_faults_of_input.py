@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from models import save_model
+from svdserve.cli import main as cli
 from svdserve.compression.model.hub import model_name, resolve_model
 from svdserve.compression.system.files import check_result_files, write_text
-from svdserve.server import cli
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
 

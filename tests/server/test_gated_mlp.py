@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svdserve.server.gated_mlp import is_plain_chain
+from svdserve.server.plugin.mlp import is_plain_chain
 
 
 class Layer(nn.Linear):

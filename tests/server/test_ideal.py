@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import random_tokens, save_model
-from svdserve.server.ideal import model_work
+from svdserve.bench.bytes_ratio import model_work
 
 LENGTH = 24
 

@@ -9,8 +9,8 @@ import pytest
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.system.errors import UserError
-from svdserve.server.load_bench import (
+from svdserve.bench.report import markdown, plot
+from svdserve.bench.served import (
     THROUGHPUT,
     WORKLOADS,
     LoadOptions,
@@ -18,7 +18,7 @@ from svdserve.server.load_bench import (
     Target,
     run_load,
 )
-from svdserve.server.load_report import markdown, plot
+from svdserve.compression.system.errors import UserError
 
 OPTIONS = LoadOptions(
     pairs=2,
@@ -92,7 +92,7 @@ def test_the_report_names_what_the_freed_memory_buys(result: LoadResult, tmp_pat
 def test_no_server_is_left(result: LoadResult):
     assert result.servers
     left = psutil.Process().children(recursive=True)
-    assert not [child for child in left if "svdserve.server.cli" in " ".join(child.cmdline())]
+    assert not [child for child in left if "svdserve.cli.main" in " ".join(child.cmdline())]
 
 
 def test_mixed_lengths_are_those_of_sharegpt():

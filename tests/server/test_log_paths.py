@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svdserve.server.log_paths import shorten_paths, shortened
+from svdserve.server.http.redaction import shorten_paths, shortened
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from torch import Tensor
 from vllm import ir
 from vllm.platforms import current_platform
 
-from svdserve.server.norms import PROVIDER
-from svdserve.server.plugin import register
+from svdserve.server.plugin.norms import PROVIDER
+from svdserve.server.plugin.plugin import register
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="of vLLM's CPU engine")
 

@@ -54,7 +54,7 @@ def test_pipeline_stages_alone_and_with_tensor_parallel_ranks(root: Path) -> Non
 def test_eager_pipeline_stages_are_refused_on_a_cpu() -> None:
     from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
 
-    from svdserve.server.loader import _require_compiled_pipeline
+    from svdserve.server.plugin.loader import _require_compiled_pipeline
 
     eager = CompilationConfig(mode=CompilationMode.NONE)
     for stages in (1, 2):

@@ -19,16 +19,16 @@ from starlette.testclient import TestClient
 from checkpoints import write_checkpoint
 from models import save_model
 from svdserve.compression.system.errors import UserError
-from svdserve.server import plugin
-from svdserve.server.app import EndpointPlugin
-from svdserve.server.loader import _name_kernels
-from svdserve.server.shutdown import GracefulShutdown
+from svdserve.server.http.app import EndpointPlugin
+from svdserve.server.http.shutdown import GracefulShutdown
+from svdserve.server.plugin import plugin
+from svdserve.server.plugin.loader import _name_kernels
 from vllm_run import ENVIRONMENT, run
 
 pytestmark = pytest.mark.vllm
 
 TWICE = """
-from svdserve.server.plugin import register
+from svdserve.server.plugin.plugin import register
 register(); register()
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.model_loader import get_model_loader
@@ -45,7 +45,7 @@ def test_vllm_finds_the_entry_point() -> None:
 
 
 def test_importing_the_plugin_does_not_import_vllm() -> None:
-    code = "import sys, svdserve.server.plugin; print('vllm' in sys.modules)"
+    code = "import sys, svdserve.server.plugin.plugin; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -121,7 +121,7 @@ def test_a_vllm_that_does_not_fit_serves_all_other_models(tmp_path: Path) -> Non
 def test_ray_platform_leaves_other_platforms_alone() -> None:
     """Where vLLM lacks what it is made of, and where a vendor's platform is installed."""
     code = (
-        "import sys; from svdserve.server.ray_platform import platform;"
+        "import sys; from svdserve.server.plugin.ray_platform import platform;"
         "assert 'vllm' not in sys.modules;"
         "sys.modules['vllm.platforms.cpu'] = None; print(platform())"
     )

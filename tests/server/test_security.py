@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from svdserve.compression.system.errors import UserError
-from svdserve.server.keys import RECHECK_SECONDS, ApiKeys, read_keys
-from svdserve.server.security import Guard, SecurityOptions
+from svdserve.server.http.keys import RECHECK_SECONDS, ApiKeys, read_keys
+from svdserve.server.http.security import Guard, SecurityOptions
 from svdserve.server.serve import server_arguments, take_keys
 
 FIRST, SECOND = "first-key-0123456789", "second-key-9876543210"

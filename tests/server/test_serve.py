@@ -31,7 +31,7 @@ from servers import (
     wait_until,
 )
 from svdserve.compression.system.errors import UserError
-from svdserve.server import security, shutdown
+from svdserve.server.http import security, shutdown
 from svdserve.server.serve import (
     allowed_plugins,
     check_model,

@@ -166,7 +166,7 @@ def test_one_product_by_its_definition(outputs: int, dtype: torch.dtype) -> None
     """Any number of outputs, strided inputs and tokens of zeros, for every operation of vLLM."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from svdserve.server.products import Int8Product
+    from svdserve.server.plugin.products import Int8Product
 
     generator = torch.Generator().manual_seed(outputs)
     values, scale = round_rows(torch.randn(outputs, 64, generator=generator))

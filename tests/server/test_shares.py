@@ -11,8 +11,8 @@ from checkpoints import random_factors, write_checkpoint
 from models import save_model
 from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
 from svdserve.compression.format.factors import LAYOUTS, Factors, Layout
-from svdserve.server.quantization import Part
-from svdserve.server.shares import Places, read_dense, read_factors
+from svdserve.server.plugin.quantization import Part
+from svdserve.server.plugin.shares import Places, read_dense, read_factors
 
 pytestmark = pytest.mark.vllm
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-from svdserve.server.speed_plot import Point, draw
+from svdserve.bench.plots import Point, draw
 
 
 def test_the_picture_names_panels_models_and_ideals(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from models import save_model
-from svdserve.server.cli import app
+from svdserve.cli.main import app
 
 
 def test_compare_writes_results_table_and_plot(tmp_path: Path) -> None:

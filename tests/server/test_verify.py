@@ -17,8 +17,8 @@ from models import random_tokens, save_model
 from svdserve.compression.evaluation.perplexity import load_model
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
-from svdserve.server import verify
-from svdserve.server.verify import LayerCheck, require_right
+from svdserve.server.plugin import verify
+from svdserve.server.plugin.verify import LayerCheck, require_right
 from vllm_run import Served, run
 
 pytestmark = pytest.mark.vllm
@@ -178,7 +178,7 @@ def test_a_wrong_layer_is_named() -> None:
 
 
 def test_the_command_wants_a_compressed_model(root: Path) -> None:
-    from svdserve.server.cli import app
+    from svdserve.cli.main import app
 
     done = CliRunner().invoke(app, ["verify", str(root / "llama")])
     assert "no quantization_config" in str(done.exception)

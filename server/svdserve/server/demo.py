@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdserve.bench.launch import running
 from svdserve.compression.format.checkpoint import TensorFiles
-from svdserve.server.launch import running
 from svdserve.server.serve import DEFAULT_HOST, check_port
 
 QUESTION = "What is the capital of France?"
@@ -145,7 +145,7 @@ def _json(file: Path, *arguments: str) -> Any:
 
 def _command(*arguments: str) -> list[str]:
     console.print(f"[bold]$ svdserve {' '.join(arguments)}[/bold]", highlight=False, soft_wrap=True)
-    return [sys.executable, "-m", "svdserve.server.cli", *arguments]
+    return [sys.executable, "-m", "svdserve.cli.main", *arguments]
 
 
 def _run(*arguments: str) -> None:

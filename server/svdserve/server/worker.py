@@ -81,7 +81,8 @@ class WorkerExtension:
 
         A dict and not a WorkerReport: the engine sends plain values between processes only.
         """
-        from svdserve.server.loader import load_report  # Imports vLLM, which only workers need.
+        # Imports vLLM, which only workers need.
+        from svdserve.server.plugin.loader import load_report
 
         gc.collect()
         release()  # Loading frees as much as it keeps.

@@ -5,8 +5,8 @@ machine does strikes every model alike; a ratio compares two measurements that l
 Where an engine's speed depends on the memory that it happened to get, several starts of all engines
 show it.
 Medians are reported with the extremes of the rounds, beside the ideal ratio: of the bytes that a
-decoding step reads, of the operations of prefill (ideal.py). Each engine is a process
-(bench_worker.py).
+decoding step reads, of the operations of prefill (bytes_ratio.py). Each engine is a process
+(worker.py).
 """
 
 import json
@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from svdserve.bench.bytes_ratio import StepWork, model_work
+from svdserve.bench.plots import Point, draw
+from svdserve.bench.worker import EngineOptions
 from svdserve.compression.format.checkpoint import read_json
 from svdserve.compression.model.hub import model_name
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.kernels.cpu import openmp_libraries
-from svdserve.server.bench_worker import EngineOptions
 from svdserve.server.cpu_install import work_around
 from svdserve.server.faults import EngineDied
-from svdserve.server.ideal import StepWork, model_work
 from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import check_model
-from svdserve.server.speed_plot import Point, draw
 
 Member = TypeVar("Member")
 Item = TypeVar("Item")
@@ -346,7 +346,7 @@ def _engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
         log = Path(folder) / "log"
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "svdserve.server.bench_worker"],
+                [sys.executable, "-m", "svdserve.bench.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

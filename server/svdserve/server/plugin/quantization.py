@@ -109,8 +109,8 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         """The method of one layer; None (embeddings, attention, experts) means vLLM's default."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from svdserve.server.linear import LowRankLinearMethod
-        from svdserve.server.loader import require_supported_load_format
+        from svdserve.server.plugin.linear import LowRankLinearMethod
+        from svdserve.server.plugin.loader import require_supported_load_format
 
         if not isinstance(layer, LinearBase):
             return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
-from svdserve.server.log_paths import VARIABLE, shorten_paths
+from svdserve.server.http.redaction import VARIABLE, shorten_paths
 
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
 SUPPORTED_CPU = ("0.32", "0.33")
@@ -55,9 +55,9 @@ def _register() -> None:
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
     # All imports come first, so that nothing is registered where one of them fails.
-    from svdserve.server.loader import register_loader
-    from svdserve.server.norms import register_norms
-    from svdserve.server.quantization import SvdserveConfig
+    from svdserve.server.plugin.loader import register_loader
+    from svdserve.server.plugin.norms import register_norms
+    from svdserve.server.plugin.quantization import SvdserveConfig
 
     register_norms()
     register_quantization_config(QUANT_METHOD)(SvdserveConfig)

@@ -1,6 +1,6 @@
 """One engine of the benchmark: a child process that measures when its parent says so.
 
-``python -m svdserve.server.bench_worker`` reads one JSON object a line from standard input, first
+``python -m svdserve.bench.worker`` reads one JSON object a line from standard input, first
 the engine's options and then calls, and answers each with one line on standard output. vLLM's own
 output goes to standard error. Between calls it waits in a read and uses no processor.
 """

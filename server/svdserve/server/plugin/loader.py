@@ -38,11 +38,11 @@ from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
-from svdserve.server.gated_mlp import join_layers
-from svdserve.server.linear import LowRankLinearMethod, StoredBytes
-from svdserve.server.norms import prefer_norms
-from svdserve.server.twin import Twin, kind_of
-from svdserve.server.verify import LayerCheck, verify_layers, wanted
+from svdserve.server.plugin.linear import LowRankLinearMethod, StoredBytes
+from svdserve.server.plugin.mlp import join_layers
+from svdserve.server.plugin.norms import prefer_norms
+from svdserve.server.plugin.twin import Twin, kind_of
+from svdserve.server.plugin.verify import LayerCheck, verify_layers, wanted
 
 logger = init_logger("vllm.svdserve")
 

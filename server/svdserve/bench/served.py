@@ -26,12 +26,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 
+from svdserve.bench.bytes_ratio import StepWork, model_work
+from svdserve.bench.launch import SERVE, Server, running
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.server.cpu_install import work_around
 from svdserve.server.faults import EngineDied
-from svdserve.server.ideal import StepWork, model_work
-from svdserve.server.launch import SERVE, Server, running
 from svdserve.server.metrics import ModelFacts, model_facts
 from svdserve.server.serve import DEFAULT_HOST, check_model
 

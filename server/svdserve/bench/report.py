@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from svdserve.server.load_bench import THROUGHPUT, LoadRatio, LoadResult, ServerResult
-from svdserve.server.speed_plot import Point, draw
+from svdserve.bench.plots import Point, draw
+from svdserve.bench.served import THROUGHPUT, LoadRatio, LoadResult, ServerResult
 
 _FIGURES = {
     THROUGHPUT: "output tokens/s",

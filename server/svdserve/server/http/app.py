@@ -22,8 +22,8 @@ from starlette.middleware import Middleware
 from svdserve.compression.evaluation.inspection import ModuleFacts, inspect_checkpoint
 from svdserve.compression.format.checkpoint import is_checkpoint
 from svdserve.compression.system.errors import UserError
-from svdserve.server.dashboard import attach_dashboard
-from svdserve.server.errors import RequestErrors
+from svdserve.server.http.dashboard import attach_dashboard
+from svdserve.server.http.errors import RequestErrors
 from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
 

@@ -20,8 +20,8 @@ def _recipe_defaults() -> dict[str, Any]:
 
 
 def _bench_defaults() -> dict[str, Any]:
-    from svdserve.server.bench import BenchOptions
-    from svdserve.server.load_bench import LoadOptions
+    from svdserve.bench.engine import BenchOptions
+    from svdserve.bench.served import LoadOptions
 
     return {**_field_defaults(LoadOptions), **_field_defaults(BenchOptions)}
 

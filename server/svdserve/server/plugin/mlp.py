@@ -19,7 +19,7 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 
 from svdserve.compression.format.checkpoint import Checkpoint
 from svdserve.kernels import Activation
-from svdserve.server.linear import LowRankLinearMethod
+from svdserve.server.plugin.linear import LowRankLinearMethod
 
 CHAIN = ("gate_up_proj", "act_fn", "down_proj")
 

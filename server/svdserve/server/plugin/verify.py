@@ -22,8 +22,8 @@ from svdserve.compression.format.checkpoint import Checkpoint
 from svdserve.compression.format.int8 import dequantized
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.reference import gated
-from svdserve.server.linear import LowRankLinearMethod
-from svdserve.server.twin import Twin
+from svdserve.server.plugin.linear import LowRankLinearMethod
+from svdserve.server.plugin.twin import Twin
 
 VARIABLE = "SVDSERVE_VERIFY"
 """Set where the loader is to verify what it has loaded."""

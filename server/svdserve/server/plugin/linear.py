@@ -14,7 +14,7 @@ Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one 
 these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
 inputs; the scales of its rows are those of the whole rows.
 
-Gathering the pivots of x costs most at down_proj, which has the most inputs; gated_mlp.py says how
+Gathering the pivots of x costs most at down_proj, which has the most inputs; mlp.py says how
 it is spared, and when gate_up_proj takes over the activation.
 
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
@@ -39,7 +39,7 @@ from svdserve.compression.format.factors import Factors
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
-from svdserve.server.products import (
+from svdserve.server.plugin.products import (
     LowRankProduct,
     fused_kernel,
     fuses_activation,
@@ -47,8 +47,8 @@ from svdserve.server.products import (
     kernel_part,
     product,
 )
-from svdserve.server.quantization import Part
-from svdserve.server.shares import Places, read_dense, read_factors
+from svdserve.server.plugin.quantization import Part
+from svdserve.server.plugin.shares import Places, read_dense, read_factors
 
 logger = init_logger(__name__)
 

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from svdserve.server.errors import send_error
-from svdserve.server.keys import ApiKeys, digest_of
+from svdserve.server.http.errors import send_error
+from svdserve.server.http.keys import ApiKeys, digest_of
 
 ENV_KEYS = "SVDSERVE_API_KEYS"
 ENV_KEYS_FILE = "SVDSERVE_API_KEYS_FILE"

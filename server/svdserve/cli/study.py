@@ -1,4 +1,4 @@
-"""The commands for whoever studies a method: refine, eval, compare. cli.py registers them."""
+"""The commands for whoever studies a method: refine, eval, compare. main.py registers them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -8,9 +8,9 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from svdserve.cli import options
+from svdserve.cli.interrupt import resumable
 from svdserve.compression.system.errors import UserError
-from svdserve.server import options
-from svdserve.server.resumable import resumable
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluation.perplexity import Perplexity
@@ -272,9 +272,9 @@ def bench_served(
     models: list[Path], given: dict[str, Any], json_file: Path | None, plot_file: Path | None
 ) -> None:
     """`svdserve bench --served`, with the options of LoadOptions that ``given`` holds."""
+    from svdserve.bench.report import markdown, plot
+    from svdserve.bench.served import LoadOptions, Target, run_load
     from svdserve.compression.model.hub import model_name
-    from svdserve.server.load_bench import LoadOptions, Target, run_load
-    from svdserve.server.load_report import markdown, plot
 
     chosen = {name: given[name] for name in LoadOptions.model_fields if name in given}
     targets = [Target(model_name(model).rpartition("/")[2], model) for model in models]

@@ -17,8 +17,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from svdserve.server.errors import send_error
-from svdserve.server.security import is_monitoring, route_path
+from svdserve.server.http.errors import send_error
+from svdserve.server.http.security import is_monitoring, route_path
 
 MIDDLEWARE = f"{__name__}.GracefulShutdown"
 ENGINE_SECONDS = 5.0

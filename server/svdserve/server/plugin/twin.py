@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 from svdserve.compression.format.checkpoint import Checkpoint
 from svdserve.compression.system.errors import UserError
-from svdserve.server.linear import LowRankLinearMethod
+from svdserve.server.plugin.linear import LowRankLinearMethod
 
 
 class Twin:

@@ -17,13 +17,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdserve.cli import options, study
+from svdserve.cli.help_pages import Command, ServeCommand, show_versions
+from svdserve.cli.interrupt import resumable
 from svdserve.compression.evaluation.plots import check_figure
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_result_files
-from svdserve.server import options, study
 from svdserve.server.faults import EngineDied, to_mend
-from svdserve.server.help_pages import Command, ServeCommand, show_versions
-from svdserve.server.resumable import resumable
 
 app = typer.Typer(
     name="svdserve",
@@ -172,10 +172,10 @@ def serve(
     otherwise. A dense model is served as it is. Keys may also come from SVDSERVE_API_KEYS, parted
     by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
-    from svdserve.server.security import SecurityOptions
+    from svdserve.cli.words import find_model
+    from svdserve.server.http.security import SecurityOptions
     from svdserve.server.serve import configured_model
     from svdserve.server.serve import serve as run_server
-    from svdserve.server.words import find_model
 
     names = ("api_keys_file", "metrics_auth", "max_body_bytes")
     given = {name: value for name, value in locals().items() if name in names and value is not None}
@@ -257,7 +257,7 @@ def bench(
         study.bench_served(found, given, json_file, plot_file)
         return
     given |= {"dense": found[0], "models": found[1:]}
-    from svdserve.server.bench import BenchOptions, plot_bench, print_bench, run_bench
+    from svdserve.bench.engine import BenchOptions, plot_bench, print_bench, run_bench
 
     chosen = {name: given[name] for name in BenchOptions.model_fields if name in given}
     result = run_bench(BenchOptions(**chosen))
@@ -269,7 +269,7 @@ def bench(
 
 
 def _bench_kernels(model: Path | None, given: dict[str, Any], json_file: Path | None) -> None:
-    from svdserve.kernels.bench import (
+    from svdserve.bench.kernels import (
         KernelOptions,
         layers_of,
         print_kernel_bench,
@@ -329,7 +329,7 @@ def verify(
 
     directory = resolve_model(model)
     open_checkpoint(directory)
-    from svdserve.server.verify import verify as compare_layers
+    from svdserve.server.plugin.verify import verify as compare_layers
 
     checks = compare_layers(directory, tensor_parallel_size, dtype)
     table = Table("layer", "relative error", "allowed", title="The largest errors")

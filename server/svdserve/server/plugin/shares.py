@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdserve.compression.format.checkpoint import Checkpoint
 from svdserve.compression.format.factors import Factors, other_channels
-from svdserve.server.quantization import Part
+from svdserve.server.plugin.quantization import Part
 
 
 @dataclass(frozen=True)

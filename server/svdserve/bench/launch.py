@@ -18,7 +18,7 @@ from svdserve.server.faults import EngineDied
 START_SECONDS = 900
 _PERIOD = 0.05
 _STOP_SECONDS = 30
-SERVE = (sys.executable, "-m", "svdserve.server.cli", "serve")
+SERVE = (sys.executable, "-m", "svdserve.cli.main", "serve")
 
 
 @dataclass(frozen=True)
