@@ -71,7 +71,7 @@ def test_blocks_run(page: Path, models: Path, tmp_path: Path) -> None:
     made = re.search(r"--out models/small\b", text)
     for name in ("smollm2",) if made else ("smollm2", "small"):
         (tmp_path / "models" / name).symlink_to(models / name)
-    for name in ("benchmarks", "docker", "docs", "tests", "Makefile"):
+    for name in ("benchmarks", "docker", "docs", "examples", "tests", "Makefile"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_bytes((models / "text.txt").read_bytes())

@@ -38,7 +38,7 @@ from traffic import load
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STATIC = ROOT / "server/svdserve/server/http/dashboard/static"
 SCREENSHOTS = ROOT / "build/screenshots"
 NAME = "pico"

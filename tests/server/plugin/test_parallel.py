@@ -20,7 +20,7 @@ from vllm_run import run
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CASE = Case("llama", "interpolative", shared=True)
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
 # Traced as vLLM traces it before it compiles, which is what later stages need; but not compiled.

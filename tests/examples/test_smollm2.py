@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smollm2 import fetch_smollm2
 from svdserve.compression.format.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
@@ -18,7 +19,6 @@ from svdserve.compression.format.checkpoint import (
 from svdserve.compression.format.schema import linears_of
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
-from svdserve.compression.smollm import fetch_smollm2
 from vllm_run import run
 
 TOP = 20

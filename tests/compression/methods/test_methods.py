@@ -459,4 +459,4 @@ def test_unknown_method_lists_the_known_ones():
 
 def test_the_readme_has_the_table_of_methods():
     """Written by `svdserve methods --markdown`."""
-    assert markdown_table() in (Path(__file__).parents[2] / "README.md").read_text()
+    assert markdown_table() in (Path(__file__).parents[3] / "README.md").read_text()
