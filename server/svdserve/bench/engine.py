@@ -216,7 +216,7 @@ def turns(
     """Whose turn it is, A B C, C B A, ..., and with what.
 
     Yields:
-        Whether it counts (the first round warms up), the workload, the call of bench_worker.Engine
+        Whether it counts (the first round warms up), the workload, the call of worker.Engine
         that measures it, and the member.
     """
     order = list(members)
@@ -283,7 +283,7 @@ def plot_bench(result: BenchResult, file: Path) -> None:
 
 
 def _calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each workload and the call of bench_worker.Engine that measures it."""
+    """Each workload and the call of worker.Engine that measures it."""
     lengths = {"prompt_len": options.prompt_len, "output_len": options.output_len}
     *decode, prefill = options.workloads
     for workload, batch in zip(decode, options.batch_sizes, strict=True):
@@ -305,7 +305,7 @@ def _check_context(directory: Path, needed: int) -> None:
 
 
 class EngineProcess:
-    """The parent's end of a bench_worker process."""
+    """The parent's end of a worker process."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
         self._process = process

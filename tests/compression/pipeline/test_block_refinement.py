@@ -15,7 +15,7 @@ from svdserve.compression.format.checkpoint import (
     check_finite,
     open_checkpoint,
 )
-from svdserve.compression.pipeline import block_refinement as block_refine
+from svdserve.compression.pipeline import block_refinement
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import (
@@ -98,7 +98,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
     recipe = make_recipe(block_refinement=SETTINGS, **fields)
     compress(str(model), tmp_path / "whole", recipe, RUN)
     steps: list[int] = []
-    backward = block_refine._BlockError.backward
+    backward = block_refinement._BlockError.backward
 
     def killed(self, rows, step):
         steps.append(step)
@@ -106,7 +106,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
             raise KeyboardInterrupt
         backward(self, rows, step)
 
-    monkeypatch.setattr(block_refine._BlockError, "backward", killed)
+    monkeypatch.setattr(block_refinement._BlockError, "backward", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(str(model), tmp_path / "cut", recipe, RUN)
     compress(str(model), tmp_path / "cut", recipe, RUN.model_copy(update={"resume": True}))
