@@ -23,7 +23,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .PHONY: demo test lint docker-check install audit lock clean
 demo: $(STAMP)
-	$(BIN)/python -m svdserve.server.demo
+	$(BIN)/python examples/demo.py
 
 # One process a core, each with one thread; a file's tests share their servers, so stay together.
 test: $(STAMP)

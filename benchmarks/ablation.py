@@ -12,10 +12,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.compare import Cell, Evaluation, checkpoint_of, compare, markdown
-from svdserve.compression.files import write_json
-from svdserve.compression.inspection import inspect_checkpoint
-from svdserve.compression.recipe import make_recipe
+from svdserve.compression.evaluation.compare import (
+    Cell,
+    Evaluation,
+    checkpoint_of,
+    compare,
+    markdown,
+)
+from svdserve.compression.evaluation.inspection import inspect_checkpoint
+from svdserve.compression.pipeline.recipe import make_recipe
+from svdserve.compression.system.files import write_json
 
 UNIFORM = {"allocator": "uniform"}
 PAPER = UNIFORM | {"layout": "pair", "grouping": "separate"}

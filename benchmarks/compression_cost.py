@@ -23,28 +23,28 @@ from pathlib import Path
 
 import torch
 
-from svdserve.compression.memory import peak_bytes
+from svdserve.compression.system.memory import peak_bytes
 
 BASELINE = peak_bytes()
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import LOG_FILE
-from svdserve.compression.job import compress
-from svdserve.compression.machine import this_machine
-from svdserve.compression.recipe import Recipe, Run, make_recipe
+from svdserve.compression.format.checkpoint import LOG_FILE
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
+from svdserve.compression.system.machine import this_machine
 
 TIME_BAR, MEMORY_BAR, DEPTH_BAR = 1.6, 1.3e9, 0.05
 DEPTHS = (8, 32)
 _PEAK = """
 import sys
 import torch
-from svdserve.compression.memory import peak_bytes
+from svdserve.compression.system.memory import peak_bytes
 baseline = peak_bytes()
 from pathlib import Path
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
 model, out, text, tokens, seq_len = sys.argv[1:]
 recipe = make_recipe(calibration=text, tokens=int(tokens), seq_len=int(seq_len))
 report = compress(model, Path(out), recipe, Run(progress=False))

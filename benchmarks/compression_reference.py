@@ -27,12 +27,12 @@ from typing import Any
 from reference_stages import ADAPTED
 from safetensors.torch import save_file
 
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import read_json
-from svdserve.compression.evaluate import perplexity
-from svdserve.compression.integrity import file_sha256
-from svdserve.compression.recipe import Recipe, dump_recipe, load_recipe, make_recipe
-from svdserve.server.study import write_json
+from svdserve.cli.study import write_json
+from svdserve.compression.evaluation.perplexity import perplexity
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 
 BAR = 3.0
 OURS, REFERENCE, BARE = "svdserve", "reference", "bare"
@@ -60,7 +60,7 @@ def commands(given: argparse.Namespace, recipe: Recipe) -> dict[str, list[str]]:
     tokens, written = given.work / "tokens.safetensors", given.work / "recipe.yaml"
     save_file({"tokens": calibration_tokens(given.model, recipe)}, tokens)
     written.write_text(dump_recipe(recipe))
-    compress = ["-m", "svdserve.server.cli", "compress", "--force"]
+    compress = ["-m", "svdserve.cli.main", "compress", "--force"]
     places: dict[str, list[str | Path]] = {
         OURS: [*compress, given.model, "--recipe", written, "--out", given.work / OURS]
     }

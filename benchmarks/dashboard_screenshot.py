@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "tests"))
 
 from browser import VIEWS, chromium  # noqa: E402
 from ports import free_port  # noqa: E402
-from svdserve.server.launch import running  # noqa: E402
+from svdserve.bench.launch import running  # noqa: E402
 from traffic import load  # noqa: E402
 
 HOST = "127.0.0.1"

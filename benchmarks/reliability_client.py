@@ -19,9 +19,9 @@ from typing import Any, Literal
 import httpx
 import psutil
 
-from svdserve.compression.checkpoint import is_checkpoint
-from svdserve.compression.machine import this_machine
-from svdserve.server.launch import running
+from svdserve.bench.launch import running
+from svdserve.compression.format.checkpoint import is_checkpoint
+from svdserve.compression.system.machine import this_machine
 
 HOST = "127.0.0.1"
 TIMEOUT = httpx.Timeout(600.0, pool=None)

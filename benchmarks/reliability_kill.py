@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from kills import kill_and_resume
 from models import CONFIGS, save_model
-from svdserve.compression.files import write_json
-from svdserve.compression.machine import this_machine
+from svdserve.compression.system.files import write_json
+from svdserve.compression.system.machine import this_machine
 from zygote import zygote
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(20_000))

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.format.factors import rank_for_keep
 
 KEEPS = (0.8, 0.6, 0.4)
 DECODE_ROWS = (1, 8, 32)

@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 
-from svdserve.compression.checkpoint import TensorFiles
-from svdserve.compression.evaluate import perplexity, text_chunks
-from svdserve.compression.machine import this_machine
-from svdserve.server.launch import running
-from svdserve.server.study import write_json
+from svdserve.bench.launch import running
+from svdserve.cli.study import write_json
+from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
+from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.system.machine import this_machine
 
 HOST = "127.0.0.1"
 FLAGS = ("--kv-cache-memory-bytes", "1G", "--enforce-eager", "--max-num-seqs", "1")

@@ -22,10 +22,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from svdserve.compression.checkpoint import SINGLE_FILE
-from svdserve.compression.factors import rank_for_keep
-from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec
-from svdserve.server.bench import BenchOptions, BenchResult, print_bench, run_bench
+from svdserve.bench.engine import BenchOptions, BenchResult, print_bench, run_bench
+from svdserve.compression.format.checkpoint import SINGLE_FILE
+from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.schema import GROUPS, CheckpointConfig, ModuleSpec
 
 KEEPS = (0.8, 0.6, 0.4)
 FILES = {"eager": "serving_1b.json", "compiled": "serving_1b_compiled.json"}

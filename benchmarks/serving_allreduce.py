@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.checkpoint import is_checkpoint, read_json
-from svdserve.compression.machine import this_machine
-from svdserve.compression.schema import parse_config
+from svdserve.cli.study import write_json
+from svdserve.compression.format.checkpoint import is_checkpoint, read_json
+from svdserve.compression.format.schema import parse_config
+from svdserve.compression.system.machine import this_machine
 from svdserve.server.cpu_install import work_around
-from svdserve.server.study import write_json
 
 PROMPT, OUTPUT = 8, 9  # The last token is not fed back: 16 tokens pass the model.
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")  # of Llama and its relatives

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, computed_field
 
-from svdserve.server.bench import BenchResult
-from svdserve.server.load_bench import LoadResult
-from svdserve.server.study import write_json
+from svdserve.bench.engine import BenchResult
+from svdserve.bench.served import LoadResult
+from svdserve.cli.study import write_json
 
 
 class Bar(BaseModel):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from serving_bars import Bar, report
 
-from svdserve.server.launch import SERVE
-from svdserve.server.load_bench import THROUGHPUT, LoadOptions, LoadResult, Target, run_load
-from svdserve.server.load_report import markdown
+from svdserve.bench.launch import SERVE
+from svdserve.bench.report import markdown
+from svdserve.bench.served import THROUGHPUT, LoadOptions, LoadResult, Target, run_load
 
 PLAIN = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
 LEAST_THROUGHPUT = 0.99

@@ -18,11 +18,11 @@ from typing import Any
 
 from serving_1b import KEEPS
 
-from svdserve.compression.machine import this_machine
-from svdserve.server.bench import BenchOptions, start_engines, turns
-from svdserve.server.bench_worker import TOTAL
-from svdserve.server.ideal import ModelWork, model_work
-from svdserve.server.study import write_json
+from svdserve.bench.bytes_ratio import ModelWork, model_work
+from svdserve.bench.engine import BenchOptions, start_engines, turns
+from svdserve.bench.worker import TOTAL
+from svdserve.cli.study import write_json
+from svdserve.compression.system.machine import this_machine
 
 PRODUCTS = ("svdserve::lowrank", "_C::onednn_mm")
 ATTENTION = ("_C::cpu_attention_with_kv_cache",)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serving_bars import Bar, report
 
-from svdserve.server.bench import BenchOptions, print_bench, run_bench
+from svdserve.bench.engine import BenchOptions, print_bench, run_bench
 
 LEAST = {1: 1.0, 8: 1.08, 32: 1.08}  # Tokens per second over dense by batch size.
 

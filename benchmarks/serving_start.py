@@ -12,8 +12,8 @@ from pathlib import Path
 
 from serving_bars import Bar, report
 
-from svdserve.server.load_bench import LoadOptions, Target, run_load
-from svdserve.server.load_report import markdown
+from svdserve.bench.report import markdown
+from svdserve.bench.served import LoadOptions, Target, run_load
 
 MOST = 1.05
 

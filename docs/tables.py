@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from svdserve.compression.compare import Comparison, markdown
-from svdserve.server.bench import BenchResult, plot_bench
+from svdserve.bench.engine import BenchResult, plot_bench
+from svdserve.compression.evaluation.compare import Comparison, markdown
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"

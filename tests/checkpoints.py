@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdserve.compression.checkpoint import SINGLE_FILE, read_json
-from svdserve.compression.factors import Factors, Layout, interpolative, parameters
-from svdserve.compression.schema import GROUPS, CheckpointConfig, ModuleSpec
+from svdserve.compression.format.checkpoint import SINGLE_FILE, read_json
+from svdserve.compression.format.factors import Factors, Layout, interpolative, parameters
+from svdserve.compression.format.schema import GROUPS, CheckpointConfig, ModuleSpec
 
 RankRule = Callable[[str, int, int], int]
 """Rank of the module of this name with a weight [m, n]."""

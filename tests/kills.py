@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.checkpoint import LOG_FILE, check_finite, open_checkpoint
-from svdserve.compression.integrity import verify
+from svdserve.compression.format.checkpoint import LOG_FILE, check_finite, open_checkpoint
+from svdserve.compression.format.integrity import verify
 from zygote import Zygote
 
 

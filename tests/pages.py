@@ -60,7 +60,7 @@ class Block:
                     words.append(word)
 
 
-ELSEWHERE = ("docker/README.md", "compression/svdserve/compression/FORMAT.md")
+ELSEWHERE = ("docker/README.md", "compression/svdserve/compression/format/FORMAT.md")
 
 
 def pages() -> list[Path]:

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from models import save_model
 from pages import ROOT, Block, blocks, pages, script
-from svdserve.compression.job import compress
-from svdserve.compression.recipe import Run, make_recipe
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
 
 SECONDS = 1800  # of one page, on a machine that does something else as well
 ENVIRONMENT = {
@@ -71,7 +71,7 @@ def test_blocks_run(page: Path, models: Path, tmp_path: Path) -> None:
     made = re.search(r"--out models/small\b", text)
     for name in ("smollm2",) if made else ("smollm2", "small"):
         (tmp_path / "models" / name).symlink_to(models / name)
-    for name in ("benchmarks", "docker", "docs", "tests", "Makefile"):
+    for name in ("benchmarks", "docker", "docs", "examples", "tests", "Makefile"):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_bytes((models / "text.txt").read_bytes())
@@ -114,7 +114,7 @@ def tree(pid: int) -> list[psutil.Process]:
 @cache
 def commands() -> dict[str, set[str]]:
     """The options of every command of `svdserve`."""
-    from svdserve.server.cli import app
+    from svdserve.cli.main import app
 
     group: Any = typer.main.get_command(app)
     return {

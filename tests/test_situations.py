@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from svdserve.compression.calibration import calibration_tokens
-from svdserve.compression.checkpoint import check_finite, open_checkpoint
-from svdserve.compression.recipe import make_recipe
-from svdserve.server import cli
+from svdserve.cli import main as cli
+from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
+from svdserve.compression.pipeline.recipe import make_recipe
 from variants import make_variants
 
 NOT_FINITE = "not finite"

@@ -16,7 +16,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdserve.compression.memory import release
+from svdserve.compression.system.memory import release
 
 NEW_TOKENS = 64
 ENVIRONMENT = {
@@ -173,7 +173,7 @@ def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from vllm import ir
 
     from svdserve.kernels.parts import PreparedFactors
-    from svdserve.server.loader import load_report
+    from svdserve.server.plugin.loader import load_report
 
     report = load_report(model)
     if report is None:

@@ -105,8 +105,8 @@ def zygote(folder: Path) -> Iterator[Zygote]:
 
 def _serve() -> None:
     for module in ("job", "refine"):  # which the commands import when they run
-        import_module(f"svdserve.compression.{module}")
-    from svdserve.server.cli import main
+        import_module(f"svdserve.compression.pipeline.{module}")
+    from svdserve.cli.main import main
 
     for line in sys.stdin:
         arguments, errors, kill_at, file_limit = json.loads(line)

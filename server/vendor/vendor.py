@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TARGET = HERE.parent / "svdserve/server/dashboard/static/vendor"
+TARGET = HERE.parent / "svdserve/server/http/dashboard/static/vendor"
 FILES = {
     "uplot/dist/uPlot.iife.min.js": "uplot.min.js",
     "uplot/dist/uPlot.min.css": "uplot.min.css",

@@ -28,7 +28,7 @@ import yaml
 from checkpoints import write_checkpoint
 from models import save_model
 from ports import free_port
-from svdserve.server.launch import running
+from svdserve.bench.launch import running
 
 DOCKER = Path(__file__).parents[2] / "docker"
 CONFIG = DOCKER / "prometheus" / "prometheus.yml"

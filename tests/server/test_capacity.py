@@ -10,7 +10,7 @@ from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
 from servers import refusal
-from svdserve.compression.errors import UserError
+from svdserve.compression.system.errors import UserError
 from svdserve.server.capacity import available_bytes, check_memory, weight_bytes
 
 

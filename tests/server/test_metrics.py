@@ -30,9 +30,9 @@ from checkpoints import write_checkpoint
 from files import file_bytes
 from models import save_model
 from ports import free_port
-from svdserve.compression.errors import UserError
+from svdserve.bench.launch import running
+from svdserve.compression.system.errors import UserError
 from svdserve.server import metrics
-from svdserve.server.launch import running
 from svdserve.server.metrics import TokenRate, model_facts, resident_bytes
 from traffic import complete
 
@@ -290,7 +290,7 @@ def test_the_documented_metrics_are_those_of_the_server(scaled: Scaled) -> None:
 
 @pytest.mark.vllm
 def test_every_metric_that_the_dashboard_reads_exists(scaled: Scaled) -> None:
-    static = ROOT / "server/svdserve/server/dashboard/static"
+    static = ROOT / "server/svdserve/server/http/dashboard/static"
     code = "".join(file.read_text() for file in static.glob("*.js"))
     named = set(re.findall(r"\"((?:svdserve_|vllm:)\w+)\"", code)) - ONLY_ON_ACCELERATORS
     families = {family.name for family in text_string_to_metric_families(scaled.metrics())}

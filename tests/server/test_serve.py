@@ -30,8 +30,8 @@ from servers import (
     running,
     wait_until,
 )
-from svdserve.compression.errors import UserError
-from svdserve.server import security, shutdown
+from svdserve.compression.system.errors import UserError
+from svdserve.server.http import security, shutdown
 from svdserve.server.serve import (
     allowed_plugins,
     check_model,

@@ -5,7 +5,7 @@ Nothing heavy is imported for that. transformers has no entry points for quantiz
 sys.meta_path waits for the module that holds transformers' table of them.
 """
 
-from svdserve.compression.hook import register_with_transformers
+from svdserve.compression.model.hook import register_with_transformers
 
 register_with_transformers()
 

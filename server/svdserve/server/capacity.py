@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from svdserve.compression.checkpoint import TensorFiles
-from svdserve.compression.errors import UserError
+from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.system.errors import UserError
 
 _ENV_KV_GIB = "VLLM_CPU_KVCACHE_SPACE"
 _DTYPES = {

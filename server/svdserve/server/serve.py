@@ -16,22 +16,22 @@ from pathlib import Path
 
 import yaml
 
-from svdserve.compression.checkpoint import (
+from svdserve.cli.words import require_vllm
+from svdserve.compression.format.checkpoint import (
     TensorFiles,
     check_sizes,
     is_checkpoint,
     open_checkpoint,
     read_json,
 )
-from svdserve.compression.errors import UserError
-from svdserve.compression.hub import model_name, resolve_model
-from svdserve.server import security, shutdown
+from svdserve.compression.model.hub import model_name, resolve_model
+from svdserve.compression.system.errors import UserError
 from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
-from svdserve.server.keys import ApiKeys, digest_of
-from svdserve.server.log_paths import VARIABLE, shorten_paths
-from svdserve.server.security import SecurityOptions
-from svdserve.server.words import require_vllm
+from svdserve.server.http import security, shutdown
+from svdserve.server.http.keys import ApiKeys, digest_of
+from svdserve.server.http.redaction import VARIABLE, shorten_paths
+from svdserve.server.http.security import SecurityOptions
 from svdserve.server.worker import EXTENSION
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"

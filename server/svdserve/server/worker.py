@@ -16,7 +16,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from svdserve.compression.memory import release
+from svdserve.compression.system.memory import release
 
 EXTENSION = "svdserve.server.worker.WorkerExtension"
 METHOD = "svdserve_report"
@@ -81,7 +81,8 @@ class WorkerExtension:
 
         A dict and not a WorkerReport: the engine sends plain values between processes only.
         """
-        from svdserve.server.loader import load_report  # Imports vLLM, which only workers need.
+        # Imports vLLM, which only workers need.
+        from svdserve.server.plugin.loader import load_report
 
         gc.collect()
         release()  # Loading frees as much as it keeps.

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.methods.saes_svd import saes_svd
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.moments import Statistics
 
 
 @method(

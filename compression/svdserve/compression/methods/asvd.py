@@ -5,10 +5,10 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.factors import Factors
-from svdserve.compression.linalg import left_subspace
+from svdserve.compression.format.factors import Factors
 from svdserve.compression.methods.registry import Solution, method
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.linalg import left_subspace
+from svdserve.compression.statistics.moments import Statistics
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 

@@ -4,11 +4,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from svdserve.compression.linalg import eigen_root
 from svdserve.compression.methods.asvd import Alpha, channel_scale
 from svdserve.compression.methods.registry import Solution, method
 from svdserve.compression.methods.res_svd import Share, compensated
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.linalg import eigen_root
+from svdserve.compression.statistics.moments import Statistics
 
 
 @method(

@@ -6,7 +6,7 @@ chooses no device. Keyword-only parameters with a default are its hyper-paramete
 them by name, and their annotations (pydantic's) are checked when the recipe is.
 
 A learned method has a Learner as well: its function gives all components of every module, and
-which of them stay is learned over the whole model (scores.py).
+which of them stay is learned over the whole model (learned/driver.py).
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.factors import Factors
-from svdserve.compression.methods.learner import Learner
-from svdserve.compression.parameters import Parameters
-from svdserve.compression.statistics import DESCRIPTIONS, Statistic, Statistics
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.statistics.moments import DESCRIPTIONS, Statistic, Statistics
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.hyperparameters import Parameters
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """λ over the mean of the diagonal of the Gram matrix that it damps."""

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.factors import Factors
-from svdserve.compression.linalg import left_subspace, whiten
+from svdserve.compression.format.factors import Factors
 from svdserve.compression.methods.registry import Ridge, Solution, method
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.linalg import left_subspace, whiten
+from svdserve.compression.statistics.moments import Statistics
 
 Metric = Callable[[Tensor], Tensor]
 """M [m, n] to M F, whose Frobenius norm the truncation keeps; F Fᵀ is the metric."""

@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from svdserve.compression.errors import UserError
-from svdserve.compression.methods.learner import Learner, weighted
+from svdserve.compression.methods.learned.learner import Learner, weighted
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.methods.svd_llm import svd_llm
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.moments import Statistics
+from svdserve.compression.system.errors import UserError
 
 _SOFTNESS = 0.05  # of the ratio term, in shares of what κ removes
 _SHARPEST = 0.1  # width of the gate at the end

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from svdserve.compression.factors import Factors
-from svdserve.compression.linalg import left_subspace, whiten
+from svdserve.compression.format.factors import Factors
 from svdserve.compression.methods.registry import Ridge, Solution, method
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.linalg import left_subspace, whiten
+from svdserve.compression.statistics.moments import Statistics
 
 
 @method(

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.factors import Factors
-from svdserve.compression.linalg import left_subspace, shrunk_root
+from svdserve.compression.format.factors import Factors
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.methods.saes_svd import Beta, Range, beta_needs, solve_shifted
-from svdserve.compression.statistics import Statistics
+from svdserve.compression.statistics.linalg import left_subspace, shrunk_root
+from svdserve.compression.statistics.moments import Statistics
 
 Shrinkage = Annotated[float, Field(ge=0, le=1)]
 

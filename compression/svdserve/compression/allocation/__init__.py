@@ -1,0 +1,1 @@
+"""Which module gets which rank under one budget."""

@@ -1,0 +1,188 @@
+"""`svdserve inspect`: what a checkpoint stores, module by module."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svdserve.compression.format.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
+from svdserve.compression.format.factors import parameters
+from svdserve.compression.format.schema import GROUPS
+from svdserve.compression.pipeline.progress import read_log
+
+_DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
+
+
+class ModuleFacts(BaseModel):
+    """One module: what it stores and what the compression log says of it.
+
+    ``error`` is the relative error of the layer's outputs on the calibration tokens and ``beta``
+    the method's weight of the teacher's activations; None where the log has none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: str
+    layout: str
+    rank: int | None
+    dtype: str
+    """Of the stored weights; bytes include the scales of int8."""
+    full_rank: int
+    parameters: int
+    dense_parameters: int
+    """Weights only: the pivots and scales that a module also stores are no parameters."""
+    nbytes: int
+    dense_nbytes: int
+    error: float | None
+    beta: float | None
+
+
+class Inspection(BaseModel):
+    """The modules in the order of the model, and the totals in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str
+    base_model: str
+    keep: float
+    modules: tuple[ModuleFacts, ...]
+    factored_nbytes: int
+    other_nbytes: int
+    dense_equivalent_nbytes: int
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """Read headers, pivots and the log; no weights.
+
+    Raises:
+        UserError: ``directory`` is no valid checkpoint.
+    """
+    checkpoint = open_checkpoint(directory)
+    log = _log(directory / LOG_FILE)
+    rows = [*_factored(checkpoint, log), *_dense(checkpoint)]
+    stored = checkpoint.stored_bytes()
+    return Inspection(
+        directory=str(directory),
+        base_model=checkpoint.config.base_model,
+        keep=checkpoint.config.keep,
+        modules=tuple(sorted(rows, key=lambda row: _order(row.module))),
+        factored_nbytes=stored["lowrank"],
+        other_nbytes=stored["dense"],
+        dense_equivalent_nbytes=stored["dense_equivalent"],
+    )
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """A table of the modules and one line of totals."""
+    title = f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}"
+    int8 = any(row.dtype == "int8" for row in inspection.modules)
+    # Text: names come out of the checkpoint, and Table would take [red] in them as markup.
+    table = Table(title=Text(f"{title}, int8" if int8 else title))
+    table.add_column("module", no_wrap=True)
+    table.add_column("layout", no_wrap=True)
+    for heading in ("rank", "bytes", "dense bytes", "kept", "error", "β"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in inspection.modules:
+        table.add_row(
+            Text(row.module),
+            row.layout,
+            _cell(row.rank, "d"),
+            f"{row.nbytes:,}",
+            f"{row.dense_nbytes:,}",
+            f"{row.nbytes / max(row.dense_nbytes, 1):.1%}",
+            _cell(row.error, ".4f"),
+            _cell(row.beta, ".2f"),
+        )
+    total = inspection.factored_nbytes + inspection.other_nbytes
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{inspection.factored_nbytes:,} bytes of factors + {inspection.other_nbytes:,} bytes of "
+        f"dense tensors = {total:,} bytes, {total / inspection.dense_equivalent_nbytes:.1%} of the "
+        f"dense model's {inspection.dense_equivalent_nbytes:,}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _factored(
+    checkpoint: Checkpoint, log: dict[str, dict[str, float | None]]
+) -> Iterator[ModuleFacts]:
+    for name, spec in checkpoint.config.modules.items():
+        nbytes, dense_nbytes = checkpoint.bytes_of(name)
+        logged = log.get(name, {})
+        yield ModuleFacts(
+            module=name,
+            layout=spec.layout,
+            rank=spec.rank,
+            dtype=_dtype(checkpoint, f"{name}.factor_in"),
+            full_rank=min(spec.stacked, spec.in_features),
+            parameters=parameters(spec.layout, spec.stacked, spec.in_features, spec.rank),
+            dense_parameters=spec.stacked * spec.in_features,
+            nbytes=nbytes,
+            dense_nbytes=dense_nbytes,
+            error=logged.get("error"),
+            beta=logged.get("beta"),
+        )
+
+
+def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
+    """The linears that could have been factored and were kept."""
+    for name, info in checkpoint.files.info.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix == "weight" and module.rpartition(".")[2] in _DENSE_LINEARS:
+            nbytes, dense_nbytes = checkpoint.bytes_of(module)
+            yield ModuleFacts(
+                module=module,
+                layout="dense",
+                rank=None,
+                dtype=_dtype(checkpoint, name),
+                full_rank=min(info.shape),
+                parameters=math.prod(info.shape),
+                dense_parameters=math.prod(info.shape),
+                nbytes=nbytes,
+                dense_nbytes=dense_nbytes,
+                error=None,
+                beta=None,
+            )
+
+
+def _dtype(checkpoint: Checkpoint, tensor: str) -> str:
+    return str(checkpoint.files.info[tensor].dtype).removeprefix("torch.")
+
+
+def _log(path: Path) -> dict[str, dict[str, float | None]]:
+    """The last ``group`` line of every module."""
+    return {
+        str(entry.get("module")): {key: _finite(entry.get(key)) for key in ("error", "beta")}
+        for entry in read_log(path)
+        if entry.get("event") == "group"
+    }
+
+
+def _finite(value: object) -> float | None:
+    """A number that a float can hold; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _order(module: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 10 after layer 9 and the groups of a block in the order of the forward pass."""
+    parent, _, leaf = module.rpartition(".")
+    group = _DENSE_LINEARS.get(leaf, leaf)
+    place = list(GROUPS).index(group) if group in GROUPS else len(GROUPS)
+    path = parent.split(".")[:-1]  # without self_attn or mlp, which ``place`` tells apart
+    numbers = [(int(part), 0, "") if part.isdigit() else (0, 0, part) for part in path]
+    return [*numbers, (0, place, module)]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

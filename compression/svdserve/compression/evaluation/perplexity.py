@@ -1,0 +1,269 @@
+"""Perplexity of a model directory, dense or compressed, on a text file.
+
+The protocol of the SVD literature (SVD-LLM, arXiv 2403.07378): tokenise the whole text without
+special tokens, cut it into chunks of equal length, average the token losses of all chunks, exp.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from svdserve.compression.format.checkpoint import (
+    TensorFiles,
+    is_checkpoint,
+    open_checkpoint,
+    read_json,
+)
+from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.pipeline.calibration.texts import read_file
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine
+from svdserve.compression.system.permissions import remote_code
+
+# Of a text of which the first chunks are wanted, this much is tokenised at first.
+_CHARACTERS_PER_TOKEN, _CUT_TOKENS = 16, 64
+LOSS_SLICE = 256  # positions whose logits are float32 at the same time
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Measurement(BaseModel):
+    """What every evaluation says of its model and itself, so that it can be repeated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    fingerprint: str | None = None
+    """Of the model's files (``TensorFiles.fingerprint``); None in files of older versions."""
+    recipe: dict[str, Any] | None = None
+    """Of a compressed model, with its seed; None for a dense one."""
+    dtype: str
+    machine: Machine
+    seconds: float
+    measured_at: datetime
+
+
+class Perplexity(Measurement):
+    """Perplexity on one text."""
+
+    perplexity: float
+    mean_loss: float
+    chunks: PositiveInt
+    tokens: PositiveInt
+    """Predicted tokens: seq_len - 1 of each chunk."""
+    seq_len: PositiveInt
+    text: str
+    text_sha256: str
+
+
+def perplexity(
+    model_dir: Path,
+    text: Path,
+    *,
+    seq_len: int = 2048,
+    max_chunks: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of the model in ``model_dir`` on a UTF-8 text file, which is taken verbatim.
+
+    Args:
+        seq_len: tokens of a chunk; a shorter rest of the text is not used.
+        max_chunks: use the first chunks only.
+        batch_size: chunks of one forward step.
+        dtype: of weights and activations; "auto" is the model's own. Losses are float32.
+
+    Raises:
+        UserError: no model or text, a text shorter than one chunk, a bad option, or logits that
+            are not finite (the chunk is named; chunks are never skipped).
+    """
+    started = time.perf_counter()
+    _check_options(seq_len, max_chunks, batch_size, dtype)
+    chunks = text_chunks(model_dir, text, seq_len, max_chunks)
+    model = load_model(model_dir, dtype, device)
+    total = 0.0
+    with torch.inference_mode():
+        for first, batch in _batches(chunks, batch_size, progress):
+            total += _loss(model, batch.to(device), first)
+    tokens = chunks.shape[0] * (seq_len - 1)
+    return Perplexity(
+        perplexity=math.exp(total / tokens),
+        mean_loss=total / tokens,
+        chunks=chunks.shape[0],
+        tokens=tokens,
+        seq_len=seq_len,
+        text=str(text),
+        text_sha256=file_sha256(text),
+        **measured(model_dir, model, device, started),
+    )
+
+
+def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[str, Any]:
+    """The fields of a Measurement.
+
+    Args:
+        model: loaded from ``model_dir``.
+        started: of ``time.perf_counter``.
+    """
+    checkpoint = open_checkpoint(model_dir) if is_checkpoint(model_dir) else None
+    files = checkpoint.files if checkpoint else TensorFiles(model_dir)
+    return {
+        "model": str(model_dir),
+        "fingerprint": files.fingerprint,
+        "recipe": checkpoint.config.recipe if checkpoint else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": this_machine(device),
+        "seconds": time.perf_counter() - started,
+        "measured_at": datetime.now(UTC),
+    }
+
+
+def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The transformers model of a dense or compressed directory, in evaluation mode.
+
+    Raises:
+        UserError: no such model, or a checkpoint that ``open_checkpoint`` refuses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import svdserve.compression.model.hf  # noqa: F401 (registers the quantizer)
+    from svdserve.compression.model.building import (
+        attention_of,
+        require_language_head,
+        transformers_says,
+    )
+
+    if is_checkpoint(model_dir):
+        open_checkpoint(model_dir)
+    else:
+        TensorFiles(model_dir)
+    chosen = DTYPES.get(dtype, "auto")
+    attention = attention_of(model_dir)
+    with transformers_says(model_dir, "load the model"):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=chosen,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **remote_code(),
+        )
+    _require_loaded(model_dir, loaded)
+    require_language_head(model_dir, model.config)
+    return model.eval().to(device)
+
+
+def _require_loaded(model_dir: Path, loaded: dict[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers and goes on."""
+    wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+    if wrong:
+        raise UserError(
+            f"{model_dir}: {sorted(wrong)[0]} is missing from the files or has another size; a "
+            "model without output head (a reward or embedding model) predicts nothing: give a "
+            "complete causal language model"
+        )
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [B, L, V] of final hidden states [B, L, d].
+
+    The model's own forward runs with its decoder left out, so that soft-capping or scaling of the
+    logits is applied as it is there.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    output = BaseModelOutputWithPast(last_hidden_state=hidden)
+    decoder = model.base_model
+    decoder.forward = lambda *_args, **_kwargs: output
+    try:
+        logits = model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        del decoder.forward
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
+    if seq_len < 2:
+        raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
+    if max_chunks is not None and max_chunks < 1:
+        raise UserError(f"max_chunks {max_chunks}: give at least 1, or leave it out for all")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: give at least 1")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+
+
+def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:
+    """Token ids [chunks, seq_len] of a text, without special tokens; a shorter rest is not used.
+
+    Raises:
+        UserError: no model or text, or a text shorter than one chunk.
+    """
+    from svdserve.compression.model.building import check_ids, load_config, load_tokenizer
+
+    read_json(model_dir / "config.json")
+    tokenizer = load_tokenizer(model_dir)
+
+    def encode(characters: int) -> list[int]:
+        words = read_file(text, str(text), characters)
+        ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    # The last word of a part may be cut, and its tokens others than in the whole text.
+    start = (max_chunks or 0) * seq_len * _CHARACTERS_PER_TOKEN
+    ids = encode(start) if start else []
+    if len(ids) <= (max_chunks or 0) * seq_len + _CUT_TOKENS:
+        ids = encode(-1)
+    count = len(ids) // seq_len
+    if count == 0:
+        raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
+    count = min(count, max_chunks or count)
+    chunks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+    check_ids(model_dir, load_config(model_dir), chunks, text)
+    return chunks
+
+
+def _batches(chunks: Tensor, batch_size: int, progress: bool) -> Iterator[tuple[int, Tensor]]:
+    """The batches, each with the index of its first chunk, behind a progress bar."""
+    columns = (
+        TextColumn("perplexity"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("chunks"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not progress, transient=True) as bar:
+        task = bar.add_task("", total=chunks.shape[0])
+        for first in range(0, chunks.shape[0], batch_size):
+            batch = chunks[first : first + batch_size]
+            yield first, batch
+            bar.advance(task, batch.shape[0])
+
+
+def _loss(model: Any, batch: Tensor, first: int) -> float:
+    """Summed next-token loss of chunks [batch, seq_len]; ``first`` is the index of the first."""
+    logits: Tensor = model(batch, use_cache=False).logits
+    total = 0.0
+    for row in range(batch.shape[0]):
+        for start in range(0, batch.shape[1] - 1, LOSS_SLICE):
+            stop = min(start + LOSS_SLICE, batch.shape[1] - 1)
+            piece = logits[row, start:stop].float()
+            if not bool(piece.sum().isfinite()):  # NaN and infinity survive every sum
+                raise UserError(
+                    f"chunk {first + row}: the logits of positions {start} to {stop - 1} are not "
+                    "finite; the model is broken, or overflows in its dtype (try --dtype float32)"
+                )
+            targets = batch[row, start + 1 : stop + 1]
+            total += cross_entropy(piece, targets, reduction="sum").item()
+    return total

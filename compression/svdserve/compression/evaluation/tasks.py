@@ -1,0 +1,194 @@
+"""Multiple-choice accuracy through lm-evaluation-harness: its own tasks, or local JSONL files.
+
+A line of a file is {"context": str, "choices": [str, ...], "gold": index}. A request is context, a
+space and a choice; acc takes the choice of the largest log-probability, acc_norm the largest one
+divided by the characters of the choice.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from svdserve.compression.evaluation.perplexity import Measurement, load_model, measured
+from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.system.errors import UserError
+
+# Their choices are continuations or phrases of very different lengths.
+NORMALISED = ("hellaswag", "openbookqa", "arc_challenge")
+
+
+class TaskScore(BaseModel):
+    """Accuracies of one task, from 0 to 1; None where the task does not define them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    items: PositiveInt
+    acc: float | None
+    acc_norm: float | None
+    sha256: str | None = None
+    """Of the file, for local tasks."""
+
+    @property
+    def accuracy(self) -> float:
+        """The one that the literature reports: acc, but acc_norm for tasks of NORMALISED.
+
+        The other where the task has only that; 0 where it has neither.
+        """
+        first, second = self.acc, self.acc_norm
+        if self.task.startswith(NORMALISED):
+            first, second = second, first
+        return (second if first is None else first) or 0.0
+
+
+class TaskScores(Measurement):
+    """All tasks of one model."""
+
+    scores: tuple[TaskScore, ...]
+    limit: PositiveInt | None
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over the tasks."""
+        return sum(score.accuracy for score in self.scores) / len(self.scores)
+
+
+def task_scores(
+    model_dir: Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> TaskScores:
+    """Accuracy of a dense or compressed model.
+
+    Args:
+        tasks: JSONL files, or names that lm-evaluation-harness knows.
+        limit: the first items of each task only.
+        batch_size: requests of one forward step.
+        dtype: of weights and activations; the softmax is float32 always, as rounding it to
+            bfloat16 moves accuracies by points.
+
+    Raises:
+        UserError: no such model, file or task, a bad line, or the harness is not installed.
+    """
+    started = time.perf_counter()
+    files = check_tasks(tasks, limit)
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
+    from svdserve.compression.model.building import check_ids, load_tokenizer
+
+    class Checked(HFLM):  # type: ignore[misc]
+        """Refuses ids that the model does not know before torch looks for their rows."""
+
+        def tok_encode(self, *args: Any, **options: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(*args, **options)
+            check_ids(model_dir, model.config, torch.tensor(ids or [0]), ", ".join(tasks))
+            return ids
+
+    tokenizer = load_tokenizer(model_dir)
+    model = load_model(model_dir, dtype, device)
+    wrapped = Checked(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        device=device,
+        softmax_dtype="float32",
+    )
+    wanted: list[str | dict[str, Any]] = [_local(name, file) for name, file in files.items()]
+    wanted += [task for task in tasks if not task.endswith(".jsonl")]
+    try:
+        found = simple_evaluate(
+            wrapped, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+    except UserError:
+        raise
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        raise UserError(f"lm-evaluation-harness: {str(error).strip() or repr(error)}") from None
+    return TaskScores(
+        scores=tuple(
+            TaskScore(
+                task=name,
+                items=found["n-samples"][name]["effective"],
+                acc=result.get("acc,none"),
+                acc_norm=result.get("acc_norm,none"),
+                sha256=file_sha256(files[name]) if name in files else None,
+            )
+            for name, result in found["results"].items()
+            if name in found["n-samples"]
+        ),
+        limit=limit,
+        **measured(model_dir, model, device, started),
+    )
+
+
+def check_tasks(tasks: Sequence[str], limit: int | None = None) -> dict[str, Path]:
+    """Check what can be checked of tasks before a model is loaded.
+
+    Returns:
+        The local files by the names of their tasks.
+
+    Raises:
+        UserError: no such file, a bad line, two files of one name, or no item to take.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit}: give at least 1, or leave it out for all")
+    files: dict[str, Path] = {}
+    for file in (Path(task) for task in tasks if task.endswith(".jsonl")):
+        if file.stem in files:
+            raise UserError(f"{file}: another task is called {file.stem}, too; rename one")
+        files[file.stem] = file
+        _check(file)
+    return files
+
+
+def _local(name: str, file: Path) -> dict[str, Any]:
+    """The harness's configuration of a JSONL file."""
+    metrics = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+        for metric in ("acc", "acc_norm")
+    ]
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": metrics,
+    }
+
+
+def _check(file: Path) -> None:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            item = json.loads(line)
+            context, choices, gold = item["context"], item["choices"], item["gold"]
+            words = [context, *choices] if isinstance(choices, list) else [None]
+            good = all(isinstance(word, str) for word in words) and 0 <= gold < len(choices)
+            good = good and isinstance(gold, int) and not isinstance(gold, bool)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
+            raise UserError(
+                f"{file}: line {number} is not a multiple-choice item; expected an object with "
+                "context, choices and gold (the index of the right choice)"
+            )
+    if not lines:
+        raise UserError(f"{file}: no items")

@@ -1,0 +1,1 @@
+"""What lies on disk: schema, factors, reader, writer, checks. FORMAT.md says it in prose."""

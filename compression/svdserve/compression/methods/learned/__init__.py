@@ -1,0 +1,1 @@
+"""Methods that learn which components stay, over the whole model."""

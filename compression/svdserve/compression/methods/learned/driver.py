@@ -1,0 +1,225 @@
+"""Learns which singular components of the whole model stay: the driver of the learned methods.
+
+The student is a checkpoint of full rank, loaded by transformers like any other, whose factors are
+frozen and whose rank-r vectors are multiplied by functions of the scores. Held-out divergence is
+always that of the selection which the scores stand for at that moment: the greatest under the
+exact budget, and nothing else. The scores that are kept are those of least held-out divergence.
+The first ones stand for uniform truncation (and what it leaves of the budget), so that the result
+is never worse there than that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from svdserve.compression.allocation.registry import Ranks
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.format.factors import Factors, Layout, parameters, rank_for_keep
+from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.methods.registry import Solution
+from svdserve.compression.model.modules import FactoredWeight
+from svdserve.compression.pipeline.progress import bar
+from svdserve.compression.pipeline.recipe import Recipe, Run
+from svdserve.compression.system.memory import release
+from svdserve.compression.training.distillation import Distillation, Targets
+from svdserve.compression.training.trainer import Objective, State, Trainer
+
+Allocate = Callable[[dict[str, Tensor]], Ranks]
+"""Ranks under the budget from ``<module>.scores`` of all modules."""
+
+
+_SMALLEST = torch.finfo(torch.float32).eps / 2
+
+
+def _column_norms(matrix: Tensor) -> Tensor:
+    """Norms [k] of float32 columns, positive; one where a matrix is zero.
+
+    Squares of small or large weights leave the range of float32; a power of two moves them into it
+    and rounds nothing.
+    """
+    exponent = max(-100, min(int(torch.frexp(matrix.abs().max()).exponent), 100))
+    norms = torch.ldexp(matrix, torch.tensor(-exponent)).norm(dim=0)
+    norms = norms.clamp_min(_SMALLEST * float(norms.max()))
+    norms = norms.where(norms > 0, torch.ones_like(norms))
+    return torch.ldexp(norms, torch.tensor(exponent))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What scores stand for.
+
+    Args:
+        ranks: by module; None where it stays dense.
+        kept: indices of the components that stay, by module.
+        scales: what every component is multiplied by [k], by module; 0 where it is dropped.
+    """
+
+    ranks: Ranks
+    kept: dict[str, Tensor]
+    scales: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The end of the training, from which the modules are solved."""
+
+    components: TensorFiles
+    selection: Selection
+    state: State
+
+    def solve(self, name: str) -> Solution:
+        """The components of one module that stay, float64, and the error of leaving the rest."""
+        names = [f"{name}.factor_in", f"{name}.factor_out"]
+        inner, outer = (t.double() for t in self.components.load(names).values())
+        scale, kept = self.selection.scales[name].double(), self.selection.kept[name]
+        sigma = outer.norm(dim=0)
+        factor_in = inner[kept] * (scale * sigma)[kept, None]
+        energy = sigma * (inner != 0).any(dim=1)  # components of zeros have columns of norm 1
+        lost, whole = float(((1 - scale) * energy).norm()), float(energy.norm())
+        factor_out = outer[:, kept] / sigma.where(sigma > 0, torch.ones_like(sigma))[kept]
+        return Solution(Factors(factor_in, factor_out), {"error": lost / whole if whole else 0.0})
+
+
+class Components:
+    """The factored modules of a student of full rank, as one row of K components.
+
+    Args:
+        student: a model loaded from a checkpoint of full rank.
+        keep, layout: of the recipe; they give uniform ranks, and by them strength and price.
+        allocate: to the exact budget.
+    """
+
+    def __init__(self, student: nn.Module, keep: float, layout: Layout, allocate: Allocate) -> None:
+        found = {n: m for n, m in student.named_modules() if isinstance(m, FactoredWeight)}
+        self.modules, self.keep, self._allocate = found, keep, allocate
+        self.sizes = [module.rank for module in found.values()]
+        strengths, prices = [], []
+        for module in found.values():
+            m, n, k = module.out_features, module.in_features, module.rank
+            uniform = rank_for_keep(layout, m, n, keep) or k
+            sigma = _column_norms(module.factor_out.detach().float())
+            strengths.append(sigma / sigma[uniform - 1].clamp_min(_SMALLEST * float(sigma.max())))
+            # The secant: a rank's own cost falls to nothing as the interpolative layout fills up.
+            prices.append(torch.full_like(sigma, parameters(layout, m, n, uniform) / uniform))
+        dense = sum(module.out_features * module.in_features for module in found.values())
+        self.strength, self.price = torch.cat(strengths), torch.cat(prices) / dense
+
+    def scale(self, amplitudes: Tensor) -> None:
+        """Multiply the components [K] by these."""
+        for module, part in zip(
+            self.modules.values(), torch.split(amplitudes, self.sizes), strict=True
+        ):
+            module.scale = part
+
+    def select(self, scores: Tensor, learner: Learner) -> Selection:
+        """The exact budget: in every module the greatest, as many as its rank."""
+        order = torch.split(learner.order(scores, self.strength).cpu(), self.sizes)
+        factors = torch.split(learner.kept(scores).cpu(), self.sizes)
+        ranks = self._allocate({f"{n}.scores": o for n, o in zip(self.modules, order, strict=True)})
+        chosen, scales = {}, {}
+        for name, importance, scale in zip(self.modules, order, factors, strict=True):
+            best = importance.argsort(descending=True, stable=True)[: ranks[name]]
+            chosen[name] = best.sort().values
+            scales[name] = torch.zeros_like(scale).index_copy(0, best, scale[best])
+            if ranks[name] is None:
+                scales[name] = torch.ones_like(scale)
+        return Selection(ranks, chosen, scales)
+
+
+class ScoreObjective:
+    """Objective (trainer.py): the divergence of ``base``, and the learner's penalty on top.
+
+    Args:
+        components: of the student of ``base``.
+        learner: the rules.
+        base: the divergence from the teacher.
+    """
+
+    def __init__(self, components: Components, learner: Learner, base: Objective) -> None:
+        self.components, self.learner, self.base = components, learner, base
+        self._start, self._reach = (
+            rule(components.strength) for rule in (learner.start, learner.reach)
+        )
+        self.moves = nn.Parameter(torch.zeros_like(self._start))
+        """[K], trained: scores = start + reach · moves."""
+        self.steps, self.unit = 1, 1.0
+        """Steps of the training, and the divergence that the penalty is counted in."""
+
+    def scores(self, moves: Tensor) -> Tensor:
+        return self._start + self._reach * moves
+
+    def selection(self, moves: Tensor) -> Selection:
+        return self.components.select(self.scores(moves.to(self._start.device)), self.learner)
+
+    def backward(self, rows: Tensor, step: int) -> None:
+        progress = step / self.steps
+        self.moves.data.clamp_(min=-self._start / self._reach)
+        scores = self.scores(self.moves)
+        self.components.scale(self.learner.amplitudes(scores, progress))
+        self.base.backward(rows, step)
+        price, keep = self.components.price, self.components.keep
+        penalty = self.learner.penalty(self.scores(self.moves), price, keep, progress)
+        torch.autograd.backward(self.unit * penalty)
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor) -> float:
+        scales = self.selection(self.moves).scales.values()
+        self.components.scale(torch.cat(list(scales)).to(self.moves.device))
+        return self.base.evaluate(rows)
+
+
+def learn(
+    teacher: Path,
+    components: Path,
+    tokens: Tensor,
+    recipe: Recipe,
+    learner: Learner,
+    allocate: Allocate,
+    run: Run,
+    folder: Path,
+) -> Learned:
+    """Learn the scores, or go on with it.
+
+    Args:
+        teacher: the dense model.
+        components: a checkpoint of it of full rank, in the pair layout, float32.
+        tokens: [N, L].
+        recipe, learner: what to compute.
+        allocate: to the exact budget.
+        run: device and gradient checkpointing.
+        folder: for the teacher's targets and the state of the training.
+    """
+    folder.mkdir(exist_ok=True)
+    settings, device = learner.training(recipe.seed), torch.device(run.device)
+    targets = Targets(folder / "targets")
+    with bar(run.progress) as shown:
+        task = shown.add_task("teacher", total=len(tokens), facts="")
+        targets.compute(
+            teacher, tokens, device, settings, lambda done: shown.update(task, completed=done)
+        )
+        student = load_model(components, "float32", run.device).requires_grad_(False)
+        if run.checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        spectrum = Components(student, recipe.keep, recipe.layout, allocate)
+        for module in spectrum.modules.values():
+            module.to(getattr(torch, settings.precision))  # autocast would at every call
+        base = Distillation(student, tokens, targets, settings)
+        objective = ScoreObjective(spectrum, learner, base)
+        trained, stored = {"moves": objective.moves}, {"moves": torch.float32}
+        trainer = Trainer(trained, stored, objective, settings, len(tokens), folder)
+        objective.steps, objective.unit = trainer.steps, trainer.held_out_loss()
+        task = shown.add_task("scores", total=trainer.steps, facts="")
+
+        def notify(step: int, state: State) -> None:
+            facts = f"held-out KL {state.before:.4f}, best {state.best:.4f}"
+            shown.update(task, completed=step, facts=facts)
+
+        state = trainer.train(notify)
+    selection = objective.selection(trainer.best()["moves"])
+    del student, spectrum, base, objective, trainer
+    release()
+    return Learned(TensorFiles(components), selection, state)

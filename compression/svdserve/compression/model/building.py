@@ -1,0 +1,263 @@
+"""How transformers builds a model: which class, which attention, and what it says when it cannot.
+
+Everything that builds a model for compression or evaluation asks here, so that all of them compute
+attention as the model means it.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.permissions import remote_code
+
+_SMALLEST_VOCABULARY = 256  # the bytes
+_PROBE = "svdserve_probe"
+# What sdpa's function reads, and what the mask or the flash kernels have already taken in.
+_TAKEN_IN = {"dropout", "scaling", "is_causal", "position_bias", "sliding_window", "position_ids"}
+_TAKEN_IN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
+_NO_LANGUAGE_HEAD = ("Classification", "QuestionAnswering", "Reward")
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a model directory.
+
+    Raises:
+        UserError: transformers cannot read it, or it needs code that is not trusted.
+    """
+    with transformers_says(directory, "read config.json"):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, **remote_code())
+
+
+def build(directory: Path, config: Any) -> nn.Module:
+    """The causal language model of a configuration, in evaluation mode, in float32.
+
+    With the attention that computes what the model means, and parameters that have no values yet;
+    inside ``parameters_on_meta`` they take no memory.
+
+    Raises:
+        UserError: it is no causal language model, or transformers cannot build it.
+    """
+    _require_causal(directory, config)
+    with transformers_says(directory, "build the model"):
+        try:
+            model = _build(config, "sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return _build(config, "eager")
+        return _build(config, "eager") if _beyond_sdpa(model) else model
+
+
+def attention_of(directory: Path) -> str:
+    """``sdpa`` or ``eager``: the implementation of attention that computes what the model means.
+
+    Raises:
+        UserError: as ``build``.
+    """
+    with parameters_on_meta():
+        model = build(directory, load_config(directory))
+    return str(model.config._attn_implementation)  # type: ignore[union-attr]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        UserError: it has none, or transformers cannot load it.
+    """
+    with transformers_says(directory, "load the tokenizer"):
+        if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
+            raise _without_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
+        # Some classes of transformers make an empty tokenizer where the vocabulary is missing.
+        files = tokenizer.vocab_files_names.values()
+        found = not files or any((directory / name).exists() for name in files)
+        if not found and len(tokenizer.get_vocab()) < _SMALLEST_VOCABULARY:
+            raise _without_tokenizer(directory)
+    return tokenizer
+
+
+def starts_with_bos(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text, or none."""
+    ids = tokenizer("").input_ids
+    return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def embedding_rows(config: Any) -> int | None:
+    """How many token ids a model has an embedding for, where its configuration says so."""
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> None:
+    """Raise UserError where a text has tokens that the model's embedding has no row for."""
+    rows, largest = embedding_rows(config), int(ids.max())
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
+            f"tokens were added to the tokenizer of {directory} and the model was not resized; "
+            "take them out, or resize the model's embeddings"
+        )
+
+
+def _without_tokenizer(directory: Path) -> UserError:
+    return UserError(
+        f"{directory}: has no tokenizer, such as tokenizer.json or tokenizer.model; copy the "
+        "tokenizer's files of the original model there"
+    )
+
+
+def _is_tokenizer(name: str) -> bool:
+    known = ("vocab", "merges.txt", "spiece", "sentencepiece", "tekken.json", "tokenization")
+    return name.startswith(("tokenizer", *known)) or name.endswith((".tiktoken", ".spm"))
+
+
+def _build(config: Any, attention: str) -> nn.Module:
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32, **remote_code()
+    )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _beyond_sdpa(model: Any) -> bool:
+    """Whether a model hands to its attention what the function of ``sdpa`` passes over.
+
+    That is more than queries, keys, values and masks: a cap of the logits (Gemma 2), sinks. It is
+    seen by one run that computes nothing.
+    """
+    chosen, ignored = model.config._attn_implementation, set[str]()
+    if chosen != "sdpa":  # code of a model's own may decide by itself
+        return False
+
+    def probe(
+        _module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, *_: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        for name, item in given.items():
+            number = isinstance(item, int | float) and not isinstance(item, bool)
+            if name not in _TAKEN_IN and (number or isinstance(item, Tensor)):
+                ignored.add(name)
+        heads = query.transpose(1, 2)
+        return heads.new_empty(*heads.shape[:-1], value.shape[-1]), None
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    ALL_ATTENTION_FUNCTIONS.register(_PROBE, probe)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PROBE, eager_mask)
+    try:
+        model.set_attn_implementation(_PROBE)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            state = {
+                # The grouped products of experts know shapes of bfloat16 only.
+                name: torch.empty(tensor.shape, dtype=_narrow(tensor.dtype))
+                for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            }
+            tokens = torch.zeros(1, 8, dtype=torch.int64)
+            functional_call(model, state, (tokens,), {"use_cache": False})
+    except Exception:
+        pass  # what was seen before decides; the real run tells what is wrong
+    finally:
+        log.disabled = before
+        model.set_attn_implementation(chosen)
+    return bool(ignored)
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.is_floating_point else dtype
+
+
+def nested(directory: Path, kind: str) -> UserError:
+    return UserError(
+        f"{directory}: architecture {kind!r} is not supported: it is a multimodal model whose "
+        "language model is nested in it; give the language model as a directory of its own"
+    )
+
+
+def require_language_head(directory: Path, config: Any) -> None:
+    """Raise UserError where config.json names a classifier or a reward model."""
+    for name in getattr(config, "architectures", None) or ():
+        if any(word in name for word in _NO_LANGUAGE_HEAD):
+            raise UserError(
+                f"{directory}: {name} has no output head over a vocabulary; give a causal language "
+                "model, not a reward model or a classifier"
+            )
+
+
+def _require_causal(directory: Path, config: Any) -> None:
+    kind = str(config.model_type)
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or custom:
+        return
+    if getattr(config, "text_config", None) is not None:
+        raise nested(directory, kind)
+    raise UserError(
+        f"{directory}: architecture {kind!r} is not supported: transformers has no causal language "
+        "model of this type; give a decoder-only language model"
+    )
+
+
+@contextmanager
+def transformers_says(directory: Path, step: str) -> Iterator[None]:
+    """Turn whatever transformers or a model's own code raises into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join((str(error).splitlines() or [""])[0].split()) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{directory}: needs Python code that is not part of transformers; read it, and "
+                "add --trust-remote-code if you trust it"
+            ) from None
+        raise UserError(
+            f"{directory}: transformers cannot {step}: {text}; check that the files are complete "
+            "and that this transformers knows the model"
+        ) from None
+
+
+@contextmanager
+def foreign_code(architecture: str, step: str) -> Iterator[None]:
+    """Turn what a model's own code raises while it is traced into one line.
+
+    Raises:
+        UserError: names the architecture, the step and the reason.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            f"architecture {architecture!r} is not supported: {step}: {text}; give a model whose "
+            "blocks run one after the other on hidden states [B, L, d]"
+        ) from None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside are moved to meta at once; buffers (rotary tables) stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,123 @@
+"""The transformers quantizer plug-in: ``from_pretrained`` of an svdserve checkpoint.
+
+Importing this module registers it. hook.py imports it once transformers loads its quantizers, so
+``AutoModelForCausalLM.from_pretrained(DIR)`` works after ``import svdserve.compression``, without
+trust_remote_code.
+``AutoModel`` and other heads over the same base model load it as well. The attention is what
+transformers or its caller chooses: for models with a soft cap of attention (Gemma 2) that is sdpa,
+which ignores the cap; pass ``attn_implementation="eager"``, as perplexity.py does.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.format.schema import QUANT_METHOD, CheckpointConfig, parse_config
+from svdserve.compression.model.modules import Int8Linear, replace_group
+from svdserve.compression.system.errors import UserError
+
+
+@register_quantization_config(QUANT_METHOD)
+class SvdserveConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` block as transformers carries it; UserError when malformed."""
+
+    def __init__(self, **block: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.checkpoint = parse_config({"quant_method": QUANT_METHOD, **block})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block exactly as config.json has it, so that ``save_pretrained`` round-trips."""
+        return self.checkpoint.dump()
+
+
+@register_quantizer(QUANT_METHOD)
+class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts factored modules in place of linears before transformers loads the weights.
+
+    The checkpoint is validated while the model is still on the meta device: a broken one raises
+    UserError before memory is taken. The factors train like any other parameters, unless they are
+    int8.
+    """
+
+    quantization_config: SvdserveConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        config = self.quantization_config.checkpoint
+        int8 = any(spec.weights == "int8" for spec in config.modules.values())
+        return not int8 and not config.int8_linears
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.is_trainable
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        if not self.pre_quantized:
+            raise UserError(
+                "svdserve cannot compress while loading: run `svdserve compress MODEL --out DIR` "
+                "and load DIR"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config: CheckpointConfig = self.quantization_config.checkpoint
+        dtype = torch.get_default_dtype() if model.dtype is None else model.dtype
+        if checkpoint_files:
+            checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+            if {Path(file) for file in checkpoint_files} != set(checkpoint.files.paths):
+                raise UserError(
+                    f"{checkpoint.directory}: transformers chose {checkpoint_files}, which are not "
+                    "the checkpoint's files; leave variant and gguf_file away"
+                )
+            check_finite(checkpoint)
+        # From here on by the model's own names, so that what is saved agrees with itself.
+        config = self.quantization_config.checkpoint = config.model_copy(
+            update={
+                "modules": {_own(model, n): spec for n, spec in config.modules.items()},
+                "int8_linears": tuple(_own(model, n) for n in config.int8_linears),
+            }
+        )
+        for name, spec in config.modules.items():
+            parent, leaf = _parent(model, name)
+            replace_group(parent, leaf, spec, None, dtype, "meta")
+        for name in config.int8_linears:
+            parent, leaf = _parent(model, name)
+            old = getattr(parent, leaf, None)
+            if not isinstance(old, nn.Linear):
+                raise UserError(
+                    f"config.json: int8_linears: {name} is no linear of {type(model).__name__}"
+                )
+            new = Int8Linear(old.in_features, old.out_features, old.bias, "meta")
+            setattr(parent, leaf, new)
+
+
+def _own(model: Any, name: str) -> str:
+    """The model's name of a module of the checkpoint.
+
+    A base model (``AutoModel``) lacks the prefix that models with a head have, and so does what it
+    has saved.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for other in (name, name.removeprefix(prefix), prefix + name):
+        with suppress(AttributeError):
+            model.get_submodule(other.rpartition(".")[0])
+            return other
+    parent = name.rpartition(".")[0]
+    raise UserError(f"config.json: module {name}: {type(model).__name__} has no {parent}")
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds ``name``, and the last part of the name."""
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf

@@ -1,0 +1,370 @@
+"""A Hugging Face model whose weights are read from safetensors one block at a time.
+
+The model is built with its parameters on the meta device, so that its own modules (norms, rotary
+embedding, q/k norms, masks, soft-capping) run unchanged while only the block in hand has memory.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdserve.compression.format.checkpoint import TensorFiles, check_sizes, read_json
+from svdserve.compression.format.schema import GROUPS
+from svdserve.compression.model.building import (
+    build,
+    foreign_code,
+    load_config,
+    nested,
+    parameters_on_meta,
+    require_language_head,
+)
+from svdserve.compression.system.errors import UserError
+
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The linears of one block that read the same input."""
+
+    name: str  # a key of GROUPS
+    parent: str  # path of the module that holds the linears, inside the block
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return GROUPS[self.name]
+
+    @property
+    def path(self) -> str:
+        """Name of the group's module inside the block, such as ``self_attn.qkv_proj``."""
+        return f"{self.parent}.{self.name}" if self.parent else self.name
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Skeleton:
+    """The structure of a model directory; parameters are on meta until they are asked for.
+
+    Raises:
+        UserError: no model, an architecture whose blocks do not have the four groups, weights that
+            are quantised or missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        raw = read_json(directory / "config.json")
+        if (block := raw.get("quantization_config")) is not None:
+            method = block.get("quant_method") if isinstance(block, dict) else block
+            raise UserError(
+                f"{directory}: already quantised or compressed ({method}); give the original model"
+            )
+        self.files = TensorFiles(directory)
+        check_sizes(self.files, raw)
+        self.config = load_config(directory)
+        with parameters_on_meta():
+            self.model: Any = build(directory, self.config)
+        self.model_type = str(self.config.model_type)
+        self.layers_name, self.layers = self._find_layers()
+        self.blocks = len(self.layers)
+        self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
+        self._name_as_in_memory()
+        self._require_weights()
+        require_language_head(directory, self.config)
+
+    def _name_as_in_memory(self) -> None:
+        """Give the tensors of a directory that was saved from the base model their full names."""
+        base = str(getattr(self.model, "base_model_prefix", ""))
+        known = {name for name, _ in self.model.named_parameters()}
+        known |= {name for name, _ in self.model.named_buffers()}
+        found = set(self.files.info)
+        if base and not found & known and {f"{base}.{name}" for name in found} & known:
+            self.files.add_prefix(base)
+
+    def _require_weights(self) -> None:
+        """Raise UserError unless every parameter has its tensor, or is tied to one that has."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        missing = [n for n in names if n not in self.files and tied.get(n) not in self.files]
+        if not missing:
+            return
+        if (found := self._other_names(missing[0])) is not None:
+            raise self._unsupported(
+                f"it keeps {missing[0]} in memory and {found} in the files"
+                f"{', as mixtures of experts do' if 'expert' in missing[0] + found else ''}; "
+                "such weights are not factored yet"
+            )
+        head = self.model.get_output_embeddings()
+        if any(self.model.get_submodule(n.rpartition(".")[0]) is head for n in missing):
+            raise UserError(
+                f"{self.directory}: has no output head: {missing[0]} is not in the files, and "
+                "config.json does not tie it to the embedding; give a causal language model, not a "
+                "reward or embedding model"
+            )
+        raise UserError(
+            f"{self.directory}: weight {missing[0]} is missing from the safetensors; copy the "
+            "whole model again"
+        )
+
+    def _other_names(self, missing: str) -> str | None:
+        """A tensor of the files beside ``missing`` that the model does not know by that name."""
+        known = {name for name, _ in self.model.named_parameters()}
+        known |= {name for name, _ in self.model.named_buffers()}
+        prefix = f"{self.layers_name}."
+        if not missing.startswith(prefix):
+            return None
+        block = prefix + missing.removeprefix(prefix).partition(".")[0] + "."
+        others = (n for n in self.files.info if n.startswith(block) and n not in known)
+        return next(others, None)
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == getattr(
+                self.config, "num_hidden_layers", -1
+            ):
+                return name, module
+        if getattr(self.config, "text_config", None) is not None:
+            raise nested(self.directory, self.model_type)
+        raise self._unsupported(
+            "its model holds no list of as many blocks as config.json has num_hidden_layers"
+        )
+
+    def _find_groups(self, index: int, block: nn.Module) -> tuple[Group, ...]:
+        found: list[Group] = []
+        for name, members in GROUPS.items():
+            parents = [
+                path
+                for path, module in block.named_modules()
+                if all(isinstance(getattr(module, member, None), nn.Linear) for member in members)
+            ]
+            if len(parents) != 1:
+                raise self._unsupported(
+                    f"block {index} has {len(parents)} modules with the linears "
+                    f"{', '.join(members)}, and exactly one is needed"
+                )
+            found.append(Group(name, parents[0]))
+        return tuple(found)
+
+    def _unsupported(self, reason: str) -> UserError:
+        return UserError(
+            f"architecture {self.model_type!r} is not supported: {reason}; tested: "
+            f"{', '.join(TESTED)}; serve the dense model, or give one whose blocks have "
+            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, once each"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most parameters of the blocks' linears are stored in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for index, groups in enumerate(self.groups):
+            for group in groups:
+                for member in group.members:
+                    name = ".".join(filter(None, (self.block_name(index), group.parent, member)))
+                    info = self.files.info[f"{name}.weight"]
+                    sizes[info.dtype] += info.nbytes // info.dtype.itemsize
+        return sizes.most_common(1)[0][0]
+
+    def block_name(self, index: int) -> str:
+        return f"{self.layers_name}.{index}"
+
+    def block(self, index: int, device: torch.device) -> nn.Module:
+        """Block ``index`` with its weights in float32."""
+        block = copy.deepcopy(self.layers[index])
+        self._fill(block, self.block_name(index), device, torch.float32)
+        return block
+
+    def _fill(
+        self, module: nn.Module, name: str, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        for path, owner in module.named_modules(prefix=name):
+            for key, parameter in owner.named_parameters(recurse=False):
+                full = f"{path}.{key}"
+                tensor = self.files.load([full])[full]
+                if tensor.shape != parameter.shape:
+                    raise UserError(
+                        f"{self.directory}: {full} is {list(tensor.shape)}, and config.json asks "
+                        f"for {list(parameter.shape)}"
+                    )
+                value = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+        module.to(device)
+
+    def embed(
+        self, batches: list[Tensor], device: torch.device
+    ) -> Iterator[tuple[Tensor, list[Call]]]:
+        """What the decoder itself hands to its blocks, batch by batch.
+
+        Yields the first block's hidden states [B, L, d] in float32 and, for every block, the other
+        arguments of its call (rotary embedding, mask, positions). They do not depend on the tokens.
+        """
+        decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        attribute = self.layers_name.rpartition(".")[2]
+        # Before the first call, since decoders put the tokens where it lies (Llama 4).
+        embedding = decoder.get_input_embeddings()
+        name = next(path for path, module in self.model.named_modules() if module is embedding)
+        self._fill(embedding, name, device, None)
+        filled: list[nn.Module] = [embedding]
+        hooks = [
+            module.register_forward_pre_hook(self._filler(path, device, filled))
+            for path, module in self._outside()
+        ]
+        # In float32 from here on: the rotary embedding takes its dtype from the hidden states.
+        hooks += [
+            module.register_forward_hook(lambda _module, _args, output: output.float())
+            for _, module in self._outside()
+            if isinstance(module, nn.Embedding)
+        ]
+        for module in decoder.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(device)
+        recorders = _Recorders(self.blocks)
+        setattr(decoder, attribute, recorders.modules)
+
+        def run(tokens: Tensor) -> tuple[Tensor, list[Call]]:
+            with foreign_code(self.model_type, "its decoder was run without its blocks"):
+                return recorders.record(lambda: decoder(input_ids=tokens, use_cache=False))
+
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    yield run(batch.to(device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            setattr(decoder, attribute, self.layers)
+            for module in filled:
+                _empty(module)
+
+    def _outside(self) -> list[tuple[str, nn.Module]]:
+        """The modules with parameters of their own that are in no block."""
+        return [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if not f"{path}.".startswith(f"{self.layers_name}.")
+            and any(True for _ in module.parameters(recurse=False))
+        ]
+
+    def _filler(
+        self, path: str, device: torch.device, filled: list[nn.Module]
+    ) -> Callable[[nn.Module, Any], None]:
+        """A hook that reads a module's weights when the decoder first calls it."""
+
+        def fill(module: nn.Module, given: Any) -> None:
+            if any(isinstance(value, Tensor) and value.is_meta for value in given):
+                raise RuntimeError(f"{path} is called with tensors that have no values")
+            if module not in filled:
+                # Of a large table of embeddings only a few rows are wanted.
+                dtype = None if isinstance(module, nn.Embedding) else torch.float32
+                self._fill(module, path, device, dtype)
+                filled.append(module)
+
+        return fill
+
+    @contextmanager
+    def head(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While inside: the model's own way from the last block's output to the logits.
+
+        The function takes hidden states [B, L, d] and returns float32 logits [B, L, vocabulary];
+        final norm, output head and whatever the model does to logits are its own.
+        """
+        decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        attribute = self.layers_name.rpartition(".")[2]
+        inputs = self.model.get_input_embeddings()
+        embedding = next(name for name, other in self.model.named_modules() if other is inputs)
+        outside = [(path, module) for path, module in self._outside() if module is not inputs]
+        for path, module in outside:
+            # A tied head has no tensor of its own; _require_weights has seen that it is tied.
+            source = path if f"{path}.weight" in self.files else embedding
+            self._fill(module, source, device, torch.float32)
+        last = _Given()
+        setattr(decoder, attribute, nn.ModuleList([last]))
+
+        def predict(hidden: Tensor) -> Tensor:
+            last.hidden = hidden
+            logits = self.model(inputs_embeds=hidden.detach(), use_cache=False).logits
+            assert isinstance(logits, Tensor)
+            return logits
+
+        try:
+            yield predict
+        finally:
+            setattr(decoder, attribute, self.layers)
+            for _, module in outside:
+                _empty(module)
+
+
+def _empty(module: nn.Module) -> None:
+    """Give the memory of a module's parameters back; its buffers stay as they are."""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class _Given(nn.Module):
+    """Stands for all blocks: returns the hidden states that it was given, with their graph."""
+
+    hidden: Tensor
+
+    def forward(self, _hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+class _LastBlock(Exception):
+    """Every block has been called; what the decoder does after them has no weights here."""
+
+
+class _Recorders:
+    """Stand for the blocks of a decoder, and keep how it calls them."""
+
+    def __init__(self, blocks: int) -> None:
+        self.calls: list[Call] = []
+        self.hidden: Tensor | None = None
+        self.in_tuple = False
+        self.modules = nn.ModuleList(_Recorder(self, i == blocks - 1) for i in range(blocks))
+
+    def record(self, run: Callable[[], object]) -> tuple[Tensor, list[Call]]:
+        """Let the decoder run; the hidden states that it starts with, and the other arguments.
+
+        Raises:
+            UserError: the decoder computes with the hidden states between its blocks.
+        """
+        for in_tuple in dict.fromkeys((self.in_tuple, True)):
+            self.in_tuple, self.calls, self.hidden = in_tuple, [], None
+            with suppress(_LastBlock, _Changed):
+                run()
+            if self.hidden is not None and len(self.calls) == len(self.modules):
+                return self.hidden, self.calls
+        raise UserError(
+            "the decoder does more between its blocks than pass the hidden states on; "
+            "this architecture is not supported"
+        )
+
+
+class _Changed(Exception):
+    """A block was given other hidden states than the one before it has returned."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: keeps how it was called and passes the hidden states on."""
+
+    def __init__(self, all_: _Recorders, last: bool) -> None:
+        super().__init__()
+        self._all, self._last = all_, last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        every = self._all
+        if every.hidden is None:
+            every.hidden = hidden_states
+        elif hidden_states is not every.hidden:
+            raise _Changed
+        every.calls.append((args, kwargs))
+        if self._last:
+            raise _LastBlock
+        return (hidden_states,) if every.in_tuple else hidden_states

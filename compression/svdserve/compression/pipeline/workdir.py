@@ -1,0 +1,291 @@
+"""The work directory of a job, ``OUT.partial``: what is finished, and the atomic last step.
+
+Every file appears by a rename after an fsync, so that whatever stands here after a kill is whole.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from svdserve.compression.format.checkpoint import (
+    LOG_FILE,
+    check_finite,
+    open_checkpoint,
+    read_json,
+)
+from svdserve.compression.format.factors import parameters
+from svdserve.compression.format.integrity import write_sums
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.pipeline.progress import log_event, read_log
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.files import (
+    check_output,
+    exclusive,
+    make_folder,
+    remove_temporaries,
+    replacing,
+    sync_folder,
+    write_json,
+)
+from svdserve.compression.system.memory import release
+
+_JOB = "job.json"
+_TOKENS = "calibration.safetensors"
+_PUBLISHED = "published.json"
+_REORDERED = "reordered"
+
+
+Signature = dict[str, dict[str, Any]]
+"""All that decides the bytes of an output: named parts, each of named JSON values."""
+
+
+class _Published(BaseModel):
+    """The last event of the log of an output."""
+
+    job: Signature
+    facts: dict[str, Any]
+
+
+class WorkDirectory:
+    """Holds the finished blocks of one job until its checkpoint is complete.
+
+    Args:
+        out: the output.
+        resume: go on with what is finished.
+        force: replace what ``out`` holds.
+        inputs: what the job reads; ``out`` must not hold any of it.
+        resume_anyway: go on although the order of sums is another one, and record that.
+
+    Raises:
+        UserError: ``out`` cannot be written (``check_output``), or is not empty and ``force`` is
+            off.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        resume: bool,
+        force: bool,
+        inputs: Collection[Path] = (),
+        resume_anyway: bool = False,
+    ) -> None:
+        check_output(out, inputs)
+        out = out.resolve() if out.is_symlink() else out
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self._resume, self._force = resume or resume_anyway, force
+        self._anyway = resume_anyway
+        self.reordered: list[dict[str, Any]] = []
+        """Every change of the order of sums that the job went on with: ``before`` and ``after``."""
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        kept = self.out.is_dir() and any(self.out.iterdir()) and not self._force
+        self._complete = kept and self._resume and not self.path.exists()
+        # A job that was killed between publishing and cleaning up has left its own output.
+        published = self._resume and (self.path / _PUBLISHED).exists()
+        if kept and not self._complete and not published:
+            raise UserError(
+                f"{self.out}: is not empty; give another --out or --force to replace it"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While inside, no other process writes this output.
+
+        Raises:
+            UserError: another one does, or has written it meanwhile.
+        """
+        make_folder(self.out.parent)
+        with exclusive(self.out):
+            self._check_kept()
+            if self.path.exists():
+                remove_temporaries(self.path, "**/*")
+            yield
+
+    @property
+    def _done(self) -> Path:
+        """What the work directory is called while it is removed."""
+        return self.path.with_name(self.path.name + ".done")
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
+
+    @property
+    def rest(self) -> Path:
+        """The tensors outside the blocks."""
+        return self.path / "rest.safetensors"
+
+    def block(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def finished(self, blocks: int) -> int:
+        """How many blocks, from the first on, are done."""
+        return next((i for i in range(blocks) if not self.block(i).exists()), blocks)
+
+    def open(self, signature: Signature) -> dict[str, Any] | None:
+        """Start, or resume what was started with the same signature.
+
+        Returns:
+            None, or the facts of ``publish`` if there is nothing left to do: a job of the same
+            signature, but for the order of its sums, has written the output.
+
+        Raises:
+            UserError: unfinished work without ``resume``, or of another signature.
+        """
+        self._signature = signature
+        job = self.path / _JOB
+        shutil.rmtree(self._done, ignore_errors=True)
+        if self._complete:
+            return self._finished_output()
+        if self._force and not self._resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if not job.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(job, signature)
+        elif not self._resume:
+            raise UserError(
+                f"{self.path}: holds an unfinished job; add --resume to go on or --force to start "
+                "over"
+            )
+        else:
+            self._go_on(job, signature)
+        return None
+
+    def _go_on(self, job: Path, signature: Signature) -> None:
+        """Check an unfinished job against the signature; the new order of its sums is noted."""
+        known = read_json(job)
+        self.reordered = known.get(_REORDERED, [])
+        if self._anyway and known.get("order") != signature.get("order"):
+            before, after = known.get("order"), signature.get("order")
+            self.reordered.append({"before": before, "after": after})
+            known["order"] = after
+        _refuse_changes(self.path, known, signature)
+        write_json(job, known | ({_REORDERED: self.reordered} if self.reordered else {}))
+
+    def _finished_output(self) -> dict[str, Any]:
+        events = read_log(self.out / LOG_FILE)
+        *_, last = [{}, *(event for event in events if event.get("event") == "published")]
+        try:
+            published = _Published.model_validate(last)
+        except ValidationError:
+            raise UserError(
+                f"{self.out}: nothing to resume, and its log does not tell which job it is from; "
+                "give another --out, or --force without --resume to replace it"
+            ) from None
+        parts = {name: fields for name, fields in self._signature.items() if name != "order"}
+        _refuse_changes(self.out, published.job, parts)
+        return published.facts
+
+    def tokens(self, draw: Callable[[], Tensor]) -> Tensor:
+        """The calibration tokens of this job: drawn once, the same after a resume."""
+        path = self.path / _TOKENS
+        if not path.exists():
+            save_tensors({"tokens": draw()}, path)
+            release()
+        tokens: Tensor = load_file(path)["tokens"]
+        return tokens
+
+    def save_block(
+        self, index: int, tensors: dict[str, Tensor], specs: dict[str, ModuleSpec]
+    ) -> None:
+        """Mark a block as finished: its tensors come last, and their presence counts."""
+        path = self.block(index)
+        fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
+        write_json(path.with_suffix(".json"), fields)
+        save_tensors(tensors, path)
+
+    def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, ModuleSpec]]:
+        path = self.block(index)
+        fields = read_json(path.with_suffix(".json"))
+        try:
+            specs = {name: ModuleSpec.model_validate(values) for name, values in fields.items()}
+            return load_file(path), specs
+        except (SafetensorError, ValidationError) as error:
+            raise UserError(f"{path}: is damaged; remove it and resume ({error})") from None
+
+    def final(self) -> Path:
+        """An empty folder for the complete checkpoint."""
+        final = self.path / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        return final
+
+    def publish(self, final: Path, facts: dict[str, Any]) -> None:
+        """Rename ``final`` to the output; what stood there goes once the new one is in place.
+
+        A kill between any two steps leaves either the whole work directory, and resuming publishes
+        again, or none. The log ends with the job's signature and ``facts``, which ``open`` gives to
+        whoever asks for the same once more.
+
+        Raises:
+            UserError: a reader would refuse ``final``; then nothing is renamed.
+        """
+        try:
+            check_finite(open_checkpoint(final))
+        except UserError as error:
+            raise UserError(
+                f"internal fault, nothing is written to {self.out}: {error}; {self.path} keeps "
+                "what was computed: please report it"
+            ) from None
+        old, done = self.out.with_name(self.out.name + ".replaced"), self._done
+        log_event(final / LOG_FILE, "published", job=self._signature, facts=facts)
+        write_sums(final)
+        sync_folder(final)
+        write_json(self.path / _PUBLISHED, {})
+        for rest in (old, done):
+            shutil.rmtree(rest, ignore_errors=True)
+        if self.out.exists():
+            self.out.rename(old)
+        final.rename(self.out)
+        sync_folder(self.out.parent)
+        self.path.rename(done)
+        for rest in (old, done):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
+    for part, fields in new.items():
+        for name, value in fields.items():
+            before = old.get(part, {}).get(name)
+            if before != value:
+                anyway = "go on with --resume-anyway, " if part == "order" else ""
+                raise UserError(
+                    f"{where}: cannot resume, {part}.{name} was {before!r} and is {value!r}; "
+                    f"restore it, {anyway}or start over with --force and without --resume"
+                )
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors so that ``path`` is either whole or not there."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What decides the order of floating-point sums: part of a job's signature."""
+    return {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "torch": torch.__version__,
+    }
+
+
+def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
+    """Stored and dense parameters of factored modules; pivots are indices and do not count."""
+    stored = dense = 0
+    for spec in specs.values():
+        stored += parameters(spec.layout, spec.stacked, spec.in_features, spec.rank)
+        dense += spec.stacked * spec.in_features
+    return stored, dense

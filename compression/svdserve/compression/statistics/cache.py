@@ -1,0 +1,93 @@
+"""What depends on the teacher and the calibration tokens alone, kept for other compressions.
+
+Methods, keep ratios, layouts and allocators that are compared on one model share its gradients at
+the block boundaries, its profile, and the statistics of its inputs and gradients. The statistics of
+the student, and of the teacher beside it, do not keep: they are those of one student.
+
+Several processes may share a cache. One sweeps the teacher while the others wait for its files;
+statistics may be taken twice at the same time, to the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.pipeline.workdir import save_tensors
+from svdserve.compression.statistics.moments import OF_TEACHER, Statistic, Statistics
+from svdserve.compression.system.files import exclusive, remove_temporaries
+
+
+def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[str, Any]) -> Path:
+    """The folder in ``root`` for one teacher, calibration and way of summation.
+
+    Args:
+        root: the cache.
+        skeleton: the teacher.
+        tokens: [N, L].
+        settings: all else that changes what is kept, as JSON holds it.
+    """
+    key = hashlib.sha256(json.dumps([skeleton.files.fingerprint, settings]).encode())
+    key.update(tokens.contiguous().numpy().tobytes())
+    folder = root / key.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def sweeping(folder: Path) -> Iterator[None]:
+    """While inside, no other process carries gradients through the teacher into this folder."""
+    with exclusive(folder / "sweep", wait=True):
+        for kind in ("gradient", "hidden", "profile"):
+            remove_temporaries(folder, f"{kind}-*")
+        yield
+
+
+class TeacherStatistics:
+    """Finished statistics of the teacher, one file for each group of each block.
+
+    Args:
+        folder: of ``cache_folder``.
+        skeleton: the teacher.
+        wanted: what is read and written; only statistics of the teacher.
+
+    ``ready`` tells whether all of them were there from the start, so that no pass over the tokens
+    is needed.
+    """
+
+    def __init__(self, folder: Path, skeleton: Skeleton, wanted: frozenset[Statistic]) -> None:
+        assert wanted <= OF_TEACHER
+        self._folder, self._wanted = folder, wanted
+        with self._writing():
+            remove_temporaries(folder, "statistics-*")
+        self.ready = all(
+            self._file(index, group).exists()
+            for index, groups in enumerate(skeleton.groups)
+            for group in groups
+        )
+
+    def _file(self, block: int, group: Group) -> Path:
+        names = "+".join(sorted(self._wanted))
+        return self._folder / f"statistics-{block:05d}-{group.name}-{names}.safetensors"
+
+    def read(self, block: int, group: Group, device: torch.device) -> Statistics:
+        tensors = load_file(self._file(block, group), device=str(device))
+        return Statistics(int(tensors.pop("tokens")), **tensors)
+
+    def write(self, block: int, group: Group, statistics: Statistics) -> None:
+        tensors: dict[str, Tensor] = {
+            name: getattr(statistics, name).cpu().contiguous() for name in self._wanted
+        }
+        tensors["tokens"] = torch.tensor(statistics.tokens)
+        with self._writing():
+            save_tensors(tensors, self._file(block, group))
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return exclusive(self._folder / "statistics", wait=True)

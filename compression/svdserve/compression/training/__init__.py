@@ -1,0 +1,1 @@
+"""The training loop, and the loss towards the teacher's logits."""

@@ -1,0 +1,245 @@
+"""The training loop: AdamW over given parameters, with held-out loss, early stop and keep-best.
+
+What is trained and towards what is the caller's (``Objective``): end-to-end refinement, refinement
+of one block. Part of the calibration sequences is held out; the parameters that are kept are those
+of least held-out loss as they will be stored, the given ones among them, so that the result is
+never worse there than what was given.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from svdserve.compression.format.int8 import packed, rounded
+from svdserve.compression.pipeline.workdir import save_tensors
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Precision
+
+LOG = "training.jsonl"
+_STATE = "training.safetensors"
+_BEST = "best.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Training(BaseModel):
+    """How parameters are trained; equal settings on equal tokens give equal results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: PositiveInt = Field(default=3, description="passes over the sequences")
+    batch_size: PositiveInt = Field(default=2, description="sequences of a step")
+    learning_rate: PositiveFloat = Field(
+        default=1e-4, allow_inf_nan=False, description="AdamW's peak, then a cosine"
+    )
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the sequences")
+    evaluations: PositiveInt = Field(default=8, description="times that held-out loss is measured")
+    patience: PositiveInt = Field(default=3, description="evaluations without gain before it stops")
+    precision: Precision = Field(
+        default="bfloat16", description="of matrix products; weights and gradients are float32"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of the held-out part and the order of sequences"
+    )
+
+    def check_sequences(self, sequences: int) -> None:
+        """UserError where nothing would be left to train on."""
+        if sequences < 2:
+            raise UserError(
+                "one calibration sequence cannot be both trained on and held out; give more tokens "
+                "or a smaller seq_len"
+            )
+
+    def split(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """Indices of the sequences to train on and of those held out, drawn by the seed."""
+        held = min(sequences - 1, max(1, round(sequences * self.held_out)))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(sequences, generator=generator)
+        return order[held:], order[:held]
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+class Objective(Protocol):
+    """A loss, mean over the positions of the calibration sequences with the indices ``rows``."""
+
+    def backward(self, rows: Tensor, step: int) -> None:
+        """Add the gradient of the loss to the parameters; ``step`` counts from 0."""
+
+    def evaluate(self, rows: Tensor) -> float:
+        """The loss, without a gradient."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a training is: steps done at the last evaluation, and held-out losses."""
+
+    step: int
+    before: float
+    best: float
+    worse: int = 0
+    """Evaluations in a row that found nothing better."""
+
+
+class Trainer:
+    """Trains ``parameters`` in place.
+
+    Args:
+        parameters: float32, by name.
+        stored: the dtype that each is stored in, by name; held-out loss is taken so rounded. int8
+            stands for matrices with a scale for each row.
+        objective: adds gradients and measures.
+        settings: the training.
+        sequences: how many there are, N.
+        folder: where a killed training goes on from its last evaluation, to the same bytes;
+            without one it starts over.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        stored: Mapping[str, torch.dtype],
+        objective: Objective,
+        settings: Training,
+        sequences: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.parameters, self.stored, self.objective = dict(parameters), dict(stored), objective
+        self.settings, self.folder = settings, folder
+        self.seen, self.held = settings.split(sequences)
+        self.steps = settings.epochs * math.ceil(len(self.seen) / settings.batch_size)
+        self._best: dict[str, Tensor] = {}
+        # The learning rate is set at every step. Fused: one pass over the memory instead of ten.
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+
+    def train(self, notify: Callable[[int, State], None] = lambda *_: None) -> State:
+        """Train to the end or to the early stop; ``notify`` gets the steps done and the state."""
+        state = self._load()
+        if state is None:
+            loss = self.held_out_loss()
+            state = State(0, loss, loss)
+            self._keep()
+        count = min(self.settings.evaluations, self.steps)
+        marks = {self.steps * (i + 1) // count for i in range(count)}
+        for step, rows in enumerate(self._batches()):
+            if step < state.step:
+                continue
+            if state.worse >= self.settings.patience:
+                break
+            notify(step, state)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._learning_rate(step)
+            self.objective.backward(rows, step)
+            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            if step + 1 in marks:
+                state = self._judge(step + 1, state)
+        notify(state.step, state)
+        return state
+
+    def best(self) -> dict[str, Tensor]:
+        """The parameters of least held-out loss, as they are stored, on the CPU.
+
+        Each in its dtype; int8 comes with scales (``packed`` in int8.py).
+        """
+        return load_file(self.folder / _BEST) if self.folder is not None else self._best
+
+    def held_out_loss(self) -> float:
+        """With the parameters rounded as they are stored."""
+        with self._as_stored():
+            parts = torch.split(self.held, self.settings.batch_size)
+            total = sum(self.objective.evaluate(rows) * len(rows) for rows in parts)
+        return total / len(self.held)
+
+    def _judge(self, step: int, state: State) -> State:
+        loss = self.held_out_loss()
+        better = loss < state.best  # false for NaN
+        if better:
+            self._keep()
+        best, worse = (loss, 0) if better else (state.best, state.worse + 1)
+        state = State(step, state.before, best, worse)
+        if self.folder is not None:
+            self._save(self.folder, state)
+            with (self.folder / LOG).open("a") as log:
+                fields = {"event": "training", "loss": loss, **asdict(state)}
+                log.write(json.dumps(fields) + "\n")
+        return state
+
+    def _batches(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+        for _ in range(self.settings.epochs):
+            order = torch.randperm(len(self.seen), generator=generator)
+            yield from torch.split(self.seen[order], self.settings.batch_size)
+
+    def _learning_rate(self, step: int) -> float:
+        warm = max(1, round(self.settings.warmup * self.steps))
+        if step < warm:
+            return self.settings.learning_rate * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        exact = {n: p.detach().clone() for n, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            kind = self.stored[name]
+            parameter.data.copy_(
+                rounded(parameter.data) if kind == torch.int8 else parameter.data.to(kind)
+            )
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(exact[name])
+
+    # State
+
+    def _keep(self) -> None:
+        best: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            kind = self.stored[name]
+            if kind == torch.int8:
+                best |= packed(name, parameter.detach())
+            else:
+                best[name] = parameter.detach().to(kind).cpu().contiguous()
+        if self.folder is not None:
+            save_tensors(best, self.folder / _BEST)
+        else:
+            self._best = {name: tensor.clone() for name, tensor in best.items()}
+
+    def _save(self, folder: Path, state: State) -> None:
+        tensors = {
+            "state": torch.tensor([state.step, state.worse]),
+            "losses": torch.tensor([state.before, state.best], dtype=torch.float64),
+        }
+        for name, parameter in self.parameters.items():
+            tensors[name] = parameter.detach()
+            for key in _MOMENTS:
+                tensors[f"{name}.{key}"] = self._optimizer.state[parameter][key]
+        save_tensors({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / _STATE)
+
+    def _load(self) -> State | None:
+        if self.folder is None or not (self.folder / _STATE).exists():
+            return None
+        tensors = load_file(self.folder / _STATE)
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[name])
+            self._optimizer.state[parameter] = {
+                key: tensors[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS
+            }
+        step, worse = tensors["state"].tolist()
+        before, best = tensors["losses"].tolist()
+        return State(step, before, best, worse)

@@ -1,0 +1,94 @@
+"""What one engine step must read and compute: the limit that a measured speed is compared with.
+
+Decoding a small batch is bound by the bytes of a step: every weight of the blocks, the output head
+and the KV cache of every sequence, once. Prefill is bound by its operations. Both are counted from
+the configuration and the safetensors headers; activations, norms and sampling are left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from svdserve.compression.format.checkpoint import TensorFiles, read_json
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Bytes that a step reads, and its floating point operations (a multiply-add counts two)."""
+
+    bytes: int
+    operations: int
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What the steps of one model are made of.
+
+    Attributes:
+        linear_bytes, linear_parameters: of the blocks' weights, factored or dense, biases included.
+        head_bytes, head_parameters: of the output head, which may be the embedding.
+        kv_bytes: keys and values of one token in all layers.
+        attention_width: summed over the layers, query heads times head size.
+    """
+
+    linear_bytes: int
+    linear_parameters: int
+    head_bytes: int
+    head_parameters: int
+    kv_bytes: int
+    attention_width: int
+
+    def decode(self, batch: int, context: int) -> StepWork:
+        """One token for each of ``batch`` sequences that hold ``context`` tokens."""
+        read = self.linear_bytes + self.head_bytes + batch * context * self.kv_bytes
+        products = self.linear_parameters + self.head_parameters
+        attention = 2 * context * self.attention_width
+        return StepWork(read, 2 * batch * (products + attention))
+
+    def prefill(self, length: int) -> StepWork:
+        """One prompt of ``length`` tokens, and the logits of its last one."""
+        read = self.linear_bytes + self.head_bytes + length * self.kv_bytes
+        attention = length * (length + 1) * self.attention_width  # causal: half of the square
+        products = length * self.linear_parameters + self.head_parameters
+        return StepWork(read, 2 * (products + attention))
+
+
+def model_work(directory: Path, dtype: torch.dtype | None = None) -> ModelWork:
+    """Count a model, dense or compressed.
+
+    Args:
+        directory: of safetensors and config.json.
+        dtype: in which the engine holds floating point weights and the KV cache; None as stored.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+    config = read_json(directory / "config.json")
+    info = TensorFiles(directory).info
+    embedding = next((name for name in info if name.endswith(_EMBEDDINGS)), None)
+    head = next((name for name in info if name.endswith(_HEADS)), embedding)
+    assert head is not None, f"{directory} has no embedding"
+
+    def held(name: str) -> int:
+        stored = info[name].dtype
+        itemsize = (dtype if dtype and stored.is_floating_point else stored).itemsize
+        return torch.Size(info[name].shape).numel() * itemsize
+
+    blocks = [name for name in info if name not in (embedding, head)]
+    products = [name for name in blocks if len(info[name].shape) == 2]
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    layers = config["num_hidden_layers"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    return ModelWork(
+        linear_bytes=sum(map(held, blocks)),
+        linear_parameters=sum(torch.Size(info[name].shape).numel() for name in products),
+        head_bytes=held(head),
+        head_parameters=torch.Size(info[head].shape).numel(),
+        kv_bytes=2 * layers * kv_heads * size * (dtype or info[head].dtype).itemsize,
+        attention_width=layers * heads * size,
+    )

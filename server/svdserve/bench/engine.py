@@ -1,0 +1,376 @@
+"""`svdserve bench`: how much faster compressed models decode and prefill than their dense model.
+
+All engines are loaded at once and measured in turn, A B C, C B A, ..., so that whatever else the
+machine does strikes every model alike; a ratio compares two measurements that lie seconds apart.
+Where an engine's speed depends on the memory that it happened to get, several starts of all engines
+show it.
+Medians are reported with the extremes of the rounds, beside the ideal ratio: of the bytes that a
+decoding step reads, of the operations of prefill (bytes_ratio.py). Each engine is a process
+(worker.py).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from svdserve.bench.bytes_ratio import StepWork, model_work
+from svdserve.bench.plots import Point, draw
+from svdserve.bench.worker import EngineOptions
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.model.hub import model_name
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine
+from svdserve.kernels.cpu import openmp_libraries
+from svdserve.server.cpu_install import work_around
+from svdserve.server.faults import EngineDied
+from svdserve.server.metrics import ModelFacts, model_facts
+from svdserve.server.serve import check_model
+
+Member = TypeVar("Member")
+Item = TypeVar("Item")
+
+
+class BenchOptions(BaseModel):
+    """What is measured; lengths in tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: Path
+    models: tuple[Path, ...] = Field(min_length=1)
+    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
+    starts: PositiveInt = Field(default=1, description="of all engines, with so many rounds each")
+    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="decode batches")
+    prompt_len: PositiveInt = Field(default=32, description="prompt of a decode measurement")
+    output_len: int = Field(default=64, ge=2, description="tokens decoded for each prompt")
+    prefill_len: PositiveInt = Field(default=512, description="prompt of a prefill measurement")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    eager: bool = Field(default=True, description="without compilation and CUDA graphs")
+    kv_cache_bytes: PositiveInt = Field(default=512 << 20, description="KV cache of each engine")
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Of all models, the dense one first."""
+        return (self.dense, *self.models)
+
+    @property
+    def workloads(self) -> tuple[str, ...]:
+        """Names of what is measured, in order."""
+        return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
+
+    def work(self, directory: Path) -> dict[str, StepWork]:
+        """By workload, what one step of the model must read and compute."""
+        model = model_work(directory, None if self.dtype == "auto" else getattr(torch, self.dtype))
+        context = self.prompt_len + self.output_len // 2  # halfway through
+        steps = [model.decode(batch, context) for batch in self.batch_sizes]
+        return dict(zip(self.workloads, [*steps, model.prefill(self.prefill_len)], strict=True))
+
+
+class ModelResult(BaseModel):
+    """One model: its size, its memory after loading in bytes, and tokens per second by workload.
+
+    Seconds and memory are those of the first start; tokens per second of all, one after the other.
+    """
+
+    directory: str
+    facts: ModelFacts
+    start_seconds: float
+    load_seconds: float | None
+    resident_bytes: int
+    unique_bytes: int
+    device_bytes: int | None
+    work: dict[str, StepWork]
+    tokens_per_second: dict[str, list[float]] = Field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return model_name(self.directory)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weights in the files."""
+        return self.facts.lowrank_bytes + self.facts.dense_bytes
+
+
+class Ratio(BaseModel):
+    """A model's tokens per second over the dense model's, round by round.
+
+    ``ideal`` is the dense model's bytes over this one's (decode), or its operations (prefill).
+    """
+
+    directory: str
+    workload: str
+    rounds: list[float]
+    median: float
+    lowest: float
+    highest: float
+    ideal: float
+
+
+class BenchResult(BaseModel):
+    """Everything that was measured; ``models[0]`` is the dense one."""
+
+    options: BenchOptions
+    machine: Machine
+    models: list[ModelResult]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ratios(self) -> list[Ratio]:
+        """Each compressed model and workload over dense."""
+        dense, *others = self.models
+        return [
+            _ratio(model, dense, workload)
+            for model in others
+            for workload in self.options.workloads
+        ]
+
+
+def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
+    pairs = zip(model.tokens_per_second[workload], dense.tokens_per_second[workload], strict=True)
+    rounds = [fast / slow for fast, slow in pairs]
+    return Ratio(
+        directory=model.directory,
+        workload=workload,
+        rounds=rounds,
+        median=statistics.median(rounds),
+        lowest=min(rounds),
+        highest=max(rounds),
+        ideal=_ideal(model.work[workload], dense.work[workload], workload),
+    )
+
+
+def _ideal(model: StepWork, dense: StepWork, workload: str) -> float:
+    if workload.startswith("decode"):
+        return dense.bytes / model.bytes
+    return dense.operations / model.operations
+
+
+def run_bench(options: BenchOptions) -> BenchResult:
+    """Load all models, measure them in turn, and return every figure.
+
+    Raises:
+        UserError: a directory that cannot be served, or a model too short for the prompts.
+        RuntimeError: an engine died; carries the end of its log.
+    """
+    results: list[ModelResult] = []
+    for start in range(options.starts):
+        with start_engines(options, last_first=bool(start % 2)) as engines:
+            results = results or [
+                ModelResult(
+                    directory=str(d), facts=model_facts(d), work=options.work(d), **e.description
+                )
+                for d, e in zip(options.directories, engines, strict=True)
+            ]
+            members = list(zip(engines, results, strict=True))
+            for counts, workload, call, (engine, result) in turns(members, options):
+                speed = engine.call(call)
+                if counts:
+                    result.tokens_per_second.setdefault(workload, []).append(speed)
+    return BenchResult(options=options, machine=this_machine(), models=results)
+
+
+@contextmanager
+def start_engines(
+    options: BenchOptions, last_first: bool = False
+) -> Iterator[list["EngineProcess"]]:
+    """The engines of the dense and the other models, loaded; their processes end with the context.
+
+    Args:
+        options: of the benchmark.
+        last_first: load the dense model last; the order of what is yielded stays.
+
+    Raises:
+        UserError: a directory that cannot be served, or a model too short for the prompts.
+        RuntimeError: an engine died; carries the end of its log.
+    """
+    for directory in options.directories:
+        check_model(directory)
+        _check_context(directory, _context(options))
+    work_around()
+    order = -1 if last_first else 1
+    with ExitStack() as stack:
+        engines = [
+            stack.enter_context(_engine(directory, options))
+            for directory in _shown(options.directories[::order], "loading")
+        ]
+        yield engines[::order]
+
+
+def turns(
+    members: Sequence[Member], options: BenchOptions
+) -> Iterator[tuple[bool, str, dict[str, Any], Member]]:
+    """Whose turn it is, A B C, C B A, ..., and with what.
+
+    Yields:
+        Whether it counts (the first round warms up), the workload, the call of worker.Engine
+        that measures it, and the member.
+    """
+    order = list(members)
+    for number in _shown(range(options.pairs + 1), "measuring"):
+        for workload, call in _calls(options, seed=number):
+            for member in order:
+                yield number > 0, workload, call, member
+        order.reverse()
+
+
+def _shown(items: Sequence[Item], what: str) -> Iterable[Item]:
+    return track(items, what, console=Console(stderr=True), transient=True)
+
+
+def print_bench(result: BenchResult) -> None:
+    """Print sizes and ratios as tables."""
+    options, machine = result.options, result.machine
+    dense, *others = result.models
+    rounds = options.pairs * options.starts
+    sizes = Table(title="Models")
+    for heading in ("model", "keep", "weights MiB", "resident MiB", "start s"):
+        sizes.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in result.models:
+        amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
+        sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
+    speeds = Table(
+        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ideal",
+        caption=f"{machine.processor}, {machine.cores} cores, "
+        f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
+    )
+    speeds.add_column("model")
+    for workload in options.workloads:
+        speeds.add_column(workload, justify="right")
+    absolute = [statistics.median(dense.tokens_per_second[name]) for name in options.workloads]
+    speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
+    for model in others:
+        ratios = (_ratio(model, dense, workload) for workload in options.workloads)
+        cells = (
+            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\nideal {r.ideal:.2f}" for r in ratios
+        )
+        speeds.add_row(model.name, *cells)
+    console = Console()
+    console.print(sizes)
+    console.print(speeds)
+
+
+def plot_bench(result: BenchResult, file: Path) -> None:
+    """Tokens per second over dense by workload, beside the ideal ratios.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    dense, *others = result.models
+    models = {
+        model.name: [
+            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, r.ideal)
+            for r in result.ratios
+            if r.directory == model.directory
+        ]
+        for model in others
+    }
+    title = f"{result.machine.processor}, {'eager' if result.options.eager else 'compiled'}"
+    draw({title: models}, file, dense.name, "tokens/s over dense")
+
+
+def _calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each workload and the call of worker.Engine that measures it."""
+    lengths = {"prompt_len": options.prompt_len, "output_len": options.output_len}
+    *decode, prefill = options.workloads
+    for workload, batch in zip(decode, options.batch_sizes, strict=True):
+        yield workload, {"method": "decode", "batch": batch, "seed": seed, **lengths}
+    yield prefill, {"method": "prefill", "prompt_len": options.prefill_len, "seed": seed}
+
+
+def _context(options: BenchOptions) -> int:
+    return max(options.prompt_len + options.output_len, options.prefill_len + 1)
+
+
+def _check_context(directory: Path, needed: int) -> None:
+    limit = read_json(directory / "config.json").get("max_position_embeddings")
+    if limit is not None and limit < needed:
+        raise UserError(
+            f"{directory}: its context holds {limit} tokens, the benchmark needs {needed}; "
+            "lower --prefill-len, --prompt-len or --output-len"
+        )
+
+
+class EngineProcess:
+    """The parent's end of a worker process."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
+        self._process = process
+        self._log = log
+        self.directory = options.directory
+        self.description: dict[str, Any] = self.call(asdict(options))
+
+    def call(self, message: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        answer = ""
+        try:
+            print(json.dumps(message), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        if not answer:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+            raise EngineDied(f"the engine of {self.directory} died:\n{tail}")
+        return json.loads(answer)
+
+
+@contextmanager
+def _engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
+    """A loaded engine; its process ends with the context."""
+    batch = max(options.batch_sizes)
+    engine_options = EngineOptions(
+        directory=str(directory),
+        dtype=options.dtype,
+        eager=options.eager,
+        max_model_len=_context(options),
+        max_num_seqs=batch,
+        # A whole batch of prompts fits one step, so that decode steps hold decodes only.
+        max_num_batched_tokens=max(batch * options.prompt_len, _context(options)),
+        kv_cache_bytes=options.kv_cache_bytes,
+    )
+    with tempfile.TemporaryDirectory(prefix="svdserve-bench-") as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "svdserve.bench.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | _environment(),
+            )
+        try:
+            yield EngineProcess(process, log, engine_options)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _environment() -> dict[str, str]:
+    """Engine and worker in one process, bound to all cores that this process may use.
+
+    vLLM sets the same for its worker processes (utils/ompmultiprocessing.py, platforms/cpu.py):
+    threads bound to cores, and torch's own OpenMP first, without which two copies would compete.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(len(cores)),
+        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+    }
+    libraries = openmp_libraries()
+    return environment | ({"LD_PRELOAD": str(libraries[0])} if libraries else {})

@@ -1,0 +1,293 @@
+"""`svdserve bench --kernels`: dense against low rank, layer by layer, on whatever device there is.
+
+Everything that is compared takes its turn in every round, A B C, C B A, ..., so that whatever else
+the machine does strikes all alike; ratios are of one round. Weights exist in as many copies as no
+cache holds, and each call takes the next, as a step of a model does. On a GPU the calls of a round
+are one CUDA graph, as in vLLM.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+
+from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.system.errors import UserError
+from svdserve.compression.system.machine import Machine, this_machine, usable_device
+from svdserve.kernels.implementations import (
+    IMPLEMENTATIONS,
+    NoImplementation,
+    Request,
+    choose,
+)
+from svdserve.kernels.lowrank import prepare
+from svdserve.kernels.parts import Part
+
+DENSE, PRODUCTS = "dense", "two products"
+_NO_CACHE_HOLDS = 256 << 20  # bytes
+_MOST_COPIES = 512
+_ROUND_SECONDS = 0.02
+Call = Callable[[], Tensor]
+Product = Callable[[Tensor], Tensor]
+
+
+class Layer(BaseModel):
+    """A linear [outputs, inputs] as vLLM merges it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    outputs: PositiveInt
+    inputs: PositiveInt
+
+
+def llama_layers(
+    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
+) -> tuple[Layer, ...]:
+    """The four linears of a block of a Llama-like model."""
+    return (
+        Layer(name="qkv_proj", outputs=(heads + 2 * kv_heads) * head_dim, inputs=hidden),
+        Layer(name="o_proj", outputs=hidden, inputs=heads * head_dim),
+        Layer(name="gate_up_proj", outputs=2 * intermediate, inputs=hidden),
+        Layer(name="down_proj", outputs=hidden, inputs=intermediate),
+    )
+
+
+def layers_of(directory: Path) -> tuple[Layer, ...]:
+    """The linears of a Llama-like model, from its config.json.
+
+    Raises:
+        UserError: it cannot be read, or lacks a size.
+    """
+    config = read_json(directory / "config.json")
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return llama_layers(
+            hidden,
+            config["intermediate_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or hidden // heads,
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{directory}/config.json has no {error}; it is no Llama-like model"
+        ) from None
+
+
+class KernelOptions(BaseModel):
+    """What is measured. The default layers are those of a 1B Llama shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[Layer, ...] = llama_layers(2048, 8192, 32, 8, 64)
+    keeps: tuple[float, ...] = Field(default=(0.8, 0.6, 0.4), description="keep ratios")
+    rows: tuple[PositiveInt, ...] = (1, 8, 32, 512)
+    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "cpu"
+
+
+class KernelResult(BaseModel):
+    """One layer at one keep ratio and number of rows; seconds of a call by round.
+
+    Attributes:
+        op: the implementation that serving takes.
+        seconds: of the dense product, of the two products alone, their input in order, and of
+            every implementation that runs here.
+    """
+
+    layer: Layer
+    keep: float
+    rank: int
+    rows: int
+    op: str
+    seconds: dict[str, list[float]]
+
+    def _ratio(self, slow: str, fast: str) -> float:
+        pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gain(self) -> float:
+        """Dense over the op, median of the rounds: above 1, low rank is faster."""
+        return self._ratio(DENSE, self.op)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def over_products(self) -> float:
+        """The op over its two products alone, median of the rounds."""
+        return self._ratio(self.op, PRODUCTS)
+
+
+class KernelBench(BaseModel):
+    """All that was measured, and where."""
+
+    machine: Machine
+    options: KernelOptions
+    results: list[KernelResult]
+
+
+def run_kernel_bench(options: KernelOptions) -> KernelBench:
+    """Measure every layer at every keep ratio and number of rows.
+
+    Raises:
+        UserError: the device cannot be used, a layer stays dense, or SVDSERVE_KERNEL names an
+            implementation that cannot run here.
+    """
+    device = usable_device(options.device)
+    cases = [
+        (layer, keep, _rank(layer, keep)) for layer in options.layers for keep in options.keeps
+    ]
+    try:
+        choose(Request(device.type, getattr(torch, options.dtype), (1, 1), prepared=True))
+    except NoImplementation as error:
+        raise UserError(str(error)) from None
+    results: list[KernelResult] = []
+    with torch.inference_mode():
+        for layer, keep, rank in track(cases, "layers", console=Console(stderr=True)):
+            results += _measure(layer, keep, rank, options, device)
+    return KernelBench(machine=this_machine(options.device), options=options, results=results)
+
+
+def print_kernel_bench(bench: KernelBench) -> None:
+    """A table for people."""
+    table = Table(
+        "layer", "κ", "rank", "rows", "dense, µs", "products, µs", "op, µs", "op",
+        "dense / op", "op / products",
+    )  # fmt: skip
+    for one in bench.results:
+        medians = (statistics.median(one.seconds[n]) * 1e6 for n in (DENSE, PRODUCTS, one.op))
+        table.add_row(
+            f"{one.layer.name} [{one.layer.outputs}, {one.layer.inputs}]",
+            f"{one.keep:g}",
+            str(one.rank),
+            str(one.rows),
+            *(f"{value:.1f}" for value in medians),
+            one.op,
+            f"{one.gain:.2f}",
+            f"{one.over_products:.2f}",
+        )
+    Console().print(table)
+
+
+def _rank(layer: Layer, keep: float) -> int:
+    rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+    if rank is None:
+        raise UserError(f"{layer.name}: nothing to measure at keep {keep:g}; it stays dense")
+    return rank
+
+
+def _measure(
+    layer: Layer, keep: float, rank: int, options: KernelOptions, device: torch.device
+) -> Iterator[KernelResult]:
+    dtype = getattr(torch, options.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(rows: int, columns: int) -> Tensor:
+        weight = torch.empty(rows, columns, dtype=dtype, device=device)
+        return weight.normal_(std=columns**-0.5, generator=generator)
+
+    order = torch.randperm(layer.inputs, generator=generator, device=device)
+    pivots = order[:rank].sort().values.to(torch.int32)
+    kept = rank * (layer.outputs + layer.inputs - rank) * dtype.itemsize
+    copies = min(-(-_NO_CACHE_HOLDS // kept), _MOST_COPIES)
+    inner, outer = random(rank, layer.inputs - rank), random(layer.outputs, rank)
+    parts = [Part(inner.clone(), outer.clone(), pivots) for _ in range(copies)]
+    request = Request.of(parts[:1], prepared=True)
+    able = [i.name for i in IMPLEMENTATIONS if i.reason_against(request) is None]
+    prepared = {n: [prepare([part], implementation=n) for part in parts] for n in able}
+    weight = random(layer.outputs, layer.inputs)
+    weights = [_product(weight.clone()) for _ in range(copies)]
+    pairs = [(_product(part.factor_in), _product(part.factor_out)) for part in parts]
+    for rows in options.rows:
+        x = random(rows, layer.inputs)
+        rest = x[:, rank:].contiguous()
+        contenders: dict[str, list[Call]] = {
+            DENSE: [partial(product, x) for product in weights],
+            PRODUCTS: [partial(_both, inner, outer, rest) for inner, outer in pairs],
+        }
+        for name, modules in prepared.items():
+            contenders[name] = [partial(module, x) for module in modules]
+        seconds = _rounds(contenders, options.pairs, device)
+        op = choose(request).name
+        yield KernelResult(layer=layer, keep=keep, rank=rank, rows=rows, op=op, seconds=seconds)
+
+
+def _both(inner: Product, outer: Product, x: Tensor) -> Tensor:
+    return outer(inner(x))
+
+
+def _product(weight: Tensor) -> Product:
+    """x Wᵀ; on CPU in half precision prepacked, as vLLM's layers are."""
+    if weight.device.type != "cpu" or weight.dtype == torch.float32:
+        return lambda x: linear(x, weight)
+    operations: Any = torch.ops.mkldnn
+    packed = operations._reorder_linear_weight(weight)
+    return lambda x: operations._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _rounds(
+    contenders: dict[str, list[Call]], pairs: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of one call of each contender in each round, after a round that does not count."""
+    rounds = {name: _round(calls, device) for name, calls in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    for index in range(pairs + 1):
+        names = list(rounds) if index % 2 == 0 else list(reversed(rounds))
+        for name in names:
+            took = rounds[name]()
+            if index:
+                seconds[name].append(took)
+    return seconds
+
+
+def _round(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
+    """Runs all calls, repeatedly if they are short; gives the seconds of one."""
+    if device.type == "cuda":
+        return _cuda_round(calls)
+
+    def run() -> float:
+        count, start = 0, time.perf_counter()
+        while (took := time.perf_counter() - start) < _ROUND_SECONDS or count == 0:
+            for call in calls:
+                call()
+            count += len(calls)
+        return took / count
+
+    return run
+
+
+def _cuda_round(calls: Sequence[Call]) -> Callable[[], float]:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles and loads what a capture could not
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def run() -> float:
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / len(calls)
+
+    return run

@@ -1,0 +1,117 @@
+"""Which word of `svdserve serve`'s command line is the model, among the flags of `vllm serve`."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+
+from svdserve.compression.system.errors import UserError
+from svdserve.server.cpu_install import work_around
+
+_MODEL = "--model"
+_SEVERAL = ("+", "*")
+Nargs = int | str | None
+
+
+def find_model(words: Sequence[str], configured: str | None = None) -> tuple[str, list[str]]:
+    """The model, and the other words in their order.
+
+    It stands first, or anywhere among the flags, or after ``--``, or is the value of ``--model``.
+    Where a flag takes several values and the model follows them, it is the last one if that is a
+    directory. Only where a flag stands first is vLLM imported, which knows its flags.
+
+    Args:
+        words: of the command line, without svdserve's own options.
+        configured: the model that the file of ``--config`` names, for want of another.
+
+    Raises:
+        UserError: there is no model, or more than one, or no vLLM to ask.
+    """
+    rest, named = list(words), list[str]()
+    for i, word in reversed(list(enumerate(words))):
+        flag, equals, value = word.partition("=")
+        if flag == _MODEL:
+            value = value if equals else "".join(words[i + 1 : i + 2])
+            if not value:
+                raise UserError(f"{_MODEL} needs a directory or a Hub name")
+            named.append(value)
+            del rest[i : i + (1 if equals else 2)]
+    places = list(takewhile(lambda i: not rest[i].startswith("-"), range(len(rest))))
+    if rest and not places and (len(rest) > 1 or not named):
+        places = model_places(rest, serve_flags())
+    found = [*named, *(rest[i] for i in places)] or ([configured] if configured else [])
+    if len(found) != 1:
+        given = ", ".join(found) or "none"
+        raise UserError(
+            f"serve takes one model; given: {given}. Give one directory or Hub name, and the flags "
+            "of `vllm serve` before or after it"
+        )
+    others = [word for i, word in enumerate(rest) if i not in places and word != "--"]
+    return found[0], others
+
+
+def model_places(words: Sequence[str], flags: Mapping[str, Nargs]) -> list[int]:
+    """The places of the words that are neither flags nor their values.
+
+    Args:
+        words: of a command line.
+        flags: how many values each takes, as argparse says it.
+    """
+    places, last_of_several = list[int](), list[int]()
+    place = 0
+    while place < len(words):
+        word = words[place]
+        place += 1
+        if word == "--":
+            return [*places, *range(place, len(words))]
+        if not word.startswith("-"):
+            places.append(place - 1)
+            continue
+        nargs = _nargs(word, flags)
+        values = len(list(takewhile(lambda w: not w.startswith("-"), words[place:])))
+        if nargs in _SEVERAL:
+            if values > 1:
+                last_of_several.append(place + values - 1)
+        else:
+            values = min(values, nargs if isinstance(nargs, int) else 1)
+        place += values
+    return places or [place for place in last_of_several if Path(words[place]).is_dir()]
+
+
+def _nargs(word: str, flags: Mapping[str, Nargs]) -> Nargs:
+    """How many values follow a flag, in any of the spellings that vLLM's parser reads."""
+    if "=" in word:
+        return 0
+    if "." in word or word == "-O":  # --some-config.field VALUE, -O LEVEL
+        return 1
+    if word.startswith("--"):
+        word = word.replace("_", "-")
+        full = [flag for flag in flags if flag.startswith(word)]
+        return flags.get(word, flags[full[0]] if full else 0)
+    return flags.get(word, 0)
+
+
+def serve_flags() -> dict[str, Nargs]:
+    """The flags of the `vllm serve` that is installed, and how many values each takes.
+
+    Raises:
+        UserError: no vLLM, or one whose parser is elsewhere.
+    """
+    require_vllm()
+    work_around()
+    try:
+        from vllm.entrypoints.cli.serve import cmd_init
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = cmd_init()[0].subparser_init(FlexibleArgumentParser().add_subparsers())
+        return {flag: action.nargs for action in parser._actions for flag in action.option_strings}
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the flags of this vLLM cannot be read ({error}); give the model as the first word"
+        ) from None
+
+
+def require_vllm() -> None:
+    """Raise a UserError where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise UserError("vLLM is not installed: pip install 'svdserve[cpu]', or [gpu]")

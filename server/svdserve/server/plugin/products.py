@@ -1,0 +1,219 @@
+"""What computes a low-rank layer: svdserve's fused kernels, or else vLLM's products."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import (
+    CPUInt8ScaledMMLinearKernel,
+    Int8ScaledMMLinearKernel,
+    init_int8_linear_kernel,
+)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.system.errors import UserError
+from svdserve.kernels import Activation, NoImplementation, Part
+from svdserve.kernels.implementations import Request, choose, reasons_against
+
+logger = init_logger(__name__)
+
+
+def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
+    """The kernel of svdserve for float factors; None where vLLM's own products are to run.
+
+    Args:
+        columns: of factor_in and factor_out of each part that it is to compute at once.
+        like: has their device and dtype.
+
+    Raises:
+        UserError: SVDSERVE_KERNEL names one that cannot.
+    """
+    request = Request(like.device.type, like.dtype, tuple(columns), prepared=True)
+    try:
+        chosen = choose(request).name
+    except NoImplementation as error:
+        raise UserError(str(error)) from None
+    if chosen != "torch":
+        return chosen
+    if request.parts == 1:
+        reasons = "; ".join(f"{name} {why}" for name, why in reasons_against(request).items())
+        logger.info_once("Factors run as two products: %s", reasons or "SVDSERVE_KERNEL=torch")
+    return None
+
+
+def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activation) -> bool:
+    """Whether that kernel can apply the activation of a gated MLP too."""
+    request = Request(
+        like.device.type, like.dtype, tuple(columns), prepared=True, activation=activation
+    )
+    kernel = fused_kernel(columns, like)
+    return kernel is not None and kernel not in reasons_against(request)
+
+
+def kernel_part(layer: LinearBase, factors: Factors, ordered_input: bool) -> Part:
+    """The factors on the layer's device and in its dtype; ``ordered_input``: pivots come first."""
+    pivots = factors.pivots
+    if pivots is not None:
+        pivots = torch.arange(len(pivots)) if ordered_input else pivots
+        pivots = pivots.to(layer.weight.device)
+    return Part(own(factors.factor_in, layer), own(factors.factor_out, layer), pivots)
+
+
+class Product(nn.Module):
+    """y = W x + b by vLLM's own dense linear method.
+
+    So each factor gets what a dense layer would on the same device: prepacked oneDNN on CPU, where
+    the unpacked copy is dropped at once, and the configured backend elsewhere.
+    """
+
+    def __init__(
+        self, method: UnquantizedLinearMethod, weight: Tensor, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias  # packing for AMX widens it to float32 in place
+        self.shape = weight.shape
+        self.stored_bytes = weight.nbytes
+        self.method = method
+        method.process_weights_after_loading(self)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.method.apply(self, x, bias)  # type: ignore[no-any-return]
+
+
+def int8_kernel(dtype: torch.dtype) -> Int8ScaledMMLinearKernel:
+    """vLLM's choice for int8 weights with a scale for each row, and activations of ``dtype``.
+
+    Activations are rounded to int8 too, symmetric, with a scale for each token as it comes.
+
+    Raises:
+        UserError: vLLM has no such kernel for this device or dtype.
+    """
+    # Checked here, as vLLM's kernels for CUDA fail at the first token only.
+    if current_platform.is_cuda() and not current_platform.has_device_capability(75):
+        raise UserError("int8 weights need a GPU of compute capability 7.5; compress to float")
+    if dtype == torch.float32 and not current_platform.is_cpu():
+        raise UserError(
+            "int8 weights are not served in float32 on this device; add --dtype bfloat16"
+        )
+    try:
+        return init_int8_linear_kernel(
+            is_channelwise=True,
+            is_static_input_scheme=False,
+            input_symmetric=True,
+            module_name="svdserve",
+        )
+    except ValueError as error:
+        raise UserError(
+            "vLLM has no int8 linear kernel for this device; compress without --weights int8 "
+            f"({' '.join(str(error).split())})"
+        ) from None
+
+
+class Int8Product(nn.Module):
+    """y = W x + b for an int8 W [m, n] with scales [m], by vLLM's own int8 kernel."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.stored_bytes = weight.nbytes + scale.nbytes
+        # The names are those that the kernels ask for.
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale[:, None], requires_grad=False)
+        self.input_scale = self.input_zero_point = self.azp_adj = None
+        self.logical_widths = [weight.shape[0]]
+        self.bias = bias
+        self.kernel = kernel = int8_kernel(dtype)
+        on_cpu = isinstance(kernel, CPUInt8ScaledMMLinearKernel)
+        if on_cpu and (dtype != torch.bfloat16 or weight.shape[0] % 32):
+            # vLLM 0.32 gives these to its AMX operation too, which can not compute them.
+            kernel.process_weights_for_onednn(self)
+            kernel.linear_method = kernel._apply_weights_onednn
+        else:
+            kernel.process_weights_after_loading(self)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.kernel.apply_weights(self, x, bias)  # type: ignore[no-any-return]
+
+
+class LowRankProduct(nn.Module):
+    """y = W x + b by the factors of one part; x [.., n] holds this rank's input channels."""
+
+    order: Tensor | None
+
+    def __init__(
+        self,
+        inner: Product | Int8Product | None,
+        outer: Product | Int8Product,
+        order: Tensor | None,
+        slots: range,
+        reduce: bool,
+    ) -> None:
+        """Compose the two products.
+
+        Args:
+            inner: V, or Z for the channels that are no pivots; None if there are none of these.
+            outer: U or C.
+            order: channels of x (int64), pivots first, then the others; None where x has that
+                order, and for ``pair``.
+            slots: the places in z of this rank's pivots; empty for ``pair``.
+            reduce: whether z is partial and must be summed over the ranks.
+        """
+        super().__init__()
+        self.inner = inner
+        self.outer = outer
+        self.register_buffer("order", order, persistent=False)
+        self.stored_bytes = outer.stored_bytes + (inner.stored_bytes if inner else 0)
+        self.first_slot = slots.start
+        self.pivots = len(slots)
+        self.rank = outer.shape[1]
+        self.reduce = reduce
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        z = self._project(x)
+        if self.reduce:
+            z = tensor_model_parallel_all_reduce(z)
+        return self.outer(z, bias)  # type: ignore[no-any-return]
+
+    def _project(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            # On CPU gather is 2 to 4 times faster than index_select along the last dimension.
+            x = x.gather(-1, self.order.expand(*x.shape[:-1], -1))
+        if self.inner is None:
+            z = x.new_zeros(*x.shape[:-1], self.rank)
+        elif self.pivots == 0:
+            return self.inner(x)  # type: ignore[no-any-return]
+        else:
+            z = self.inner(x.narrow(-1, self.pivots, x.shape[-1] - self.pivots))
+        z.narrow(-1, self.first_slot, self.pivots).add_(x.narrow(-1, 0, self.pivots))
+        return z
+
+
+def product(
+    layer: LinearBase, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None = None
+) -> Product | Int8Product:
+    """The product with a weight, by what vLLM has for its dtype."""
+    if scale is None:
+        return Product(UnquantizedLinearMethod(), own(weight, layer), bias)
+    values, scales = own(weight, layer, torch.int8), own(scale, layer, torch.float32)
+    return Int8Product(values, scales, layer.weight.dtype, bias)
+
+
+def own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the layer's device, independent of the mapped file.
+
+    In the layer's dtype, unless another is given.
+    """
+    target = layer.weight
+    owned = torch.empty(weight.shape, dtype=dtype or target.dtype, device=target.device)
+    return owned.copy_(weight)

@@ -1,0 +1,197 @@
+"""`svdserve verify`: every served layer against its multiplied-out weights in the dense model.
+
+A random vector goes through the layer as it is served, and through the weights that the factors
+stand for after the model's own ``load_weights`` has put them into the dense twin (twin.py). That
+finds what no check of files can: a class of vLLM that rearranges weights, a kernel that is wrong on
+this processor, a shard that is cut at the wrong place.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import LinearBase
+
+from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.int8 import dequantized
+from svdserve.compression.system.errors import UserError
+from svdserve.kernels.reference import gated
+from svdserve.server.plugin.linear import LowRankLinearMethod
+from svdserve.server.plugin.twin import Twin
+
+VARIABLE = "SVDSERVE_VERIFY"
+"""Set where the loader is to verify what it has loaded."""
+
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_INT8_TOLERANCE = 0.1
+_CHANNEL = 5.0  # times a tolerance, for the error of one output channel
+_VECTORS = 8
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """Relative error of one layer's outputs, and what is allowed.
+
+    The error is that of all outputs, or a fifth of that of the worst output channel if this is
+    more, so that one wrong row of a large weight is found too. The error of a channel is relative
+    to the channel itself or to the mean channel, whichever is larger.
+    """
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed
+
+
+def wanted() -> bool:
+    """Whether this process is to verify the layers that it loads."""
+    return os.environ.get(VARIABLE) == "1"
+
+
+def verify_layers(
+    model: nn.Module,
+    vllm_config: VllmConfig,
+    checkpoint: Checkpoint,
+    joined: Mapping[nn.Module, dict[str, Any]],
+    prefix: str = "",
+) -> list[LayerCheck]:
+    """Compare every factored layer of a loaded model with the dense weights; all TP ranks together.
+
+    Args:
+        joined: what ``join_layers`` found for the layers when they were loaded.
+
+    Raises:
+        UserError: the model's own code cannot load a layer's weights.
+    """
+    twin = Twin(vllm_config, prefix)
+    generator = torch.Generator().manual_seed(0)
+    checks = []
+    for name, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, LowRankLinearMethod):
+            dense = twin.loaded(name, dense_weights(method, checkpoint))
+            own = joined.get(layer, {})
+            order = method.input_order(checkpoint) if own.get("ordered_input") else None
+            checks.append(_check(name, layer, method, dense, generator, order, own))
+    return checks
+
+
+def dense_weights(method: LowRankLinearMethod, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a layer's linears, multiplied out in float32, by their checkpoint names."""
+    found: dict[str, Tensor] = {}
+    for part in method.parts:
+        if part.spec is not None:
+            weight = checkpoint.factors(part.names[0]).to(torch.float32).dense()
+            blocks = torch.split(weight, list(part.spec.out_features))
+            found |= {f"{n}.weight": b for n, b in zip(part.linears, blocks, strict=True)}
+            continue
+        for linear in part.names:
+            tensors = checkpoint.files.load([f"{linear}.{suffix}" for suffix in part.suffixes])
+            values, *scale = tensors.values()
+            weight = dequantized(values, scale[0], torch.float32) if scale else values.float()
+            found[f"{linear}.weight"] = weight
+    return found
+
+
+def _check(
+    name: str,
+    layer: LinearBase,
+    method: LowRankLinearMethod,
+    dense: Tensor,
+    generator: torch.Generator,
+    input_order: Tensor | None,
+    joined: Mapping[str, Any],
+) -> LayerCheck:
+    """``generator`` is the same on every TP rank; each takes its own input channels."""
+    like = layer.weight
+    x = torch.randn(_VECTORS, method.input_size, generator=generator).to(like.dtype)
+    x = x[:, method.channels.start : method.channels.stop].contiguous()
+    bias = None if layer.skip_bias_add else layer.bias
+    given = x if input_order is None else x[:, input_order].contiguous()
+    served = method.apply(layer, given.to(like.device), bias).double().cpu()
+    expected = x.double() @ dense.double().T
+    if method.reduces_rank:
+        whole = expected.float().to(like.device)
+        expected = tensor_model_parallel_all_reduce(whole).cpu().double()
+    if bias is not None:
+        expected += bias.double().cpu()
+    expected = _as_joined(expected, method, joined)
+    int8 = any(part.weights == "int8" for part in method.parts)
+    allowed = _INT8_TOLERANCE if int8 else _TOLERANCES[like.dtype]
+    return LayerCheck(name, _error(served, expected), allowed)
+
+
+def _as_joined(y: Tensor, method: LowRankLinearMethod, joined: Mapping[str, Any]) -> Tensor:
+    """Outputs [k, m] as the layer gives them once it is joined with the rest of its gated MLP."""
+    order, activation = joined.get("row_order"), joined.get("activation")
+    if order is not None:
+        blocks = torch.split(y, method.output_sizes, dim=1)
+        y = torch.cat([block[:, order] for block in blocks], dim=1)
+    return y if activation is None else gated(y, activation)
+
+
+def _error(served: Tensor, expected: Tensor) -> float:
+    """See ``LayerCheck``; of float64 outputs [k, m]."""
+    wrong = served - expected
+    whole = float(expected.norm())
+    if whole == 0:
+        return float(wrong.norm())
+    mean_channel = whole / expected.shape[1] ** 0.5
+    channels = wrong.norm(dim=0) / expected.norm(dim=0).clamp_min(mean_channel)
+    worst = float(channels.max())
+    error = max(float(wrong.norm()) / whole, worst / _CHANNEL)
+    return error if error == error else float("inf")  # NaN compares as right
+
+
+def require_right(checks: Sequence[LayerCheck]) -> None:
+    """Raise UserError that names the worst layer, if one is wrong."""
+    wrong = [check for check in checks if not check.right]
+    if wrong:
+        worst = max(wrong, key=lambda check: check.error)
+        raise UserError(
+            f"{len(wrong)} of {len(checks)} factored layers give other outputs than their weights: "
+            f"{worst.name} is off by {worst.error:.3g}, allowed {worst.allowed:g}; do not serve "
+            "this model here, and report it"
+        )
+
+
+def verify(directory: Path, tensor_parallel_size: int = 1, dtype: str = "auto") -> list[LayerCheck]:
+    """Load a checkpoint into vLLM and compare every layer, on every TP rank.
+
+    Raises:
+        UserError: the engine did not start; vLLM's messages above say why.
+    """
+    os.environ[VARIABLE] = "1"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from svdserve.server.cpu_install import work_around
+    from svdserve.server.worker import EXTENSION, METHOD
+
+    work_around()
+    from vllm import LLM
+
+    try:
+        engine = LLM(
+            str(directory),
+            dtype=dtype,
+            enforce_eager=True,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=64,
+            max_num_seqs=1,
+            worker_extension_cls=EXTENSION,
+        )
+    except (RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: vLLM did not start: {first}") from None
+    reports: list[dict[str, Any]] = engine.collective_rpc(METHOD)
+    return [LayerCheck(**check) for report in reports for check in report["checks"]]

@@ -1,0 +1,184 @@
+"""Every architecture that compress takes, served by vLLM: each layer and the logits are right.
+
+Left out is DiffLlama, which vLLM does not serve dense either.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from typer.testing import CliRunner
+
+from models import random_tokens, save_model
+from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.server.plugin import verify
+from svdserve.server.plugin.verify import LayerCheck, require_right
+from vllm_run import Served, run
+
+pytestmark = pytest.mark.vllm
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Without experts in any layer.
+LLAMA4 = {
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 2,
+    "moe_layers": [],  # for transformers
+    "interleave_moe_layer_step": 0,  # the same for vLLM
+    "attn_temperature_tuning": False,
+}
+TYPES: dict[str, dict[str, Any]] = {
+    "llama4_text": LLAMA4,
+    "llama": {},
+    "mistral": {},
+    "ministral": {},
+    "ministral3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "granite": {},
+    "cohere": {},
+    "cohere2": {},
+    "cwm": {},
+    "doge": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {},
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {},
+    "vaultgemma": {},
+    "granite_swa": {},
+    "bitnet": {},
+}
+
+
+def pico(name: str, root: Path) -> Path:
+    """A random model of one type with the tokenizer of the others."""
+    known = CONFIG_MAPPING[name]
+    fields = {k: v for k, v in COMMON.items() if k in known().to_dict()}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(known(**fields, **TYPES[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    model.save_pretrained(root / name)
+    for file in (root / "tokenizer").glob("tok*"):
+        shutil.copy(file, root / name)
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("types")
+    save_model("llama", root / "tokenizer")
+    fields = {"method": "svd", "allocator": "uniform", "keep": 0.7}
+    for name in TYPES:
+        # vLLM runs BitNet by its Transformers backend, which merges no linears.
+        grouping = "separate" if name == "bitnet" else "shared"
+        recipe = make_recipe(**fields, grouping=grouping)
+        compress(str(pico(name, root)), root / f"{name}-small", recipe, Run(progress=False))
+    return root
+
+
+PROMPTS = random_tokens(2, 24).tolist()
+
+
+@pytest.fixture(scope="module")
+def served(root: Path) -> dict[str, Served]:
+    engines = [{"model": str(root / f"{name}-small")} for name in TYPES]
+    results = run(root / "run", engines, PROMPTS, timeout=900, SVDSERVE_VERIFY="1")
+    return dict(zip(TYPES, results, strict=True))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_layers_and_logits_are_right(name: str, root: Path, served: dict[str, Served]) -> None:
+    result = served[name]
+    assert not result.error, result.error
+    (report,) = result.reports
+    assert report is not None
+    checks = [LayerCheck(**check) for check in report["checks"]]
+    assert len(checks) >= 8
+    require_right(checks)
+    model = load_model(root / f"{name}-small")
+    for prompt, logprobs in zip(PROMPTS, result.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, :-1].float()
+        expected = logits.log_softmax(dim=-1)
+        torch.testing.assert_close(logprobs[: len(prompt) - 1], expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_permuted_model_on_two_tp_ranks(root: Path) -> None:
+    engine = {"model": str(root / "llama4_text-small")}
+    one, two = run(
+        root / "two", [engine, engine | {"tensor_parallel_size": 2}], PROMPTS, SVDSERVE_VERIFY="1"
+    )
+    assert not two.error, two.error
+    assert two.tokens == one.tokens
+    for report in two.reports:
+        assert report is not None
+        require_right([LayerCheck(**check) for check in report["checks"]])
+
+
+def test_joined_mlps_with_a_fused_activation(tmp_path: Path) -> None:
+    """In bfloat16 svdserve's kernel runs, where the processor has one."""
+    dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    fields = {"method": "svd", "allocator": "uniform", "keep": 0.7, "layout": "interpolative"}
+    compress(str(dense), tmp_path / "small", make_recipe(**fields), Run(progress=False))
+    engine = {"model": str(tmp_path / "small")}
+    (result,) = run(tmp_path / "run", [engine], PROMPTS, SVDSERVE_VERIFY="1")
+    assert not result.error, result.error
+    (report,) = result.reports
+    assert report is not None
+    checks = [LayerCheck(**check) for check in report["checks"]]
+    assert {check.name.rpartition(".")[2] for check in checks} == {
+        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    }
+    require_right(checks)
+
+
+def test_one_wrong_channel_of_many_is_found() -> None:
+    expected = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)).double()
+    served = expected.clone()
+    served[:, 7] = -served[:, 7]
+    assert float((served - expected).norm() / expected.norm()) < 0.05
+    assert verify._error(served, expected) > 0.2
+    served[:, 7] = torch.nan
+    assert verify._error(served, expected) == float("inf")
+
+
+def test_a_wrong_layer_is_named() -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 factored layers .* b is off by 0\.5"):
+        require_right([LayerCheck("a", 1e-6, 1e-3), LayerCheck("b", 0.5, 1e-3)])
+
+
+def test_the_command_wants_a_compressed_model(root: Path) -> None:
+    from svdserve.cli.main import app
+
+    done = CliRunner().invoke(app, ["verify", str(root / "llama")])
+    assert "no quantization_config" in str(done.exception)
