@@ -71,7 +71,19 @@ def run(folder: Path, jobs: list[Job]) -> Interpreted:
     return Interpreted(first, second, launches)
 
 
-_FIXED = ("GATHER", "PRECISION", "BT", "BN", "BK", "num_warps", "num_stages", "enable_fp_fusion")
+_FIXED = (
+    "READ",
+    "SPLITS",
+    "EARLY",
+    "LINES",
+    "PRECISION",
+    "BT",
+    "BN",
+    "BK",
+    "num_warps",
+    "num_stages",
+    "enable_fp_fusion",
+)
 
 
 class _Recorder:

@@ -16,7 +16,7 @@ from timing import graph_of
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part
 from svdserve.kernels import triton_linear as ours
 

@@ -133,7 +133,7 @@ def compression(root: Path, work: Path, dry: bool, seconds: float) -> dict[str, 
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "svdserve.server.cli", "compress", str(model),
+        sys.executable, "-m", "svdserve.cli.main", "compress", str(model),
         "--out", str(work / "out"), "--calibration", str(text), "--layout", "pair",
         "--tokens", "2048" if dry else "65536", "--seq-len", "256" if dry else "2048",
         "--gradient-tokens", "1024" if dry else "8192",

@@ -14,7 +14,7 @@ from timing import copies, medians
 from torch import Tensor
 from torch.nn.functional import linear
 
-from svdserve.compression.factors import rank_for_keep
+from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part, reference
 from svdserve.kernels import triton_linear as ours
 

@@ -85,7 +85,7 @@ def test_weights_are_loaded_128_bits_at_a_time_and_multiplied_by_tensor_cores(
             "sm_90": "HGMMA",
             "sm_100": "UTCHMMA",
         }  # mma, wgmma, tcgen05
-        if kernel["config"]["block_rows"] == 16:  # wgmma and tcgen05 take 64 rows or more
+        if kernel["fixed"]["BT"] == 16:  # wgmma and tcgen05 take 64 rows or more
             expected = dict.fromkeys(expected, "HMMA.16816")
         expected["gfx942"] = "v_mfma_f32"
         if kernel["dtype"] != "float32":

@@ -87,7 +87,7 @@ _HALF = (
 )
 _SINGLE = (
     single(16, Tile(16, 32, 32, warps=4, stages=3)),
-    double(None, Tile(64, 64, 32, warps=4, stages=3)),
+    double(None, Tile(64, 32, 32, warps=4, stages=3)),
 )
 CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.bfloat16: _HALF,
