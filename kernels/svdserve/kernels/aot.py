@@ -110,6 +110,8 @@ class Variant:
         early = self.config.launch == "early"
         options = compile_options(tile, self.dtype, on_amd, early=early)
         splits = {} if self.kernel == "expand" else {"SPLITS": shrink.splits}
+        if self.kernel == "shrink_expand":  # which has no second kernel to start early
+            del options["EARLY"]
         return options | read | splits
 
 
