@@ -24,7 +24,8 @@ from svdserve.kernels import Part, lowrank_linear, prepare
 class Job:
     """One call; several shapes are several parts.
 
-    ``prepared`` False is the public operation; ``compiled`` is through torch.compile.
+    ``prepared`` False is the public operation; ``compiled`` is through torch.compile. ``config``
+    is a name in ``configurations``, empty for what would be taken; its launches are not noted.
     """
 
     shapes: tuple[Shape, ...]
@@ -33,6 +34,8 @@ class Job:
     bias: bool = True
     prepared: bool = True
     compiled: bool = False
+    config: str = ""
+    in_order: bool = False
 
     def parts(self) -> list[Part]:
         return [shape.part(self.dtype, seed) for seed, shape in enumerate(self.shapes)]
@@ -45,7 +48,8 @@ class Job:
 
     def __str__(self) -> str:
         name = "+".join(map(str, self.shapes))
-        return f"{name}-{self.rows}-{str(self.dtype).removeprefix('torch.')}"
+        kind = f"{self.config}{'-in-order' if self.in_order else ''}"
+        return f"{name}-{self.rows}-{str(self.dtype).removeprefix('torch.')}{kind and '-' + kind}"
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,32 @@ class _Recorder:
     def __init__(self, name: str, kernel: Any) -> None:
         self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
 
+    noting: ClassVar[bool] = True
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(**given: Any) -> None:
             dtype = str(given["z_ptr"].dtype).removeprefix("torch.")
             fixed = {"dtype": dtype} | {k: v for k, v in given.items() if k in _FIXED}
-            self.launches.add((self.name, json.dumps(fixed, sort_keys=True)))
+            if self.noting:
+                self.launches.add((self.name, json.dumps(fixed, sort_keys=True)))
             self.kernel[grid](**given)
 
         return launch
+
+
+CONFIGURATIONS = ("one-split", "two-split", "products")
+
+
+def configurations() -> dict[str, Any]:
+    """What ``CONFIGS`` has none of, by name: shrinks with split sums, the device's products."""
+    from svdserve.kernels.triton_linear import Config, Tile, single
+
+    found = (
+        single(16, Tile(16, 16, 64, warps=2, stages=3, splits=3)),
+        Config(None, Tile(16, 16, 64, warps=2, stages=3, splits=4), Tile(32, 32, 64, 2, 3)),
+        Config(None),
+    )
+    return dict(zip(CONFIGURATIONS, found, strict=True))
 
 
 def _main(folder: Path) -> None:
@@ -109,13 +131,27 @@ def _main(folder: Path) -> None:
 
     for name in ("shrink", "expand", "shrink_expand"):
         setattr(triton_kernels, name, _Recorder(name, getattr(triton_kernels, name)))
+    from svdserve.kernels import triton_linear
+    from svdserve.kernels.lowrank import _ascending as ascending
+
+    usual = dict(triton_linear.CONFIGS)
     outputs = {}
+    module: Any
     for index, plain in enumerate(json.loads((folder / "jobs.json").read_text())):
         shapes = tuple(Shape(**shape) for shape in plain.pop("shapes"))
         job = Job(shapes, **(plain | {"dtype": getattr(torch, plain["dtype"])}))
         x, bias = job.arguments()
-        if job.prepared:
-            module: Any = prepare(job.parts(), implementation="triton")
+        _Recorder.noting = not job.config
+        if job.config:
+            triton_linear.CONFIGS[job.dtype] = (configurations()[job.config],)
+        else:
+            triton_linear.CONFIGS.update(usual)
+        if job.in_order:
+            module = triton_linear.TritonFactors([ascending(job.parts()[0])], in_order=True)
+            x = torch.where(module.order >= 0, x[:, module.order.clamp(min=0)], 0)
+            outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)
+        elif job.prepared:
+            module = prepare(job.parts(), implementation="triton")
             if job.compiled:
                 module = torch.compile(module, fullgraph=True, backend="aot_eager")
             outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)

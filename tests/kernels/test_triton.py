@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowrank_cases import Shape, assert_equals_definition
-from triton_run import Interpreted, Job, run
+from triton_run import CONFIGURATIONS, Interpreted, Job, run
 
 pytest.importorskip("triton", reason="Triton cannot be imported")
 
@@ -39,6 +39,19 @@ JOBS += [
     for rows in (3, 70)
     for dtype in DTYPES
 ]
+JOBS += [
+    Job(shapes, rows, dtype, bias=rows != 7, config=config)
+    for shapes in SHAPES
+    for rows in (1, 7, 16)
+    for dtype in (torch.float32, torch.bfloat16)
+    for config in CONFIGURATIONS
+]
+JOBS += [
+    Job(shapes, rows, torch.bfloat16, config=config, in_order=True)
+    for shapes in SHAPES[1:4]
+    for rows in (1, 16)
+    for config in CONFIGURATIONS
+]
 JOBS.append(Job((Shape(20, 64, 9), Shape(33, 64, 12)), 5, torch.float32, compiled=True))
 
 
@@ -52,7 +65,7 @@ def test_interpreted_equals_the_definition(index: int, interpreted: Interpreted)
     job = JOBS[index]
     x, bias = job.arguments()
     assert_equals_definition(interpreted.first[index], x, job.parts(), bias)
-    # A single launch leaves its counters as it found them.
+    # A single launch and a split shrink leave their counters as they found them.
     assert torch.equal(interpreted.first[index], interpreted.second[index])
 
 

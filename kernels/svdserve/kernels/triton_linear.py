@@ -29,7 +29,6 @@ PLAIN, GATHERED, IN_ORDER = (
 )
 _KERNELS = (kernels.shrink, kernels.expand, kernels.shrink_expand)
 _ARGUMENTS = {name for kernel in _KERNELS for name in kernel.arg_names}
-TENSORS = tuple(name for name in kernels.shrink_expand.arg_names if name.endswith("_ptr"))
 _MOST_BLOCKS = 8  # of rows, of a shrink whose sums are split
 _COPIED = 1024  # columns of a row that a program of gather copies
 _LARGEST = 2**31  # Offsets within one factor are 32 bits.
@@ -40,8 +39,9 @@ class Tile:
     """How a kernel divides its work: a program computes [rows, columns] in steps of ``depth``.
 
     Attributes:
-        splits: of shrink alone: programs that share the sum of one tile.
-        lines: of 128 bytes, of every row of the factor, which are asked for before z is complete.
+        splits: how many programs share the sum of one tile; more than one in shrink only.
+        lines: how many pieces of 128 bytes of every row of the factor are asked for while z is
+            not complete yet.
     """
 
     rows: int
@@ -126,7 +126,7 @@ class TritonFactors(PreparedFactors):
 
         Args:
             parts: each with its own rank; shapes as in ``lowrank_linear``, checked by the caller.
-            in_order: x will be given in the order that ``gathered`` brings it to; of one part.
+            in_order: whether x arrives with its columns in ``order``; for one part only.
 
         Raises:
             ValueError: a factor of 2³¹ elements or more.
@@ -162,6 +162,11 @@ class TritonFactors(PreparedFactors):
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.stored_bytes = sum(p.factor_in.nbytes + p.factor_out.nbytes for p in parts)
+
+    @property
+    def order(self) -> Tensor:
+        """The channels in the order of shrink, pivots first (int64); -1 is a column of zeros."""
+        return torch.cat([self.pivots, self.channels]).long()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., sum of m] of x [..., n]; bias [sum of m] or None."""
@@ -211,8 +216,28 @@ def _run(
                 latent = _latent(whole, inner, channels, pivots, ranks, widths, read)
                 _expanded(latent, outer, added, ranks, padded, y)
             else:
-                tensors = (whole, inner, channels, pivots, outer, added, y, groups, counters)
-                _launch(tensors, ranks, padded, read, config)
+                tensors = {
+                    "x_ptr": whole,
+                    "inner_ptr": inner,
+                    "channels_ptr": channels,
+                    "pivots_ptr": pivots,
+                    "outer_ptr": outer,
+                    "bias_ptr": y if added is None else added,
+                    "y_ptr": y,
+                    "groups_ptr": groups,
+                    "counters_ptr": counters,
+                    "arrivals_ptr": counters[kernels.COUNTERS :],
+                }
+                sizes = {
+                    "rows": rows,
+                    "x_blocks": whole.stride(0) // ALIGNMENT,
+                    "y_blocks": y.shape[1] // ALIGNMENT,
+                    "groups": len(ranks),
+                    "has_bias": int(bias is not None),
+                    "rest_block": ranks[0] // ALIGNMENT if read == IN_ORDER else 0,
+                    "READ": read,
+                }
+                _launch(tensors, sizes, ranks, padded, config.shrink, config)
     if padded != list(outputs):
         blocks = torch.split(y, padded, dim=1)
         y = torch.cat([b[:, :size] for b, size in zip(blocks, outputs, strict=True)], dim=1)
@@ -237,9 +262,10 @@ def _latent(
         grid = rows, triton.cdiv(z.shape[1] + rest.shape[1], _COPIED)
         kernels.gather[grid](x, channels, pivots, z, rest, *blocks, BLOCK=_COPIED)
     elif read == IN_ORDER:
-        z, rest = x[:, : ranks[0]].contiguous(), x[:, ranks[0] :]
+        # A copy, as z is added to: one row of x would count as contiguous, and be x itself.
+        z, rest = x[:, : ranks[0]].clone(memory_format=torch.contiguous_format), x[:, ranks[0] :]
     else:
-        z = x.new_zeros(rows, ranks[0])
+        z = x.new_empty(rows, ranks[0])
     factors = torch.split(inner, [rank * width for rank, width in zip(ranks, widths, strict=True)])
     parts = zip(
         torch.split(z, list(ranks), 1),
@@ -250,7 +276,8 @@ def _latent(
     )
     for own, other, factor, rank in parts:
         if factor.numel():
-            own.addmm_(other, factor.view(rank, -1).T)
+            # beta=0: whatever is in new memory, even NaN, counts for nothing.
+            own.addmm_(other, factor.view(rank, -1).T, beta=0 if read == PLAIN else 1)
     return z
 
 
@@ -278,59 +305,36 @@ def _expanded(
 
 
 def _launch(
-    tensors: tuple[Tensor | None, ...],
+    tensors: dict[str, Tensor],
+    sizes: dict[str, int],
     ranks: Sequence[int],
     outputs: Sequence[int],
-    read: int,
+    shrink: Tile,
     config: Config,
 ) -> None:
-    """One launch or two."""
-    assert config.shrink is not None
-    assert config.expand is not None
-    x, inner, channels, pivots, outer, bias, y, groups, counters = tensors
-    assert x is not None
-    assert y is not None
-    assert counters is not None
-    splits = config.shrink.splits
-    z = x.new_empty(len(x), sum(ranks))
-    sums = z
-    if splits > 1:
-        if triton.cdiv(len(x), config.shrink.rows) > _MOST_BLOCKS:
-            raise ValueError(f"{len(x)} rows; a split shrink takes {_MOST_BLOCKS} blocks of rows")
-        sums = x.new_empty(splits * len(x), sum(ranks), dtype=torch.float32)
-    sizes = {
-        "rows": len(x),
-        "x_blocks": x.stride(0) // ALIGNMENT,
-        "z_blocks": z.shape[1] // ALIGNMENT,
-        "y_blocks": y.shape[1] // ALIGNMENT,
-        "groups": len(ranks),
-        "has_bias": int(bias is not None),
-        "rest_block": ranks[0] // ALIGNMENT if read == IN_ORDER else 0,
-        "READ": read,
-        "SPLITS": splits,
-    }
-    added = y if bias is None else bias
-    arrivals = counters[kernels.COUNTERS :]
-    placed = (x, inner, channels, pivots, z, sums, arrivals, outer, added, y, groups, counters)
-    named = dict(zip(TENSORS, placed, strict=True)) | sizes
-    shrinks = sum(triton.cdiv(rank, config.shrink.columns) for rank in ranks)
-    expands = sum(triton.cdiv(size, config.expand.columns) for size in outputs)
+    """One launch or two; tensors and sizes by the names of the kernels' arguments."""
+    expand, rows = config.expand or shrink, sizes["rows"]
+    x = tensors["x_ptr"]
+    z = sums = x.new_empty(rows, sum(ranks))
+    if shrink.splits > 1:
+        if triton.cdiv(rows, shrink.rows) > _MOST_BLOCKS:
+            raise ValueError(f"{rows} rows; a split shrink takes {_MOST_BLOCKS} blocks of rows")
+        sums = x.new_empty(shrink.splits * rows, sum(ranks), dtype=torch.float32)
+    named = tensors | sizes | {"z_ptr": z, "sums_ptr": sums}
+    named |= {"z_blocks": z.shape[1] // ALIGNMENT, "SPLITS": shrink.splits}
+    shrinks = sum(triton.cdiv(rank, shrink.columns) for rank in ranks)
+    expands = sum(triton.cdiv(size, expand.columns) for size in outputs)
     steps: list[tuple[Any, Tile, tuple[int, ...], dict[str, int]]]
     if config.launch == "one":
-        programs = shrinks * config.shrink.splits + expands
+        programs = shrinks * shrink.splits + expands
         counts = {"shrink_tiles": shrinks, "tiles": programs}
-        steps = [(kernels.shrink_expand, config.shrink, (programs,), counts)]
+        steps = [(kernels.shrink_expand, shrink, (programs,), counts)]
     else:
         steps = [
-            (
-                kernel,
-                tile,
-                (triton.cdiv(sizes["rows"], tile.rows) * tiles, splits),
-                {"tiles": tiles},
-            )
+            (kernel, tile, (triton.cdiv(rows, tile.rows) * tiles, splits), {"tiles": tiles})
             for kernel, tile, tiles, splits in (
-                (kernels.shrink, config.shrink, shrinks, config.shrink.splits),
-                (kernels.expand, config.expand, expands, 1),
+                (kernels.shrink, shrink, shrinks, shrink.splits),
+                (kernels.expand, expand, expands, 1),
             )
         ]
     dtype, on_amd = x.dtype, torch.version.hip is not None
