@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from timing import graph_of
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from svdserve.bench.kernels import round_of
 from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part
 from svdserve.kernels import triton_linear as ours
@@ -127,7 +127,7 @@ class Decoder:
         self.bytes += part.factor_in.nbytes + part.factor_out.nbytes
         if not in_order:
             return module, None
-        channels = torch.cat([module.pivots, module.channels]).long()
+        channels = module.order
         return module, (channels.clamp(min=0), (channels >= 0).to(torch.bfloat16))
 
     def step(
@@ -206,7 +206,7 @@ def measure(
                 decoder._random(new, shape.head_dim // 2).view(1, new, 1, -1) for _ in range(2)
             )
             with torch.inference_mode():
-                run = graph_of([partial(decoder.step, tokens, caches, cos, sin)])
+                run = round_of([partial(decoder.step, tokens, caches, cos, sin)], device)
                 run()
                 seconds = statistics.median(run() for _ in range(9 if kind == "decode" else 5))
             found.append(

@@ -1,56 +1,37 @@
 """The low-rank linear on a GPU: right or not, which configuration, and how fast beside dense."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import fp8
 import torch
-from timing import copies, medians
 from torch import Tensor
 from torch.nn.functional import linear
 
+from svdserve.bench.kernels import Layer, copies_that_no_cache_holds, llama_layers, rounds
 from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part, reference
 from svdserve.kernels import triton_linear as ours
 
+T = ours.Tile
 TABLE_ROWS = (16, 32, 64, 128)  # rows up to which a line of a table holds
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear [outputs, inputs] of a model on one GPU."""
-
-    model: str
-    name: str
-    outputs: int
-    inputs: int
-
-
-def _model(
-    name: str, hidden: int, intermediate: int, heads: int, kv_heads: int, gpus: int = 1
-) -> tuple[Layer, ...]:
-    wide, narrow = heads * 128 // gpus, kv_heads * 128 // gpus
-    return (
-        Layer(name, "qkv_proj", wide + 2 * narrow, hidden),
-        Layer(name, "o_proj", hidden, wide),
-        Layer(name, "gate_up_proj", 2 * intermediate // gpus, hidden),
-        Layer(name, "down_proj", hidden, intermediate // gpus),
-    )
-
-
-LLAMA_8B = _model("Llama-3-8B", 4096, 14336, 32, 8)
-MODELS = (
-    *LLAMA_8B,
-    *_model("Qwen3-8B", 4096, 12288, 32, 8)[2:],  # its attention has the shapes of Llama's
-    *_model("Llama-3-70B", 8192, 28672, 64, 8),
-    *_model("Llama-3-70B TP 8", 8192, 28672, 64, 8, gpus=8),
-)
-DRY = (Layer("dry", "qkv_proj", 96, 64), Layer("dry", "down_proj", 64, 160))
+# The linears of a block on one GPU: hidden, intermediate, heads, kv heads, head_dim.
+MODELS = {
+    "Llama-3-8B": llama_layers(4096, 14336, 32, 8, 128),
+    # Its attention has the shapes of Llama's.
+    "Qwen3-8B": llama_layers(4096, 12288, 32, 8, 128)[2:],
+    "Llama-3-70B": llama_layers(8192, 28672, 64, 8, 128),
+    "Llama-3-70B TP 8": llama_layers(8192, 28672 // 8, 64 // 8, 8 // 8, 128),
+}
+DRY = {"dry": llama_layers(64, 80, 4, 2, 16)[:2]}
 
 
 class Weights:
@@ -64,7 +45,7 @@ class Weights:
         self.generator = torch.Generator(device).manual_seed(0)
         self.device = device
         stored = 2 * self.rank * (layer.outputs + layer.inputs - self.rank)
-        self.copies = copies(stored, dry)
+        self.copies = 2 if dry else copies_that_no_cache_holds(stored)
         order = torch.randperm(layer.inputs, generator=self.generator, device=device)
         pivots = order[: self.rank].sort().values.to(torch.int32)
         self.parts = [
@@ -86,6 +67,13 @@ class Weights:
 
     def prepared(self, in_order: bool = False) -> list[ours.TritonFactors]:
         return [ours.TritonFactors([part], in_order=in_order) for part in self.parts]
+
+
+def medians(
+    contenders: dict[str, list[Callable[[], Tensor]]], count: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a call of each contender in ``count`` rounds."""
+    return {n: statistics.median(s) for n, s in rounds(contenders, count, device).items()}
 
 
 def use(*configs: ours.Config) -> None:
@@ -141,7 +129,6 @@ def describe(config: ours.Config) -> str:
     return f"{config.launch} " + " ".join(parts)
 
 
-T = ours.Tile
 # By block of rows: tiles of shrink with the splits that are tried, tiles of expand.
 CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.Tile]]] = {
     16: (
@@ -222,15 +209,14 @@ def stages(rows: int, dry: bool) -> Iterator[Callable[[ours.Config], list[ours.C
     yield from (one_tile, the_other, the_launch)
 
 
-def tune(device: torch.device, budget_s: float, dry: bool) -> dict[str, Any]:
+def tune(device: torch.device, dry: bool) -> dict[str, Any]:
     """The fastest configuration for each number of rows over the layers of an 8B model.
 
     Args:
         device: of the weights.
-        budget_s: not used by the search; told in the result so that a reader can judge it.
         dry: few candidates, tiny layers.
     """
-    layers = DRY if dry else LLAMA_8B
+    layers = DRY["dry"] if dry else MODELS["Llama-3-8B"]
     keep = 0.6
     weights = [Weights(layer, keep, device, dry) for layer in layers]
     modules = [own.prepared() for own in weights]
@@ -255,9 +241,8 @@ def tune(device: torch.device, budget_s: float, dry: bool) -> dict[str, Any]:
             record["products"] = _cost(ours.Config(None), modules, inputs)
     return {
         "keep": keep,
-        "budget_s": budget_s,
         "microseconds_of_the_block": tried,
-        "chosen": {rows: _plain(config) for rows, config in chosen.items()},
+        "chosen": {rows: asdict(config) for rows, config in chosen.items()},
         "configs": chosen,
     }
 
@@ -271,15 +256,11 @@ def _cost(
     try:
         for copies_, x in zip(modules, inputs, strict=True):
             calls = [partial(module, x) for module in copies_]
-            total += medians({"own": calls}, 4)["own"]
+            total += medians({"own": calls}, 4, x.device)["own"]
     except Exception as error:  # a candidate that does not fit the card
         print(f"  {describe(config)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return math.inf
     return total * 1e6
-
-
-def _plain(config: ours.Config) -> dict[str, Any]:
-    return asdict(config)
 
 
 class _compilers:
@@ -334,7 +315,8 @@ def times(
     rows_tried = (1, 8) if dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
     first = ours.single(16, T(16, 16, 128, 2, 5)), ours.single(64, T(64, 32, 64, 4, 6))
     found = []
-    for layer in DRY if dry else MODELS:
+    models = DRY if dry else MODELS
+    for model, layer in [(name, layer) for name, own in models.items() for layer in own]:
         dense: list[Tensor] = []
         for keep in (0.8,) if dry else (0.8, 0.6, 0.4):
             if left() < 0:
@@ -358,7 +340,7 @@ def times(
                     return [partial(call, module) for module in modules]
 
                 products = (ours.Config(None),)
-                contenders: dict[str, list[Callable[[], Any]]] = {
+                contenders: dict[str, list[Callable[[], Tensor]]] = {
                     "dense": [partial(linear, x, weight) for weight in dense],
                     "gathered products": ours_with(products, modules, x),
                     "products in order": ours_with(products, ordered, arranged),
@@ -366,15 +348,16 @@ def times(
                 if rows <= TABLE_ROWS[-1]:
                     contenders["kernels"] = ours_with(table, modules, x)
                     contenders["kernels in order"] = ours_with(table, ordered, arranged)
-                if rows <= 64 and layer.model != "Qwen3-8B":
+                if rows <= 64 and model != "Qwen3-8B":
                     contenders["first edition"] = ours_with(first, modules, x)
-                if layer.model == "Llama-3-8B" and ordered[0].in_features == layer.inputs:
+                if model == "Llama-3-8B" and ordered[0].in_features == layer.inputs:
                     factors = [(part.factor_in, part.factor_out) for part in own.parts]
                     contenders |= fp8.contenders(dense, factors, x, arranged)
-                seconds = medians(contenders, 5)
+                seconds = medians(contenders, 5, device)
                 found.append(
                     {
-                        **asdict(layer),
+                        "model": model,
+                        **layer.model_dump(),
                         "keep": keep,
                         "rank": own.rank,
                         "rows": rows,

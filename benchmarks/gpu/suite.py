@@ -2,21 +2,21 @@
 
     python benchmarks/gpu/suite.py --out results/gpu_h100.json [--table FILE] [--dry]
 
-Needs torch, triton and transformers. Parts, each written as soon as it is known: whether every
-kernel is right (float64), which configuration is fastest for how many rows (the dispatch table),
-times of every layer of 8B and 70B shapes beside dense, a whole decoder of 8B shape, the linear
-algebra of compression, and the compression of two blocks. ``--dry`` runs all of it on tiny shapes
-on the CPU, where Triton's interpreter takes the place of the GPU.
+Needs Triton and what svdserve needs to compress. It runs these parts, and writes each as soon as it
+is known: whether every kernel is right (float64) and which configuration is fastest for how many
+rows (the dispatch table), times of every layer of 8B and 70B shapes beside dense, a whole decoder
+of 8B shape, the linear algebra of compression, and the compression of two blocks. ``--dry`` runs
+all of it on tiny shapes on the CPU, where Triton's interpreter takes the place of the GPU.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+
+from svdserve.compression.system.files import make_folder, write_json  # noqa: E402
 
 PARTS = ("kernels", "layers", "decoder", "linear_algebra", "compression")
 
@@ -51,6 +53,8 @@ class Suite:
     def __init__(self, out: Path, table: Path | None, seconds: float, dry: bool) -> None:
         self.out, self.table_file, self.dry = out, table, dry
         self.end = time.monotonic() + seconds
+        for file in filter(None, (out, table)):
+            make_folder(file.parent)
         self.device = torch.device("cpu" if dry else "cuda")
         self.report: dict[str, Any] = {
             "command": "python benchmarks/gpu/suite.py" + (" --dry" if dry else ""),
@@ -74,7 +78,7 @@ class Suite:
             traceback.print_exc()
             self.report["failed"][name] = traceback.format_exc()[-3000:]
         self.report["seconds"][name] = round(time.monotonic() - start, 1)
-        _write(self.out, self.report)
+        write_json(self.out, self.report)
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -86,14 +90,14 @@ class Suite:
     def _kernels(self) -> None:
         import layers
 
-        tuned = layers.tune(self.device, self.left(), self.dry)
+        tuned = layers.tune(self.device, self.dry)
         chosen = tuned.pop("configs")
         self.table = (*chosen.values(), layers.ours.Config(None))
         self.report["tuning"] = tuned
-        _write(self.out, self.report)
+        write_json(self.out, self.report)
         if self.table_file:
-            lines = [layers._plain(config) for config in self.table]
-            _write(self.table_file, {"machine": self.report["machine"], "bfloat16": lines})
+            lines = [asdict(config) for config in self.table]
+            write_json(self.table_file, {"machine": self.report["machine"], "bfloat16": lines})
         first = layers.ours.single(16, layers.T(16, 16, 128, 2, 5))
         self.report["correctness"] = layers.correctness(self.device, (*self.table, first), self.dry)
         if self.report["correctness"]["wrong"]:
@@ -140,13 +144,6 @@ def _machine(dry: bool) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

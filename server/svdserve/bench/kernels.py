@@ -203,7 +203,7 @@ def _measure(
     order = torch.randperm(layer.inputs, generator=generator, device=device)
     pivots = order[:rank].sort().values.to(torch.int32)
     kept = rank * (layer.outputs + layer.inputs - rank) * dtype.itemsize
-    copies = min(-(-_NO_CACHE_HOLDS // kept), _MOST_COPIES)
+    copies = copies_that_no_cache_holds(kept)
     inner, outer = random(rank, layer.inputs - rank), random(layer.outputs, rank)
     parts = [Part(inner.clone(), outer.clone(), pivots) for _ in range(copies)]
     request = Request.of(parts[:1], prepared=True)
@@ -221,9 +221,14 @@ def _measure(
         }
         for name, modules in prepared.items():
             contenders[name] = [partial(module, x) for module in modules]
-        seconds = _rounds(contenders, options.pairs, device)
+        seconds = rounds(contenders, options.pairs, device)
         op = choose(request).name
         yield KernelResult(layer=layer, keep=keep, rank=rank, rows=rows, op=op, seconds=seconds)
+
+
+def copies_that_no_cache_holds(stored_bytes: int) -> int:
+    """How many copies of a layer are more than any cache, within reason."""
+    return min(-(-_NO_CACHE_HOLDS // stored_bytes), _MOST_COPIES)
 
 
 def _both(inner: Product, outer: Product, x: Tensor) -> Tensor:
@@ -239,22 +244,22 @@ def _product(weight: Tensor) -> Product:
     return lambda x: operations._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def _rounds(
+def rounds(
     contenders: dict[str, list[Call]], pairs: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of one call of each contender in each round, after a round that does not count."""
-    rounds = {name: _round(calls, device) for name, calls in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    running = {name: round_of(calls, device) for name, calls in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     for index in range(pairs + 1):
-        names = list(rounds) if index % 2 == 0 else list(reversed(rounds))
+        names = list(running) if index % 2 == 0 else list(reversed(running))
         for name in names:
-            took = rounds[name]()
+            took = running[name]()
             if index:
                 seconds[name].append(took)
     return seconds
 
 
-def _round(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
+def round_of(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
     """Runs all calls, repeatedly if they are short; gives the seconds of one."""
     if device.type == "cuda":
         return _cuda_round(calls)
