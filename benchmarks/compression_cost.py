@@ -29,7 +29,7 @@ BASELINE = peak_bytes()
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from svdserve.compression.format.checkpoint import LOG_FILE
+from svdserve.compression.format.log import LOG_FILE
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from svdserve.cli.study import write_json
 from svdserve.compression.evaluation.perplexity import perplexity
-from svdserve.compression.format.checkpoint import read_json
 from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 

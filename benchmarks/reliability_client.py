@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from svdserve.bench.launch import running
-from svdserve.compression.format.checkpoint import is_checkpoint
+from svdserve.compression.format.reader import is_checkpoint
 from svdserve.compression.system.machine import this_machine
 
 HOST = "127.0.0.1"

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE
 
 KEEPS = (0.8, 0.6, 0.4)
 DECODE_ROWS = (1, 8, 32)
@@ -163,7 +163,7 @@ def model_gain(model: Model, keep: float, gpus: int, rows: int, gpu: Gpu, phase:
     slow = fast = heads / model.blocks
     for layer in model.layers():
         dense = sum(p.seconds(rows, gpu) for p in products(layer, None, gpus)) + phase
-        rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+        rank = INTERPOLATIVE.rank_for_keep(layer.outputs, layer.inputs, keep)
         slow += dense
         if rank is None or predict(layer, rank, gpus, 1, gpu, phase).gain < 1:
             fast += dense
@@ -183,7 +183,7 @@ def report(phase: float) -> dict[str, object]:
                     gains = {r: model_gain(model, keep, gpus, r, gpu, phase) for r in ROWS}
                     models.append(case | {"gain": gains})
                     for layer in model.layers():
-                        rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+                        rank = INTERPOLATIVE.rank_for_keep(layer.outputs, layer.inputs, keep)
                         assert rank is not None
                         rows = [predict(layer, rank, gpus, r, gpu, phase) for r in ROWS]
                         shape = asdict(layer) | {"rank": rank, "dense": rows[0].gain < 1}

@@ -19,7 +19,7 @@ import httpx
 from svdserve.bench.launch import running
 from svdserve.cli.study import write_json
 from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
-from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.system.machine import this_machine
 
 HOST = "127.0.0.1"

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from svdserve.bench.engine import BenchOptions, BenchResult, print_bench, run_bench
-from svdserve.compression.format.checkpoint import SINGLE_FILE
-from svdserve.compression.format.factors import rank_for_keep
-from svdserve.compression.format.schema import GROUPS, CheckpointConfig, ModuleSpec
+from svdserve.compression.format.layouts import INTERPOLATIVE
+from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.schema import CheckpointConfig, ModuleSpec
+from svdserve.compression.format.tensors import SINGLE_FILE
 
 KEEPS = (0.8, 0.6, 0.4)
 FILES = {"eager": "serving_1b.json", "compiled": "serving_1b_compiled.json"}
@@ -119,7 +120,7 @@ def _specs(prefix: str, keep: float) -> Iterator[tuple[str, ModuleSpec]]:
         parent, _, group = module.rpartition(".")
         shapes = [SHAPES[f"{parent}.{member}"] for member in GROUPS[group]]
         out, inputs = tuple(rows for rows, _ in shapes), shapes[0][1]
-        rank = rank_for_keep("interpolative", sum(out), inputs, keep)
+        rank = INTERPOLATIVE.rank_for_keep(sum(out), inputs, keep)
         spec = {"members": GROUPS[group], "layout": "interpolative", "rank": rank}
         yield f"{prefix}.{module}", ModuleSpec.model_validate(spec | {"in": inputs, "out": out})
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from svdserve.cli.study import write_json
-from svdserve.compression.format.checkpoint import is_checkpoint, read_json
+from svdserve.compression.format.reader import is_checkpoint
 from svdserve.compression.format.schema import parse_config
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.machine import this_machine
 from svdserve.server.cpu_install import work_around
 

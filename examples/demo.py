@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svdserve.bench.launch import running
-from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.server.serve import DEFAULT_HOST, check_port
 
 SMOLLM2 = Path(os.path.relpath(Path(__file__).with_name("smollm2.py")))

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from svdserve.compression.format.factors import interpolative, parameters
 
-from svdserve.compression.format.checkpoint import SINGLE_FILE, read_json
-from svdserve.compression.format.factors import Factors, Layout, interpolative, parameters
-from svdserve.compression.format.schema import GROUPS, CheckpointConfig, ModuleSpec
+from svdserve.compression.format.layouts import Factors, Layout
+from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.schema import CheckpointConfig, ModuleSpec
+from svdserve.compression.format.tensors import SINGLE_FILE
+from svdserve.compression.format.untrusted import read_json
 
 RankRule = Callable[[str, int, int], int]
 """Rank of the module of this name with a weight [m, n]."""

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.format.checkpoint import LOG_FILE, check_finite, open_checkpoint
 from svdserve.compression.format.integrity import verify
+from svdserve.compression.format.log import LOG_FILE
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from zygote import Zygote
 
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from svdserve.cli import main as cli
-from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.recipe import make_recipe
 from variants import make_variants

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from svdserve.bench.kernels import round_of
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.kernels import Part
 from svdserve.kernels import triton_linear as ours
 
@@ -115,7 +115,7 @@ class Decoder:
         counted: int | None = None,
     ) -> tuple[Apply, tuple[Tensor, Tensor] | None]:
         """The product, and the order of x that it wants with zeros where that is padded."""
-        rank = keep and rank_for_keep("interpolative", counted or outputs, inputs, keep)
+        rank = keep and INTERPOLATIVE.rank_for_keep(counted or outputs, inputs, keep)
         if not rank:
             weight = self._random(outputs, inputs)
             self.bytes += weight.nbytes

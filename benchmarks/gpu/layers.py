@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from svdserve.bench.kernels import Layer, copies_that_no_cache_holds, llama_layers, rounds
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.kernels import Part, reference
 from svdserve.kernels import triton_linear as ours
 
@@ -38,7 +38,7 @@ class Weights:
     """A layer's dense weight and its factors, in as many copies as no cache holds."""
 
     def __init__(self, layer: Layer, keep: float, device: torch.device, dry: bool) -> None:
-        rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+        rank = INTERPOLATIVE.rank_for_keep(layer.outputs, layer.inputs, keep)
         assert rank is not None
         self.layer, self.keep = layer, keep
         self.rank = rank if dry else rank // 16 * 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svdserve.bench import kernels as bench
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.implementations import Request, choose
 
@@ -28,7 +28,7 @@ def test_compares_dense_the_two_products_and_every_implementation(
             (0.8, 1), (0.8, 3), (0.5, 1), (0.5, 3),
         ]  # fmt: skip
         for one in found.results:
-            assert one.rank == rank_for_keep("interpolative", 48, 64, one.keep)
+            assert one.rank == INTERPOLATIVE.rank_for_keep(48, 64, one.keep)
             columns = (64 - one.rank, one.rank)
             request = Request("cpu", getattr(torch, dtype), columns, prepared=True)
             assert one.op == choose(request).name

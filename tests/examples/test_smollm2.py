@@ -10,13 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smollm2 import fetch_smollm2
-from svdserve.compression.format.checkpoint import (
-    SINGLE_FILE,
-    Checkpoint,
-    open_checkpoint,
-    read_json,
-)
+from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import linears_of
+from svdserve.compression.format.tensors import SINGLE_FILE
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from vllm_run import run

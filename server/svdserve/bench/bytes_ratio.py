@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from svdserve.compression.format.checkpoint import TensorFiles, read_json
+from svdserve.compression.format.tensors import TensorFiles
+from svdserve.compression.format.untrusted import read_json
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")

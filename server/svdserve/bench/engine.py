@@ -30,7 +30,7 @@ from rich.table import Table
 from svdserve.bench.bytes_ratio import StepWork, model_work
 from svdserve.bench.plots import Point, draw
 from svdserve.bench.worker import EngineOptions
-from svdserve.compression.format.checkpoint import read_json
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.hub import model_name
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from svdserve.compression.format.checkpoint import read_json
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine, usable_device
 from svdserve.kernels.implementations import (
@@ -184,7 +184,7 @@ def print_kernel_bench(bench: KernelBench) -> None:
 
 
 def _rank(layer: Layer, keep: float) -> int:
-    rank = rank_for_keep("interpolative", layer.outputs, layer.inputs, keep)
+    rank = INTERPOLATIVE.rank_for_keep(layer.outputs, layer.inputs, keep)
     if rank is None:
         raise UserError(f"{layer.name}: nothing to measure at keep {keep:g}; it stays dense")
     return rank

@@ -324,7 +324,7 @@ def verify(
     Exit code 1 if a layer is wrong.
     """
     options.grant(allow_links=allow_links)
-    from svdserve.compression.format.checkpoint import open_checkpoint
+    from svdserve.compression.format.reader import open_checkpoint
     from svdserve.compression.model.hub import resolve_model
 
     directory = resolve_model(model)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from svdserve.compression.format.checkpoint import TensorFiles
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.system.errors import UserError
 
 _ENV_KV_GIB = "VLLM_CPU_KVCACHE_SPACE"

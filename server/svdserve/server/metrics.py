@@ -19,7 +19,8 @@ import psutil
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from pydantic import BaseModel, ConfigDict
 
-from svdserve.compression.format.checkpoint import TensorFiles, is_checkpoint, open_checkpoint
+from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.server.capacity import available_bytes
 from svdserve.server.worker import WorkerReport, slowest_load
 

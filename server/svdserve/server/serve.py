@@ -17,13 +17,9 @@ from pathlib import Path
 import yaml
 
 from svdserve.cli.words import require_vllm
-from svdserve.compression.format.checkpoint import (
-    TensorFiles,
-    check_sizes,
-    is_checkpoint,
-    open_checkpoint,
-    read_json,
-)
+from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles, check_sizes
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.hub import model_name, resolve_model
 from svdserve.compression.system.errors import UserError
 from svdserve.server.capacity import add_memory_flags, check_memory

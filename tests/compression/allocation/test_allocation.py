@@ -16,7 +16,7 @@ from svdserve.compression.allocation.registry import (
     scores,
     uniform,
 )
-from svdserve.compression.format.factors import rank_for_keep
+from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR
 from svdserve.compression.system.errors import UserError
 
 SHAPES = [(12, 16), (16, 12), (30, 10), (8, 20)]
@@ -82,7 +82,7 @@ def test_uniform_is_the_keep_ratio_of_every_module():
     modules = {f"m{i}": module(i, *shape) for i, shape in enumerate(SHAPES)}
     for layout in ("pair", "interpolative"):
         got = uniform(modules, Budget(0.7, layout))
-        expected = {n: rank_for_keep(layout, *s, 0.7) for n, s in zip(modules, SHAPES, strict=True)}
+        expected = {n: layout.rank_for_keep(*s, 0.7) for n, s in zip(modules, SHAPES, strict=True)}
         assert got == expected
 
 
@@ -90,8 +90,8 @@ def test_attention_keep_gives_the_rest_to_the_mlp():
     modules = {f"m{i}": module(i, 512, 512) for i in range(4)}  # even ones are attention
     budget = Budget(0.8, "pair")
     ranks = uniform(modules, budget, attention_keep=0.9)
-    assert ranks["m0"] == ranks["m2"] == rank_for_keep("pair", 512, 512, 0.9)
-    assert ranks["m1"] == ranks["m3"] == rank_for_keep("pair", 512, 512, 0.7)
+    assert ranks["m0"] == ranks["m2"] == PAIR.rank_for_keep(512, 512, 0.9)
+    assert ranks["m1"] == ranks["m3"] == PAIR.rank_for_keep(512, 512, 0.7)
     with pytest.raises(UserError, match=r"attention_keep is 0.5.*the MLP would keep 1.10"):
         uniform(modules, budget, attention_keep=0.5)
 
@@ -100,7 +100,7 @@ def test_last_blocks_leaves_the_first_ones_dense():
     modules = {f"m{i}": module(i, 256, 256) for i in range(8)}  # four blocks
     ranks = last_blocks(modules, Budget(0.8, "pair"), blocks=1)
     assert [ranks[f"m{i}"] for i in range(6)] == [None] * 6
-    assert ranks["m6"] == ranks["m7"] == rank_for_keep("pair", 256, 256, 0.2)
+    assert ranks["m6"] == ranks["m7"] == PAIR.rank_for_keep(256, 256, 0.2)
     with pytest.raises(UserError, match="give more blocks"):
         last_blocks(modules, Budget(0.6, "pair"), blocks=1)
 
@@ -110,7 +110,7 @@ def test_floor_keeps_a_share_of_the_uniform_parameters():
     budget = Budget(0.6, "interpolative")
     starved = divergence(modules, budget, floor=0.0)
     fed = divergence(modules, budget, floor=0.7)
-    least = rank_for_keep("interpolative", 128, 128, 0.7 * 0.6)
+    least = INTERPOLATIVE.rank_for_keep(128, 128, 0.7 * 0.6)
     assert min(starved[f"m{i}"] or 0 for i in range(1, 4)) < least
     assert all(rank is None or rank >= least for rank in fed.values())
 

@@ -11,7 +11,8 @@ from models import save_model
 from svdserve.compression.evaluation import compare as module
 from svdserve.compression.evaluation.compare import Comparison, Evaluation, compare, markdown, plot
 from svdserve.compression.evaluation.perplexity import perplexity
-from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
+from svdserve.compression.format.reader import open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe

@@ -14,7 +14,8 @@ from checkpoints import write_checkpoint
 from models import random_tokens, save_model
 from svdserve.compression.evaluation import perplexity as evaluate
 from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
-from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
+from svdserve.compression.format.reader import open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.system.errors import UserError
 
 SEQ_LEN = 24

@@ -11,15 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.format.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorFiles,
-    check_finite,
-    open_checkpoint,
-)
-from svdserve.compression.format.factors import LAYOUTS
+from svdserve.compression.format.layouts import LAYOUTS
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import CheckpointConfig, parse_config
+from svdserve.compression.format.tensors import INDEX_FILE, SINGLE_FILE, TensorFiles
 from svdserve.compression.format.writer import merge_shards
 from svdserve.compression.system.errors import UserError
 

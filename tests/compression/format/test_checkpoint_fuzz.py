@@ -29,13 +29,9 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
 from svdserve.compression.evaluation.inspection import inspect_checkpoint, print_inspection
-from svdserve.compression.format.checkpoint import (
-    INDEX_FILE,
-    LOG_FILE,
-    SINGLE_FILE,
-    check_finite,
-    open_checkpoint,
-)
+from svdserve.compression.format.log import LOG_FILE
+from svdserve.compression.format.reader import check_finite, open_checkpoint
+from svdserve.compression.format.tensors import INDEX_FILE, SINGLE_FILE
 from svdserve.compression.format.writer import merge_shards
 from svdserve.compression.system.errors import UserError
 from svdserve.server.serve import check_model
@@ -522,7 +518,7 @@ def test_factors_without_their_configuration_are_not_served_as_a_dense_model(vic
 _LIMITED = """
 import json, resource, sys
 from pathlib import Path
-from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.server.serve import check_model
 check_finite(open_checkpoint(Path(sys.argv[1])))  # imports and buffers are there now

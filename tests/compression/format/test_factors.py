@@ -2,16 +2,11 @@
 
 import pytest
 import torch
+from svdserve.compression.format.factors import interpolative, parameters, rank_for_keep
 
-from svdserve.compression.format.factors import (
-    LAYOUTS,
-    Factors,
-    interpolative,
-    other_channels,
-    parameters,
-    rank_for_keep,
-)
+from svdserve.compression.format.layouts import LAYOUTS, Factors
 from svdserve.kernels import lowrank_linear
+from svdserve.kernels.parts import other_channels
 
 SHAPES = [(12, 20, 5), (20, 12, 11), (7, 7, 7), (9, 30, 1), (30, 9, 9)]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from svdserve.compression.format.factors import parameters
 
 from svdserve.compression.format import checkpoint
-from svdserve.compression.format.factors import Factors, parameters
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.format.schema import parse_config
 from svdserve.kernels.reference import lowrank_linear, project
 

@@ -12,18 +12,14 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
 from svdserve.compression.evaluation.inspection import inspect_checkpoint
-from svdserve.compression.format.checkpoint import (
-    LOG_FILE,
-    SINGLE_FILE,
-    check_finite,
-    open_checkpoint,
-)
-from svdserve.compression.format.factors import LAYOUTS, Layout
-from svdserve.compression.format.int8 import dequantized, quantized
+from svdserve.compression.format.codecs.int8 import dequantized, quantized
+from svdserve.compression.format.layouts import LAYOUTS, Layout
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import parse_config
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
 from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.workdir import WorkDirectory

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import ARCHITECTURES, random_tokens, save_model
-from svdserve.compression.format.factors import LAYOUTS, Layout
+from svdserve.compression.format.layouts import LAYOUTS, Layout
 from svdserve.compression.model.modules import LowRankLinear
 from svdserve.compression.system.errors import UserError
 

@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
+from svdserve.compression.format.factors import interpolative
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from svdserve.compression.format.factors import Factors, Layout, interpolative
+from svdserve.compression.format.layouts import Factors, Layout
 from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.model.modules import (
     LowRankLinear,

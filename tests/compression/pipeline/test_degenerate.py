@@ -7,21 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from svdserve.compression.format.factors import interpolative, stored
 from torch import Tensor
 
 from models import save_model
 from svdserve.compression.allocation.registry import ALLOCATORS, Budget, Module
-from svdserve.compression.format.checkpoint import (
-    LOG_FILE,
-    SINGLE_FILE,
-    check_finite,
-    open_checkpoint,
-)
-from svdserve.compression.format.factors import Factors, interpolative, stored
+from svdserve.compression.format.layouts import Factors
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import check_finite, open_checkpoint
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import METHODS
 from svdserve.compression.pipeline import job as job_module
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.statistics.linalg import relative_error
 from svdserve.compression.statistics.moments import Statistics

@@ -15,8 +15,8 @@ import torch
 
 from kills import contents, kill_and_resume
 from models import save_model
-from svdserve.compression.format.checkpoint import SINGLE_FILE
 from svdserve.compression.format.integrity import SUMS_FILE, verify
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.system.errors import UserError
 from zygote import Ended, Zygote, zygote
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, save_model
-from svdserve.compression.format.checkpoint import LOG_FILE, check_finite, open_checkpoint
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import linears_of
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
 
@@ -201,7 +201,7 @@ _COMMAND = """
 import sys
 from pathlib import Path
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import read_log
+from svdserve.compression.format.log import read_log
 from svdserve.compression.pipeline.recipe import make_recipe, make_run
 model, out, text = sys.argv[1:4]
 compress(model, Path(out), make_recipe(calibration=text, tokens=2048, seq_len=64),

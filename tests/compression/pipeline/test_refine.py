@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import save_model
-from svdserve.compression.format.checkpoint import SINGLE_FILE, check_finite, open_checkpoint
+from svdserve.compression.format.reader import check_finite, open_checkpoint
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Refinement, Run, load_recipe, make_recipe

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from models import random_tokens, save_model
 from svdserve.compression.evaluation.inspection import inspect_checkpoint
-from svdserve.compression.format.checkpoint import LOG_FILE, SINGLE_FILE, open_checkpoint
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.schema import linears_of
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline.job import Job, compress
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
 from svdserve.server.metrics import model_facts

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from svdserve.compression.format.factors import interpolative
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from models import ARCHITECTURES, build_model, random_tokens, save_model
-from svdserve.compression.format.factors import Factors, interpolative
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.model.containers import learn_containers
 from svdserve.compression.model.skeleton import Group, Skeleton

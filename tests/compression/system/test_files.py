@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from models import save_model
+from svdserve.compression.format.log import read_log
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_output, exclusive, replacing, write_text

@@ -10,10 +10,10 @@ import torch
 
 from models import save_model
 from svdserve.compression.evaluation.perplexity import perplexity
-from svdserve.compression.format.checkpoint import LOG_FILE, open_checkpoint
+from svdserve.compression.format.log import LOG_FILE, log_event
+from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.pipeline.card import CARD_FILE
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.progress import log_event
 from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
 from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.walk import Streams

@@ -14,7 +14,8 @@ from test_served_logits import PROMPTS, Case, assert_equals_dense
 
 from checkpoints import write_checkpoint
 from models import save_model
-from svdserve.compression.format.checkpoint import SINGLE_FILE, read_json
+from svdserve.compression.format.tensors import SINGLE_FILE
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 from vllm_run import run
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import round_rows, write_checkpoint
 from models import random_tokens, save_model
-from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
+from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import linears_of
 from vllm_run import Served, run
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import write_checkpoint
 from models import random_tokens, save_model
-from svdserve.compression.format.factors import LAYOUTS, Layout
+from svdserve.compression.format.layouts import LAYOUTS, Layout
 from svdserve.kernels.cpu import unsupported
 from vllm_run import Served, run
 

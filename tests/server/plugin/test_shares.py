@@ -9,8 +9,8 @@ from torch import Tensor
 
 from checkpoints import random_factors, write_checkpoint
 from models import save_model
-from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
-from svdserve.compression.format.factors import LAYOUTS, Factors, Layout
+from svdserve.compression.format.layouts import LAYOUTS, Factors, Layout
+from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.server.plugin.quantization import Part
 from svdserve.server.plugin.shares import Places, read_dense, read_factors
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.format.factors import Layout, parameters, rank_for_keep
+from svdserve.compression.format.layouts import Layout
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.hyperparameters import Parameters
 
@@ -69,7 +69,7 @@ class Budget:
 
     def rank(self, module: Module, keep: float) -> int | None:
         """The largest rank within ``keep`` of the module's dense parameters, or the least one."""
-        rank = rank_for_keep(self.layout, module.out_features, module.in_features, keep)
+        rank = self.layout.rank_for_keep(module.out_features, module.in_features, keep)
         if rank is None:
             return None
         return (rank - rank % self.multiple) or self.ranks(module)[0]
@@ -87,7 +87,7 @@ class Budget:
         """Stored parameters."""
         if rank is None:
             return module.dense
-        return parameters(self.layout, module.out_features, module.in_features, rank)
+        return self.layout.parameters(module.out_features, module.in_features, rank)
 
     def share(self, modules: Mapping[str, Module], keep: float) -> Ranks:
         """The same ``keep`` for every module, and no more than that for all of them together.

@@ -17,8 +17,9 @@ from rich.console import Console
 from svdserve.compression.evaluation.perplexity import Perplexity, perplexity
 from svdserve.compression.evaluation.plots import new_figure, save_figure
 from svdserve.compression.evaluation.tasks import TaskScores, task_scores
-from svdserve.compression.format.checkpoint import TensorFiles, read_json
 from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.format.tensors import TensorFiles
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.hub import model_name, resolve_model
 from svdserve.compression.pipeline.calibration.tokens import calibration_digests
 from svdserve.compression.pipeline.card import add_results

@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from svdserve.compression.format.checkpoint import LOG_FILE, Checkpoint, open_checkpoint
-from svdserve.compression.format.factors import parameters
-from svdserve.compression.format.schema import GROUPS
-from svdserve.compression.pipeline.progress import read_log
-
-_DENSE_LINEARS = {member: group for group, members in GROUPS.items() for member in members}
+from svdserve.compression.format.legacy import role_of
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import Checkpoint, open_checkpoint
+from svdserve.compression.format.roles import ROLES, Role
 
 
 class ModuleFacts(BaseModel):
@@ -27,6 +25,7 @@ class ModuleFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str
+    role: Role
     layout: str
     rank: int | None
     dtype: str
@@ -69,7 +68,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         directory=str(directory),
         base_model=checkpoint.config.base_model,
         keep=checkpoint.config.keep,
-        modules=tuple(sorted(rows, key=lambda row: _order(row.module))),
+        modules=tuple(sorted(rows, key=_order)),
         factored_nbytes=stored["lowrank"],
         other_nbytes=stored["dense"],
         dense_equivalent_nbytes=stored["dense_equivalent"],
@@ -117,12 +116,13 @@ def _factored(
         logged = log.get(name, {})
         yield ModuleFacts(
             module=name,
+            role=spec.role,
             layout=spec.layout,
             rank=spec.rank,
             dtype=_dtype(checkpoint, f"{name}.factor_in"),
             full_rank=min(spec.stacked, spec.in_features),
-            parameters=parameters(spec.layout, spec.stacked, spec.in_features, spec.rank),
-            dense_parameters=spec.stacked * spec.in_features,
+            parameters=spec.parameters()[0],
+            dense_parameters=spec.parameters()[1],
             nbytes=nbytes,
             dense_nbytes=dense_nbytes,
             error=logged.get("error"),
@@ -131,13 +131,19 @@ def _factored(
 
 
 def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
-    """The linears that could have been factored and were kept."""
+    """The linears that could have been factored and are stored whole.
+
+    Versions 1 and 2 of the format do not list all of them, so names tell there.
+    """
+    listed = checkpoint.config.linears
     for name, info in checkpoint.files.info.items():
         module, _, suffix = name.rpartition(".")
-        if suffix == "weight" and module.rpartition(".")[2] in _DENSE_LINEARS:
+        role = listed[module].role if module in listed else role_of(module)
+        if suffix == "weight" and (module in listed or role != "other"):
             nbytes, dense_nbytes = checkpoint.bytes_of(module)
             yield ModuleFacts(
                 module=module,
+                role=role,
                 layout="dense",
                 rank=None,
                 dtype=_dtype(checkpoint, name),
@@ -174,14 +180,12 @@ def _finite(value: object) -> float | None:
         return None
 
 
-def _order(module: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 10 after layer 9 and the groups of a block in the order of the forward pass."""
-    parent, _, leaf = module.rpartition(".")
-    group = _DENSE_LINEARS.get(leaf, leaf)
-    place = list(GROUPS).index(group) if group in GROUPS else len(GROUPS)
-    path = parent.split(".")[:-1]  # without self_attn or mlp, which ``place`` tells apart
+def _order(row: ModuleFacts) -> list[tuple[int, int, str]]:
+    """Sorts layer 10 after layer 9 and the modules of a block in the order of the forward pass."""
+    # Without self_attn or mlp, which the role tells apart.
+    path = row.module.split(".")[:-2]
     numbers = [(int(part), 0, "") if part.isdigit() else (0, 0, part) for part in path]
-    return [*numbers, (0, place, module)]
+    return [*numbers, (0, ROLES.index(row.role), row.module)]
 
 
 def _cell(value: float | None, form: str) -> str:

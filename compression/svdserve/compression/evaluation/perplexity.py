@@ -17,13 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from svdserve.compression.format.checkpoint import (
-    TensorFiles,
-    is_checkpoint,
-    open_checkpoint,
-    read_json,
-)
 from svdserve.compression.format.integrity import file_sha256
+from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.calibration.texts import read_file
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine

@@ -1,9 +1,9 @@
-"""The ``quantization_config`` block that svdserve writes into config.json, versions 1 and 2.
+"""The ``quantization_config`` block that svdserve writes into config.json, version 3.
 
-FORMAT.md in this folder describes the format in prose. This module imports pydantic only, so that
-every reader (transformers, vLLM, tools) can share it.
+FORMAT.md in this folder describes the format in prose; legacy.py reads versions 1 and 2.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -11,52 +11,68 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
+    field_validator,
     model_validator,
 )
 
-from svdserve.compression.format.factors import Layout
-from svdserve.compression.format.int8 import Weights
+from svdserve.compression.format import legacy
+from svdserve.compression.format.codecs import Codec, get_codec
+from svdserve.compression.format.layouts import Layout, get_layout
+from svdserve.compression.format.roles import Role
 from svdserve.compression.system.errors import UserError
 
 QUANT_METHOD = "svdserve"
-FLOAT_VERSION: Literal[1] = 1
-INT8_VERSION: Literal[2] = 2
-FORMAT_VERSIONS = (FLOAT_VERSION, INT8_VERSION)
-
-# One stacked weight per group; the names are those of vLLM's merged layers.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "o_proj": ("o_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}
-
+FORMAT_VERSION: Literal[3] = 3
+FORMAT_VERSIONS = (*legacy.VERSIONS, FORMAT_VERSION)
 
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=500)]
+MemberName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(\[[0-9]+\])?$", max_length=500)
+]
 
 
-class ModuleSpec(BaseModel):
-    """One factored module: a single linear, or the stacked linears of a group."""
+class LinearSpec(BaseModel):
+    """A linear of a group that is stored whole.
+
+    Attributes:
+        role: what its group is in the block.
+        codec: how its weight is encoded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role = "other"
+    codec: str = "float"
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str) -> str:
+        return get_codec(name).name
+
+
+class ModuleSpec(LinearSpec):
+    """One factored module: a single linear, or the stacked linears of a group.
+
+    Attributes:
+        members: the linears that it stands for, in stacking order, below the module's parent.
+        layout: how the weight of rank ``rank`` is stored; ``codec`` encodes its matrices.
+        in_features: n.
+        out_features: rows of each member; they add up to m.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    members: tuple[str, ...] = Field(min_length=1)
-    layout: Layout
+    members: tuple[MemberName, ...] = Field(min_length=1)
+    layout: str
     rank: PositiveInt
     in_features: PositiveInt = Field(alias="in")
     out_features: tuple[PositiveInt, ...] = Field(alias="out")
-    weights: Weights = "float"
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Version 1 has no ``weights``."""
-        fields: dict[str, Any] = handler(self)
-        if self.weights == "float":
-            del fields["weights"]
-        return fields
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, name: str) -> str:
+        return get_layout(name).name
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -72,64 +88,60 @@ class ModuleSpec(BaseModel):
         """Rows m of the stacked weight."""
         return sum(self.out_features)
 
+    def layout_and_codec(self) -> tuple[Layout, Codec]:
+        """The objects that the names stand for."""
+        return get_layout(self.layout), get_codec(self.codec)
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of this module, by its suffix."""
-        pair = self.layout == "pair"
-        shapes: dict[str, tuple[int, ...]] = {
-            "factor_in": (self.rank, self.in_features - (0 if pair else self.rank)),
-            "factor_out": (self.stacked, self.rank),
-        }
-        if not pair:
-            shapes["pivots"] = (self.rank,)
-        if self.weights == "int8":
-            shapes |= {"factor_in_scale": (self.rank,), "factor_out_scale": (self.stacked,)}
+        layout, codec = self.layout_and_codec()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in layout.shapes(self.stacked, self.in_features, self.rank).items():
+            if name in layout.indices:
+                shapes[name] = shape
+            else:
+                parts = codec.shapes(shape).items()
+                shapes |= {f"{name}{suffix}": size for suffix, size in parts}
         return shapes
+
+    def parameters(self) -> tuple[int, int]:
+        """Stored and dense parameters; indices and scales do not count."""
+        m, n = self.stacked, self.in_features
+        return get_layout(self.layout).parameters(m, n, self.rank), m * n
 
 
 class CheckpointConfig(BaseModel):
-    """The ``quantization_config`` block of an svdserve checkpoint."""
+    """The ``quantization_config`` block of an svdserve checkpoint.
+
+    Attributes:
+        modules: the factored modules by their full names.
+        linears: the linears of the model's groups that are stored whole, by their full names. A
+            linear that is missing here and in ``modules`` is stored as in the dense model.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     quant_method: Literal["svdserve"] = "svdserve"
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[3] = FORMAT_VERSION
     base_model: str
     keep: float = Field(gt=0, le=1)
     modules: dict[ModuleName, ModuleSpec]
-    int8_linears: tuple[ModuleName, ...] = ()
-    """Dense linears whose weights are int8, by their full names."""
+    linears: dict[ModuleName, LinearSpec] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
-
-    @model_serializer(mode="wrap")
-    def _as_its_version(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if self.format_version == FLOAT_VERSION:
-            del fields["int8_linears"]
-        return fields
-
-    @model_validator(mode="after")
-    def _version_has_int8(self) -> Self:
-        first = next((name for name, spec in self.modules.items() if spec.weights == "int8"), None)
-        first = first or next(iter(self.int8_linears), None)
-        if self.format_version == FLOAT_VERSION and first is not None:
-            raise ValueError(f"{first}: int8 weights need format_version {INT8_VERSION}")
-        return self
 
     @model_validator(mode="after")
     def _members_once(self) -> Self:
         owner: dict[str, str] = {}
         for name, spec in self.modules.items():
-            expected = GROUPS.get(name.rpartition(".")[2], (name.rpartition(".")[2],))
-            if spec.members != expected:
-                raise ValueError(f"{name}: members {list(spec.members)}, expected {list(expected)}")
+            if len(spec.members) == 1 and linears_of(name, spec) != [name]:
+                raise ValueError(f"{name}: its one member is {spec.members[0]}; it must be itself")
             for linear in linears_of(name, spec):
                 if linear in owner:
                     raise ValueError(f"{linear} is factored by {owner[linear]} and by {name}")
                 owner[linear] = name
-        for linear in self.int8_linears:
+        for linear in self.linears:
             if linear in owner:
-                raise ValueError(f"int8_linears: {linear} belongs to {owner[linear]}")
-            owner[linear] = "int8_linears"
+                raise ValueError(f"linears: {linear} belongs to {owner[linear]}")
         return self
 
     @property
@@ -137,9 +149,22 @@ class CheckpointConfig(BaseModel):
         """Factored module of each factored linear, by the linear's full name."""
         return {li: name for name, spec in self.modules.items() for li in linears_of(name, spec)}
 
+    @property
+    def encoded_linears(self) -> dict[str, LinearSpec]:
+        """The linears whose weights are stored whole and not as plain floating-point numbers."""
+        return {
+            name: spec for name, spec in self.linears.items() if not get_codec(spec.codec).plain
+        }
+
     def dump(self) -> dict[str, Any]:
         """The block as written to config.json."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def parameters_of(modules: Mapping[str, ModuleSpec]) -> tuple[int, int]:
+    """Stored and dense parameters of factored modules; indices and scales do not count."""
+    each = [spec.parameters() for spec in modules.values()]
+    return sum(stored for stored, _ in each), sum(dense for _, dense in each)
 
 
 def linears_of(module: str, spec: ModuleSpec) -> list[str]:
@@ -149,7 +174,7 @@ def linears_of(module: str, spec: ModuleSpec) -> list[str]:
 
 
 def parse_config(block: dict[str, Any], source: str = "config.json") -> CheckpointConfig:
-    """Check a ``quantization_config`` block.
+    """Check a ``quantization_config`` block of any version; it becomes one of version 3.
 
     Raises:
         UserError: it is no svdserve block, of an unknown version, or malformed; names the module.
@@ -161,14 +186,18 @@ def parse_config(block: dict[str, Any], source: str = "config.json") -> Checkpoi
             "compress the model with `svdserve compress` first"
         )
     if version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+        known = ", ".join(map(str, FORMAT_VERSIONS))
         raise UserError(
             f"{source}: format_version {version!r} is not supported (this svdserve reads "
             f"{known}); upgrade svdserve or compress the model again"
         )
     try:
+        if version in legacy.VERSIONS:
+            block = legacy.upgraded(block)
         return CheckpointConfig.model_validate(block)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "quantization_config"
         raise UserError(f"{source}: {place}: {first['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: quantization_config: {error}") from None

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from svdserve.compression.format.checkpoint import INDEX_FILE, SINGLE_FILE
+from svdserve.compression.format.tensors import INDEX_FILE, SINGLE_FILE
 
 MAX_SHARD_BYTES = 5_000_000_000
 

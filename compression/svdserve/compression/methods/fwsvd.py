@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.methods.registry import Solution, method
 from svdserve.compression.statistics.linalg import left_subspace
 from svdserve.compression.statistics.moments import Statistics

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.methods.learned.learner import Learner
 from svdserve.compression.statistics.moments import DESCRIPTIONS, Statistic, Statistics
 from svdserve.compression.system.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.methods.saes_svd import Beta, Range, beta_needs, solve_shifted
 from svdserve.compression.statistics.linalg import left_subspace, shrunk_root

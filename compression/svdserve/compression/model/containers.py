@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from svdserve.compression.format.schema import GROUPS
+from svdserve.compression.format.legacy import GROUPS
 from svdserve.compression.model.building import foreign_code
 from svdserve.compression.model.skeleton import Call, Group, Skeleton
 from svdserve.compression.system.errors import UserError

@@ -18,9 +18,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from svdserve.compression.format.checkpoint import check_finite, open_checkpoint
+from svdserve.compression.format.codecs import get_codec
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD, CheckpointConfig, parse_config
-from svdserve.compression.model.modules import Int8Linear, replace_group
+from svdserve.compression.model.modules import EncodedLinear, replace_group
 from svdserve.compression.system.errors import UserError
 
 
@@ -42,8 +43,7 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts factored modules in place of linears before transformers loads the weights.
 
     The checkpoint is validated while the model is still on the meta device: a broken one raises
-    UserError before memory is taken. The factors train like any other parameters, unless they are
-    int8.
+    UserError before memory is taken. Factors of a plain codec train like any other parameters.
     """
 
     quantization_config: SvdserveConfig
@@ -51,8 +51,8 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         config = self.quantization_config.checkpoint
-        int8 = any(spec.weights == "int8" for spec in config.modules.values())
-        return not int8 and not config.int8_linears
+        plain = all(get_codec(spec.codec).plain for spec in config.modules.values())
+        return plain and not config.encoded_linears
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -85,21 +85,21 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config.checkpoint = config.model_copy(
             update={
                 "modules": {_own(model, n): spec for n, spec in config.modules.items()},
-                "int8_linears": tuple(_own(model, n) for n in config.int8_linears),
+                "linears": {_own(model, n): spec for n, spec in config.linears.items()},
             }
         )
         for name, spec in config.modules.items():
             parent, leaf = _parent(model, name)
             replace_group(parent, leaf, spec, None, dtype, "meta")
-        for name in config.int8_linears:
+        for name, linear in config.encoded_linears.items():
             parent, leaf = _parent(model, name)
             old = getattr(parent, leaf, None)
             if not isinstance(old, nn.Linear):
                 raise UserError(
-                    f"config.json: int8_linears: {name} is no linear of {type(model).__name__}"
+                    f"config.json: linears: {name} is no linear of {type(model).__name__}"
                 )
-            new = Int8Linear(old.in_features, old.out_features, old.bias, "meta")
-            setattr(parent, leaf, new)
+            sizes = old.in_features, old.out_features
+            setattr(parent, leaf, EncodedLinear(*sizes, linear, old.bias, dtype, "meta"))
 
 
 def _own(model: Any, name: str) -> str:

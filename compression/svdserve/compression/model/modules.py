@@ -1,46 +1,75 @@
 """The torch modules of a factored model: what stands in a block where dense linears stood.
 
 The transformers quantizer plug-in builds them before it loads weights, and the block walk puts
-them into the student. Their parameter names are the tensor names of the checkpoint. Those with int8
-weights widen them at every call: exact, for evaluation; vLLM also rounds the activations.
+them into the student. Their parameter names are the tensor names of the checkpoint. Encoded
+matrices are decoded at every call: exact, for evaluation; vLLM's int8 products also round the
+activations.
 """
 
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from svdserve.compression.format.factors import Factors
-from svdserve.compression.format.int8 import dequantized
-from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.codecs import FLOAT, Codec, get_codec
+from svdserve.compression.format.codecs.base import decoded
+from svdserve.compression.format.schema import LinearSpec, ModuleSpec
+from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import lowrank_linear
-from svdserve.kernels.reference import project
 
 # PEFT prints a module that it cannot put an adapter on, and nothing else of ours.
 _NO_ADAPTERS = "factored, takes no PEFT adapter: merge it into the dense model and compress that"
 
 
-class FactoredWeight(nn.Module):
-    """The tensors of one ModuleSpec, from ``factors`` or, when None, uninitialised.
+class EncodedModule(nn.Module):
+    """A module whose tensors have the names of a checkpoint, and are decoded when they are used.
 
-    Parameters ``factor_in`` and ``factor_out`` and, for the interpolative layout, the int32 buffer
-    ``pivots``; shapes as in factors.py. In int8 also the parameters ``factor_in_scale`` and
-    ``factor_out_scale``; only the weights are rounded then, and products are in the dtype of x.
+    Tensors of plain codecs are parameters that can be trained, in the dtype of the model; those of
+    other codecs are frozen parameters, and indices are buffers.
     """
 
-    factor_in: nn.Parameter
-    factor_out: nn.Parameter
-    pivots: Tensor | None
+    codec: Codec
+
+    def _hold(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Register the uninitialised tensors of a matrix [m, n]."""
+        for suffix, size in self.codec.shapes(shape).items():
+            kind = dtype if self.codec.plain else self.codec.dtypes(suffix)[0]
+            tensor = torch.empty(size, dtype=kind, device=device)
+            parameter = nn.Parameter(tensor, requires_grad=self.codec.plain)
+            self.register_parameter(f"{name}{suffix}", parameter)
+
+    def matrix(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A matrix to multiply activations of ``dtype`` with."""
+        if self.codec.plain:
+            # As it is: what a caller computes in is that of the parameters, or autocast's.
+            plain: Tensor = getattr(self, name)
+            return plain
+        return decoded(self.codec, name, self._tensors(), dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict([*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)])
+
+
+class FactoredWeight(EncodedModule):
+    """The tensors of one ModuleSpec, from ``factors`` or, when None, uninitialised.
+
+    Matrices are parameters and indices buffers, under their suffixes (format/layouts). Only the
+    weights are rounded by a codec; products are in the dtype of x.
+    """
+
     scale: Tensor | None = None
-    """[r], multiplies the rank-r vectors; set while scores of the components are learned."""
+    """[r], multiplies the latent; set while scores of the components are learned."""
 
     def __init__(
         self,
         spec: ModuleSpec,
-        factors: Factors | None,
+        factors: StoredFactors | None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -48,56 +77,75 @@ class FactoredWeight(nn.Module):
         self.in_features = spec.in_features
         self.out_features = spec.stacked
         self.rank = spec.rank
-        self.layout = spec.layout
-        self.register_buffer("pivots", None)
-        trainable = spec.weights == "float"
-        for name, shape in spec.tensors().items():
-            kind = dtype if trainable else torch.int8
-            if name == "pivots":
-                kind = torch.int32
-            elif name.endswith("_scale"):
-                kind = torch.float32
-            if factors is None:
-                tensor = torch.empty(shape, dtype=kind, device=device)
-            else:
-                tensor = getattr(factors, name).to(device=device, dtype=kind)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
-            if name == "pivots":
-                self.pivots = tensor
-            else:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
+        self.layout, self.codec = spec.layout_and_codec()
+        shapes = self.layout.shapes(spec.stacked, spec.in_features, spec.rank)
+        for name in self.layout.matrices:
+            self._hold(name, shapes[name], dtype, device)
+        for name in self.layout.indices:
+            index = torch.empty(shapes[name], dtype=torch.int32, device=device)
+            self.register_buffer(name, index)
+        if factors is not None:
+            self._take(factors)
 
-    def factors(self) -> Factors:
+    @torch.no_grad()
+    def _take(self, factors: StoredFactors) -> None:
+        mine = self._tensors()
+        for name, tensor in factors.tensors.items():
+            if tensor.shape != mine[name].shape:
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {list(mine[name].shape)}")
+            mine[name].copy_(tensor)
+
+    def factors(self) -> StoredFactors:
         """The tensors, without a copy and outside the autograd graph."""
-        scales = {
-            name: parameter.detach()
-            for name, parameter in self.named_parameters(recurse=False)
-            if name.endswith("_scale")
-        }
-        return Factors(self.factor_in.detach(), self.factor_out.detach(), self.pivots, **scales)
+        names = [f"{m}{s}" for m in self.layout.matrices for s in self.codec.shapes((0, 0))]
+        mine = self._tensors()
+        tensors = {name: mine[name].detach() for name in (*names, *self.layout.indices)}
+        return StoredFactors(self.layout, self.codec, tensors)
 
-    def matrix(self, name: str, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """Rows of ``factor_in`` or ``factor_out`` to multiply activations of ``dtype`` with."""
-        values: Tensor = getattr(self, name)[rows]
-        scale = getattr(self, f"{name}_scale", None)
-        return values if scale is None else dequantized(values, scale[rows], dtype)
+    def tensors(self, dtype: torch.dtype) -> "Decoded":
+        """Matrices and indices by suffix, to compute with activations of ``dtype``."""
+        return Decoded(self, dtype)
 
     def thaw(self) -> None:
-        """Turn int8 factors into float32 parameters of the same values, which can be trained."""
-        for name in ("factor_in", "factor_out"):
-            if hasattr(self, f"{name}_scale"):
-                setattr(self, name, nn.Parameter(self.matrix(name, torch.float32)))
-                delattr(self, f"{name}_scale")
+        """Turn encoded matrices into float32 parameters of the same values, to be trained."""
+        if self.codec.plain:
+            return
+        values = {name: self.matrix(name, torch.float32) for name in self.layout.matrices}
+        for name, value in values.items():
+            for suffix in self.codec.shapes((0, 0)):
+                delattr(self, f"{name}{suffix}")
+            setattr(self, name, nn.Parameter(value))
+        self.codec = FLOAT
 
-    def project(self, x: Tensor) -> Tensor:
-        """The rank-r vectors [..., r] of x [..., n]."""
-        value = project(x, self.matrix("factor_in", x.dtype), self.pivots)
+    def latent(self, x: Tensor) -> Tensor:
+        """The latent [..., r] of x [..., n]."""
+        value = self.layout.latent(x, self.tensors(x.dtype))
         return value if self.scale is None else value * self.scale
 
     def extra_repr(self) -> str:
         sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
-        return f"{sizes}, {self.layout}; {_NO_ADAPTERS}"
+        return f"{sizes}, {self.layout.name}; {_NO_ADAPTERS}"
+
+
+class Decoded(Mapping[str, Tensor]):
+    """The matrices of a module, each decoded when it is asked for, and its indices."""
+
+    def __init__(self, module: FactoredWeight, dtype: torch.dtype) -> None:
+        self._module, self._dtype = module, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        layout = self._module.layout
+        if name in layout.matrices:
+            return self._module.matrix(name, self._dtype)
+        if name in layout.indices:
+            return self._module.get_buffer(name)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._module.layout.matrices, *self._module.layout.indices))
+
+    def __len__(self) -> int:
+        return len(self._module.layout.matrices) + len(self._module.layout.indices)
 
 
 class LowRankLinear(FactoredWeight):
@@ -108,7 +156,7 @@ class LowRankLinear(FactoredWeight):
     def __init__(
         self,
         spec: ModuleSpec,
-        factors: Factors | None,
+        factors: StoredFactors | None,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -117,16 +165,15 @@ class LowRankLinear(FactoredWeight):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        outer = self.matrix("factor_out", x.dtype)
+        part = self.layout.part(self.tensors(x.dtype))
         if self.scale is not None:
-            return linear(self.project(x), outer, self.bias)
-        inner = self.matrix("factor_in", x.dtype)
-        return lowrank_linear(x, inner, outer, self.pivots, self.bias)
+            return linear(self.latent(x), part.factor_out, self.bias)
+        return lowrank_linear(x, *part, self.bias)
 
 
 @dataclass
-class _Projection:
-    """The rank-r vectors of one input, and the members that have not used them yet."""
+class _Latent:
+    """The latent of one input, and the members that have not used it yet."""
 
     source: "weakref.ref[Tensor]"
     version: int | None
@@ -146,17 +193,17 @@ class _Projection:
 class SharedFactors(FactoredWeight):
     """The stacked weight of a group whose members are called in turn with the same input tensor.
 
-    The projection to rank r is computed by the first member called and reused by the others. It is
-    recognised by the identity of the input tensor and dropped as soon as every member has used it,
+    The latent is computed by the first member that is called, and the others use it again. It is
+    recognised by the identity of the input tensor, and dropped as soon as every member has used it,
     the input dies, or a gradient has passed through it; a member uses it at most once.
     """
 
-    _memo: _Projection | None
+    _memo: _Latent | None
 
     def __init__(
         self,
         spec: ModuleSpec,
-        factors: Factors | None,
+        factors: StoredFactors | None,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -168,17 +215,18 @@ class SharedFactors(FactoredWeight):
         """Output [..., sizes[member]] of one member for x [..., n]."""
         start = sum(self.sizes[:member])
         rows = slice(start, start + self.sizes[member])
-        return linear(self._project(x, member), self.matrix("factor_out", x.dtype, rows), bias)
+        outer = self.layout.part(self.tensors(x.dtype)).factor_out[rows]
+        return linear(self._shared_latent(x, member), outer, bias)
 
-    def _project(self, x: Tensor, member: int) -> Tensor:
+    def _shared_latent(self, x: Tensor, member: int) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler removes the common subexpression itself
-            return self.project(x)
+            return self.latent(x)
         memo = self._memo
         if memo is None or not memo.serves(x, member):
-            value = self.project(x)
+            value = self.latent(x)
             members = set(range(len(self.sizes)))
             source = weakref.ref(x, self._forget)
-            memo = _Projection(source, _version(x), torch.is_grad_enabled(), value, members)
+            memo = _Latent(source, _version(x), torch.is_grad_enabled(), value, members)
             if value.requires_grad:  # a second backward could not pass through a freed graph
                 value.register_hook(self._forget)  # type: ignore[no-untyped-call]
         memo.waiting.discard(member)
@@ -217,34 +265,38 @@ class SharedMember(nn.Module):
         return f"{sizes}; {_NO_ADAPTERS}"
 
 
-class Int8Linear(nn.Module):
-    """A dense linear [..., n] to [..., m] with an int8 weight [m, n], and its scales [m]."""
+class EncodedLinear(EncodedModule):
+    """A linear [..., n] to [..., m] that is stored whole, with an encoded weight [m, n]."""
 
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: nn.Parameter | None, device: str
+        self,
+        in_features: int,
+        out_features: int,
+        spec: LinearSpec,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        scale = torch.empty(out_features, dtype=torch.float32, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.codec = get_codec(spec.codec)
+        self._hold("weight", (out_features, in_features), dtype, device)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, dequantized(self.weight, self.weight_scale, x.dtype), self.bias)
+        return linear(x, self.matrix("weight", x.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}"
+        return f"in={self.in_features}, out={self.out_features}, {self.codec.name}"
 
 
 def replace_group(
     parent: nn.Module,
     module_name: str,
     spec: ModuleSpec,
-    factors: Factors | None,
+    factors: StoredFactors | None,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
@@ -262,7 +314,8 @@ def replace_group(
         dtype, device: of the factors.
 
     Raises:
-        UserError: a member does not exist or has other sizes than ``spec`` says.
+        UserError: a member does not exist or has other sizes than ``spec`` says, or the name of the
+            module is taken.
     """
     for member, size in zip(spec.members, spec.out_features, strict=True):
         old = getattr(parent, member, None)
@@ -273,6 +326,12 @@ def replace_group(
                 f"{module_name}: the checkpoint has a linear {member} [{size}, {spec.in_features}]"
                 f" and the model has {found}; config.json does not belong to these weights"
             )
+    taken = getattr(parent, module_name, None)
+    if module_name not in spec.members and not isinstance(taken, SharedFactors | None):
+        raise UserError(
+            f"{module_name}: the checkpoint has a module of this name, and the model has a "
+            f"{type(taken).__name__} there; config.json does not belong to these weights"
+        )
     biases = [getattr(parent, member).bias for member in spec.members]
     if spec.members == (module_name,):
         setattr(parent, module_name, LowRankLinear(spec, factors, biases[0], dtype, device))
@@ -286,7 +345,7 @@ def replace_group(
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The factors of a model or a block by their names; everything else is frozen.
 
-    Int8 factors become float32 ones.
+    Encoded factors become float32 ones.
     """
     for module in model.modules():
         if isinstance(module, FactoredWeight):
@@ -297,7 +356,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
         for path, module in model.named_modules()
         if isinstance(module, FactoredWeight)
         for suffix, parameter in module.named_parameters(recurse=False)
-        if suffix.startswith("factor")
+        if suffix in module.layout.matrices
     }
     for parameter in found.values():
         parameter.requires_grad_(True)

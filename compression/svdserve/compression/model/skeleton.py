@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.format.checkpoint import TensorFiles, check_sizes, read_json
-from svdserve.compression.format.schema import GROUPS
+from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.tensors import TensorFiles, check_sizes
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.building import (
     build,
     foreign_code,

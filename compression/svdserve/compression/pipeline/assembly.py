@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdserve.compression.format.checkpoint import LOG_FILE, open_checkpoint, read_json
+from svdserve.compression.format.log import LOG_FILE
+from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.schema import (
-    FLOAT_VERSION,
-    INT8_VERSION,
     CheckpointConfig,
+    LinearSpec,
     ModuleSpec,
     linears_of,
 )
+from svdserve.compression.format.tensors import save_tensors
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.format.writer import merge_shards
 from svdserve.compression.model.companions import copy_companions
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.card import CARD_FILE, model_card
 from svdserve.compression.pipeline.recipe import Recipe, dump_recipe
-from svdserve.compression.pipeline.workdir import WorkDirectory, save_tensors
+from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.system.errors import UserError
 
 
@@ -68,16 +70,16 @@ class Assembly:
                     )
 
     def dense_in_block(
-        self, index: int, specs: dict[str, ModuleSpec], int8_linears: Collection[str]
+        self, index: int, specs: dict[str, ModuleSpec], encoded: Collection[str]
     ) -> dict[str, Tensor]:
-        """The tensors of a block that neither factors nor int8 weights replace."""
+        """The tensors of a block that neither factors nor the weights of ``encoded`` replace."""
         factored = [li for name, spec in specs.items() for li in linears_of(name, spec)]
-        replaced = {f"{linear}.weight" for linear in (*factored, *int8_linears)}
+        replaced = {f"{linear}.weight" for linear in (*factored, *encoded)}
         prefix = f"{self._skeleton.block_name(index)}."
         names = self._skeleton.files.info
         return self._stored([n for n in names if n.startswith(prefix) and n not in replaced])
 
-    def assemble(self, specs: dict[str, ModuleSpec], int8_linears: Collection[str]) -> Path:
+    def assemble(self, specs: dict[str, ModuleSpec], linears: dict[str, LinearSpec]) -> Path:
         """Put the finished blocks, the rest and the metadata together in the work directory."""
         blocks = range(self._skeleton.blocks)
         prefixes = tuple(f"{self._skeleton.block_name(index)}." for index in blocks)
@@ -94,11 +96,10 @@ class Assembly:
             config.pop("torch_dtype", None)
             config["dtype"] = self._recipe.dtype
         config["quantization_config"] = CheckpointConfig(
-            format_version=FLOAT_VERSION if self._recipe.weights == "float" else INT8_VERSION,
             base_model=self._base_model,
             keep=self._recipe.keep,
             modules=specs,
-            int8_linears=tuple(int8_linears),
+            linears=linears,
             recipe=self._recipe.model_dump(mode="json"),
         ).dump()
         (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from svdserve.compression.format.int8 import unpacked
+from svdserve.compression.format.codecs import Storage
 from svdserve.compression.model.modules import trainable_factors
 from svdserve.compression.pipeline.walk import BlockPass
 from svdserve.compression.training.trainer import State, Trainer, Training
@@ -43,7 +43,7 @@ class _BlockError:
 def refine_block(
     block: BlockPass,
     settings: Training,
-    stored: Mapping[str, torch.dtype],
+    stored: Mapping[str, Storage],
     notify: Callable[[int, State], None] = lambda *_: None,
 ) -> tuple[dict[str, Tensor], State]:
     """Train the factors of a block whose groups are all replaced.
@@ -66,6 +66,6 @@ def refine_block(
     state = trainer.train(notify)
     best = trainer.best()
     for name, factor in factors.items():
-        factor.requires_grad_(False).copy_(unpacked(name, best))
+        factor.requires_grad_(False).copy_(stored[name].decode(name, best))
         factor.grad = None
     return best, state

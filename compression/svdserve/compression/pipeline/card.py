@@ -8,12 +8,13 @@ import yaml
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from svdserve.compression.format.checkpoint import LOG_FILE, Checkpoint, is_checkpoint
+from svdserve.compression.format.codecs import get_codec
+from svdserve.compression.format.log import LOG_FILE, read_log
+from svdserve.compression.format.reader import Checkpoint, is_checkpoint
+from svdserve.compression.format.schema import parameters_of
 from svdserve.compression.methods import get_method
 from svdserve.compression.model.hub import as_hub_name, hub_name
-from svdserve.compression.pipeline.progress import read_log
 from svdserve.compression.pipeline.recipe import Recipe, dump_recipe
-from svdserve.compression.pipeline.workdir import parameters_of
 from svdserve.compression.system.files import write_text
 
 CARD_FILE = "README.md"
@@ -125,7 +126,7 @@ def _language(value: Any) -> str | None:
 
 def _int8(recipe: Recipe) -> str:
     """How the weights of the blocks are stored, if not in the dtype of the model."""
-    if recipe.weights == "float":
+    if get_codec(recipe.weights).plain:
         return ""
     return (
         "\nThe linears of the blocks, factored or dense, are stored in int8 with one float32 scale"

@@ -6,7 +6,6 @@ files are byte for byte those of an uninterrupted run.
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ import torch
 from torch import Tensor
 
 from svdserve.compression.allocation.registry import Ranks, get_allocator
-from svdserve.compression.format.checkpoint import LOG_FILE, check_finite_tensors
-from svdserve.compression.format.factors import interpolative, stored
+from svdserve.compression.format.codecs import Storage, get_codec
+from svdserve.compression.format.layouts import get_layout
+from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.stored import store
+from svdserve.compression.format.tensors import check_finite_tensors
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learned.driver import Learned, learn
 from svdserve.compression.methods.learned.learner import Learner
@@ -36,7 +38,6 @@ from svdserve.compression.pipeline.plan import (
     check_reachable,
     dense_bytes,
     fewest_last_blocks,
-    int8_linears,
     not_finite,
     parameters_with_dense,
     ranks_of,
@@ -44,12 +45,13 @@ from svdserve.compression.pipeline.plan import (
     stored_dtypes,
     swept,
     units_of,
+    whole_linears,
 )
-from svdserve.compression.pipeline.progress import Progress, bar, read_log
+from svdserve.compression.pipeline.progress import Progress, bar
 from svdserve.compression.pipeline.recipe import Recipe, Refinement, Run, make_recipe
 from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.report import RefineReport, Report
-from svdserve.compression.pipeline.student import put_factors, put_int8, replay
+from svdserve.compression.pipeline.student import put_factors, put_whole, replay
 from svdserve.compression.pipeline.walk import BlockPass, Walk
 from svdserve.compression.pipeline.workdir import WorkDirectory, summation
 from svdserve.compression.statistics.cache import TeacherStatistics, cache_folder, sweeping
@@ -207,7 +209,7 @@ class Job:
             seconds = round(time.perf_counter() - started, 3)
             report = Report(self.work.out, seconds, peak_bytes(), tokens.numel(), stored, dense)
             progress.event("done", **report.facts())
-        linears = int8_linears(self.units, self.recipe, specs)
+        linears = whole_linears(self.units, self.recipe, specs)
         final = self.assembly.assemble(specs, linears)
         if self.recipe.refinement is not None and specs:
             final, refined = self._refine(final, tokens, self.recipe.refinement)
@@ -341,9 +343,11 @@ class Job:
                 progress.solved(index, unit.name, **facts, pass_seconds=round(collected - begun, 4))
             del statistics  # not beside those of the next group
             release()
-        tensors |= self._finish(block, specs, tensors, progress)
-        linears = int8_linears([self.units[index]], self.recipe, specs)
-        tensors |= self.assembly.dense_in_block(index, specs, linears)
+        tensors |= self._finish(block, specs, progress)
+        encoded: list[str] = []
+        if not get_codec(self.recipe.weights).plain:
+            encoded = list(whole_linears([self.units[index]], self.recipe, specs))
+        tensors |= self.assembly.dense_in_block(index, specs, encoded)
         self.work.save_block(index, tensors, specs)
         return specs
 
@@ -364,31 +368,31 @@ class Job:
     ) -> tuple[ModuleSpec | None, dict[str, Any]]:
         """Factor one unit, put it into the student and among the tensors of the block."""
         rank = self.ranks[unit.name]
-        int8 = self.recipe.weights == "int8"
+        codec, dtype = get_codec(self.recipe.weights), self.dtypes[unit.name]
         gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
         weight = torch.cat([block.weight(unit.group, m) for m in unit.members]).double()
         if not bool(weight.isfinite().all()):
             raise not_finite(f"{unit.name}: not finite", self.dtype)
         if rank is None:
-            error = relative_error(weight, put_int8(block, unit, tensors), gram) if int8 else 0.0
+            error = 0.0
+            if not codec.plain:
+                kept = put_whole(block, unit, Storage(codec, dtype), tensors)
+                error = relative_error(weight, kept, gram)
             return None, {"rank": None, "error": error, "beta": None}
         begun = time.perf_counter()
         if self.learned is not None:
             solution = self.learned.solve(unit.name)
         else:
             solution = self.method.solve(weight, statistics, rank, self.recipe.parameters)
-        factors = solution.factors
-        if self.recipe.layout == "interpolative":
-            factors = interpolative(factors)
-        seconds = round(time.perf_counter() - begun, 4)
         try:
-            factors = stored(factors, self.dtypes[unit.name], self.recipe.weights)
+            factors = store(solution.factors, get_layout(self.recipe.layout), codec, dtype)
         except FloatingPointError as fault:
-            narrow = self.dtypes[unit.name] == torch.float16
+            narrow = dtype == torch.float16
             help_ = "give --dtype bfloat16 or float32" if narrow else "its weights are too large"
             raise UserError(f"{unit.name}: {fault}; {help_}") from None
         spec = put_factors(block, unit, factors, tensors)
-        error = relative_error(weight, factors.to(torch.float64).dense(), gram)
+        seconds = round(time.perf_counter() - begun, 4)
+        error = relative_error(weight, factors.dense(torch.float64), gram)
         facts = {"rank": factors.rank, "error": error, "beta": None, **solution.facts}
         return spec, {**facts, "solve_seconds": seconds}
 
@@ -401,7 +405,8 @@ class Job:
         if not walk.runs or not advance:
             return specs
         block = walk.block(index)
-        replay(block, self.units[index], specs, stored)
+        whole = whole_linears([self.units[index]], self.recipe, specs)
+        replay(block, self.units[index], specs, whole, stored)
         block.finish(refined=self.recipe.block_refinement is not None and bool(specs))
         return specs
 
@@ -409,7 +414,6 @@ class Job:
         self,
         block: BlockPass,
         specs: dict[str, ModuleSpec],
-        tensors: Mapping[str, Tensor],
         progress: Progress,
     ) -> dict[str, Tensor]:
         """Refine a block where the recipe says so, and finish it; the tensors that changed."""
@@ -421,7 +425,12 @@ class Job:
         best, state = refine_block(
             block,
             settings,
-            {name.removeprefix(prefix): tensor.dtype for name, tensor in tensors.items()},
+            {
+                f"{name}.{matrix}".removeprefix(prefix): Storage(codec, self.dtypes[name])
+                for name, spec in specs.items()
+                for layout, codec in [spec.layout_and_codec()]
+                for matrix in layout.matrices
+            },
             lambda step, _: progress.group(block.index, f"refinement, step {step}"),
         )
         block.finish(refined=True)

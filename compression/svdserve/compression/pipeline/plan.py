@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.allocation.registry import Budget, Module, Ranks, get_allocator
-from svdserve.compression.format.checkpoint import FACTOR_DTYPES
-from svdserve.compression.format.schema import GROUPS, ModuleSpec
+from svdserve.compression.format.codecs.base import FLOAT_DTYPES
+from svdserve.compression.format.layouts import get_layout
+from svdserve.compression.format.legacy import GROUPS, role_of
+from svdserve.compression.format.schema import LinearSpec, ModuleSpec, parameters_of
 from svdserve.compression.model.skeleton import Group, Skeleton
 from svdserve.compression.pipeline.recipe import Grouping, Recipe, make_recipe
-from svdserve.compression.pipeline.workdir import parameters_of
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.statistics.spectra import Profile
 from svdserve.compression.system.errors import UserError
@@ -87,7 +88,7 @@ def stored_dtypes(
                     f"{linear}.weight is {named}, which is no floating-point weight; give the "
                     "original model"
                 )
-            if recipe.dtype == "auto" and dtype not in FACTOR_DTYPES and not recipe.keeps_all:
+            if recipe.dtype == "auto" and dtype not in FLOAT_DTYPES and not recipe.keeps_all:
                 raise UserError(
                     f"{linear}.weight is {named}, which factors cannot be stored in; give --dtype "
                     "float32, bfloat16 or float16"
@@ -105,7 +106,7 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
     if recipe.keep == 1:  # nothing to save: every linear stays dense
         return {unit.name: None for block in units for unit in block}
     modules = _modules(units, profile)
-    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
+    budget = Budget(recipe.keep, get_layout(recipe.layout), recipe.rank_multiple)
     allocator = get_allocator(recipe.allocator)
     ranks = allocator.function(modules, budget, **recipe.allocator_parameters)
     budget.check(modules, ranks)
@@ -118,7 +119,7 @@ def check_reachable(units: list[list[Unit]], recipe: Recipe) -> None:
     Known before a profile is: an allocator spends no less.
     """
     modules = _modules(units, {})
-    budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
+    budget = Budget(recipe.keep, get_layout(recipe.layout), recipe.rank_multiple)
     budget.check(modules, {name: budget.ranks(module)[0] for name, module in modules.items()})
 
 
@@ -148,14 +149,16 @@ def parameters_with_dense(units: list[list[Unit]], specs: dict[str, ModuleSpec])
     return stored + kept, dense + kept
 
 
-def int8_linears(
+def whole_linears(
     units: list[list[Unit]], recipe: Recipe, specs: dict[str, ModuleSpec]
-) -> list[str]:
-    """Full names of the linears that stay dense and are stored in int8."""
-    if recipe.weights == "float":
-        return []
+) -> dict[str, LinearSpec]:
+    """The linears that are stored whole, by their full names."""
     left = (unit for block in units for unit in block if unit.name not in specs)
-    return [linear for unit in left for linear in unit.linears]
+    return {
+        linear: LinearSpec(role=role_of(linear), codec=recipe.weights)
+        for unit in left
+        for linear in unit.linears
+    }
 
 
 def swept(

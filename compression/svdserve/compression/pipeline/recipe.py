@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from svdserve.compression.allocation.registry import get_allocator
-from svdserve.compression.format.factors import Layout
-from svdserve.compression.format.int8 import Weights
+from svdserve.compression.format.codecs import get_codec
+from svdserve.compression.format.layouts import get_layout
 from svdserve.compression.methods import METHODS, get_method
 from svdserve.compression.system.errors import UserError, explain
 from svdserve.compression.system.machine import Precision
@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         default_factory=dict, description="hyper-parameters of the allocator, by name"
     )
     rank_multiple: PositiveInt = Field(default=1, description="every rank is a multiple of it")
-    layout: Layout = "interpolative"
+    layout: str = Field(default="interpolative", description="how factors are stored")
     grouping: Grouping = "shared"
     calibration: str = Field(
         default="self",
@@ -78,9 +78,9 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="stored dtype of factors and streams; auto is the model's own"
     )
-    weights: Weights = Field(
+    weights: str = Field(
         default="float",
-        description="of the blocks' linears, factored or dense: in dtype, or int8 with row scales",
+        description="codec of the blocks' linears, factored or dense: float (in dtype) or int8",
     )
     precision: Precision = Field(
         default="bfloat16", description="of matrix products in the passes over the tokens"
@@ -95,6 +95,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        get_layout(self.layout)
+        get_codec(self.weights)
         method = get_method(self.method)
         full = method.schema.check(self.parameters)
         method.make_learner(full)
@@ -124,7 +126,7 @@ class Recipe(BaseModel):
     @property
     def keeps_all(self) -> bool:
         """Whether it stores the dense model as it is."""
-        return self.keep == 1 and self.weights == "float" and self.dtype == "auto"
+        return self.keep == 1 and get_codec(self.weights).plain and self.dtype == "auto"
 
     @property
     def trainings(self) -> list[tuple[Training, "Recipe"]]:

@@ -19,7 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdserve.compression.evaluation.perplexity import load_model
-from svdserve.compression.format.checkpoint import LOG_FILE, TensorFiles, open_checkpoint, read_json
+from svdserve.compression.format.codecs import Storage, get_codec
+from svdserve.compression.format.log import LOG_FILE, log_event
+from svdserve.compression.format.reader import open_checkpoint
+from svdserve.compression.format.tensors import TensorFiles, save_tensors
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.companions import copy_companions
 from svdserve.compression.model.hub import resolve_model
 from svdserve.compression.model.modules import trainable_factors
@@ -29,10 +33,10 @@ from svdserve.compression.pipeline.calibration.tokens import (
     check_calibration,
 )
 from svdserve.compression.pipeline.card import CARD_FILE, model_card
-from svdserve.compression.pipeline.progress import bar, log_event
+from svdserve.compression.pipeline.progress import bar
 from svdserve.compression.pipeline.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.pipeline.report import RefineReport
-from svdserve.compression.pipeline.workdir import WorkDirectory, save_tensors, summation
+from svdserve.compression.pipeline.workdir import WorkDirectory, summation
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import usable_device
 from svdserve.compression.training.distillation import Distillation, Targets
@@ -206,10 +210,13 @@ class _Refiner:
         if self.run.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         factors = trainable_factors(student)
-        info = TensorFiles(self.student).info
+        modules, info = self.config.modules, TensorFiles(self.student).info
         return Trainer(
             factors,
-            {name: info[name].dtype for name in factors},
+            {
+                name: Storage(get_codec(modules[name.rpartition(".")[0]].codec), info[name].dtype)
+                for name in factors
+            },
             Distillation(student, tokens, targets, self.settings),
             self.settings,
             len(tokens),

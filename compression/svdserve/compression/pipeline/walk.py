@@ -22,8 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.format.factors import Factors
-from svdserve.compression.format.schema import GROUPS, ModuleSpec
+from svdserve.compression.format.codecs import FLOAT
+from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.model.containers import input_of, inputs_of, learn_containers
 from svdserve.compression.model.modules import replace_group
 from svdserve.compression.model.skeleton import Call, Group, Skeleton
@@ -277,11 +279,12 @@ class BlockPass:
                 sums[name].add(flow.inputs, flow.gradients)
         return sums
 
-    def replace(self, group: Group, name: str, spec: ModuleSpec, factors: Factors) -> None:
+    def replace(self, group: Group, name: str, spec: ModuleSpec, factors: StoredFactors) -> None:
         """Put factors into the student; they act from the next group on."""
         parent = self.student.get_submodule(group.parent)
         # Stored precision first: the student must see what will be served.
-        spec, factors = spec.model_copy(update={"weights": "float"}), factors.to(torch.float32)
+        spec = spec.model_copy(update={"codec": FLOAT.name})
+        factors = StoredFactors(factors.layout, FLOAT, factors.decoded(torch.float32))
         replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
         parent.requires_grad_(False)
 

@@ -12,26 +12,21 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.format.checkpoint import (
-    LOG_FILE,
-    check_finite,
-    open_checkpoint,
-    read_json,
-)
-from svdserve.compression.format.factors import parameters
 from svdserve.compression.format.integrity import write_sums
+from svdserve.compression.format.log import LOG_FILE, log_event, read_log
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import ModuleSpec
-from svdserve.compression.pipeline.progress import log_event, read_log
+from svdserve.compression.format.tensors import save_tensors
+from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import (
     check_output,
     exclusive,
     make_folder,
     remove_temporaries,
-    replacing,
     sync_folder,
     write_json,
 )
@@ -266,12 +261,6 @@ def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
                 )
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors so that ``path`` is either whole or not there."""
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-
 def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
     """What decides the order of floating-point sums: part of a job's signature."""
     return {
@@ -280,12 +269,3 @@ def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
         "batch_size": batch_size,
         "torch": torch.__version__,
     }
-
-
-def parameters_of(specs: dict[str, ModuleSpec]) -> tuple[int, int]:
-    """Stored and dense parameters of factored modules; pivots are indices and do not count."""
-    stored = dense = 0
-    for spec in specs.values():
-        stored += parameters(spec.layout, spec.stacked, spec.in_features, spec.rank)
-        dense += spec.stacked * spec.in_features
-    return stored, dense

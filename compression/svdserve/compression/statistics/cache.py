@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.model.skeleton import Group, Skeleton
-from svdserve.compression.pipeline.workdir import save_tensors
 from svdserve.compression.statistics.moments import OF_TEACHER, Statistic, Statistics
 from svdserve.compression.system.files import exclusive, remove_temporaries
 

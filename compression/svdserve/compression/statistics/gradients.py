@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.model.skeleton import Call, Group, Skeleton
-from svdserve.compression.pipeline.workdir import save_tensors
 
 _HEAD_SLICE = 128  # positions whose logits are in memory at the same time
 

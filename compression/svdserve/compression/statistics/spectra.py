@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.pipeline.workdir import save_tensors
+from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.statistics.gradients import Flow
 from svdserve.compression.statistics.linalg import shrunk, squared_singular_values, whiten
 from svdserve.compression.statistics.moments import Accumulator, GradientAccumulator, Statistics

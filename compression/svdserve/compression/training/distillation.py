@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svdserve.compression.evaluation.perplexity import head_logits, load_model
-from svdserve.compression.pipeline.workdir import save_tensors
+from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.system.memory import release
 from svdserve.compression.training.trainer import Training
 

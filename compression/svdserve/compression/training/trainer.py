@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from svdserve.compression.format.int8 import packed, rounded
-from svdserve.compression.pipeline.workdir import save_tensors
+from svdserve.compression.format.codecs import Storage
+from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Precision
 
@@ -96,8 +96,7 @@ class Trainer:
 
     Args:
         parameters: float32, by name.
-        stored: the dtype that each is stored in, by name; held-out loss is taken so rounded. int8
-            stands for matrices with a scale for each row.
+        stored: what each is stored in, by name; held-out loss is taken so rounded.
         objective: adds gradients and measures.
         settings: the training.
         sequences: how many there are, N.
@@ -108,7 +107,7 @@ class Trainer:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        stored: Mapping[str, torch.dtype],
+        stored: Mapping[str, Storage],
         objective: Objective,
         settings: Training,
         sequences: int,
@@ -153,7 +152,7 @@ class Trainer:
     def best(self) -> dict[str, Tensor]:
         """The parameters of least held-out loss, as they are stored, on the CPU.
 
-        Each in its dtype; int8 comes with scales (``packed`` in int8.py).
+        By the names of their tensors (``Storage.encode``).
         """
         return load_file(self.folder / _BEST) if self.folder is not None else self._best
 
@@ -195,10 +194,7 @@ class Trainer:
     def _as_stored(self) -> Iterator[None]:
         exact = {n: p.detach().clone() for n, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            kind = self.stored[name]
-            parameter.data.copy_(
-                rounded(parameter.data) if kind == torch.int8 else parameter.data.to(kind)
-            )
+            parameter.data.copy_(self.stored[name].rounded(parameter.data))
         try:
             yield
         finally:
@@ -210,11 +206,7 @@ class Trainer:
     def _keep(self) -> None:
         best: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            kind = self.stored[name]
-            if kind == torch.int8:
-                best |= packed(name, parameter.detach())
-            else:
-                best[name] = parameter.detach().to(kind).cpu().contiguous()
+            best |= self.stored[name].encode(name, parameter.detach())
         if self.folder is not None:
             save_tensors(best, self.folder / _BEST)
         else:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 
 from svdserve.compression.evaluation.inspection import ModuleFacts, inspect_checkpoint
-from svdserve.compression.format.checkpoint import is_checkpoint
+from svdserve.compression.format.reader import is_checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.server.http.dashboard import attach_dashboard
 from svdserve.server.http.errors import RequestErrors

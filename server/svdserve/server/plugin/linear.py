@@ -34,21 +34,21 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
 )
 
-from svdserve.compression.format.checkpoint import Checkpoint
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.layouts import get_layout
+from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
 from svdserve.server.plugin.products import (
     LowRankProduct,
+    check_product,
     fused_kernel,
     fuses_activation,
-    int8_kernel,
     kernel_part,
     product,
 )
-from svdserve.server.plugin.quantization import Part
-from svdserve.server.plugin.shares import Places, read_dense, read_factors
+from svdserve.server.plugin.quantization import LayerPart
+from svdserve.server.plugin.shares import LowRankShare, read_factors, read_whole
 
 logger = init_logger(__name__)
 
@@ -77,7 +77,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         stored: bytes on this rank, None until loaded.
     """
 
-    def __init__(self, prefix: str, parts: tuple[Part, ...]) -> None:
+    def __init__(self, prefix: str, parts: tuple[LayerPart, ...]) -> None:
         self.prefix = prefix
         self.parts = parts
         self.stored: StoredBytes | None = None
@@ -101,8 +101,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             UserError: the checkpoint's sizes do not fit the layer or the number of ranks.
         """
         del output_size, extra_weight_attrs
-        if any(part.weights == "int8" for part in self.parts):
-            int8_kernel(params_dtype)
+        for part in self.parts:
+            check_product(part.codec, params_dtype)
         self.input_size = input_size
         start = layer.tp_rank * input_size_per_partition
         sharded = input_size_per_partition != input_size
@@ -115,8 +115,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         # So does one that may get LoRA adapters: vLLM adds a rank's share of theirs before the sum.
         adapters = get_current_vllm_config().lora_config is not None
         reduces = sharded and layer.tp_size > 1 and layer.reduce_results and not adapters
-        self.reduces_rank = reduces and self.parts[0].spec is not None
-        if self.reduces_rank:
+        self.all_reduces_latent = reduces and self.parts[0].spec is not None
+        if self.all_reduces_latent:
             layer.reduce_results = False
         # LoRA and MLA code of vLLM read layer.weight (its device); it stays empty.
         layer.weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
@@ -168,11 +168,13 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
         """The order of this rank's input channels that needs no gather; None where none does."""
         spec = self.parts[0].spec
-        if len(self.parts) > 1 or spec is None or spec.layout != "interpolative":
+        if len(self.parts) > 1 or spec is None:
             return None
-        name = f"{self.parts[0].names[0]}.pivots"
-        pivots = checkpoint.files.load([name])[name]
-        return Places.of(pivots, spec.in_features, self.channels).order
+        layout, module = get_layout(spec.layout), self.parts[0].names[0]
+        if layout.decoded_when_served:
+            return None
+        indices = {suffix: checkpoint.block(module, suffix) for suffix in layout.indices}
+        return layout.input_share(indices, spec.in_features, self.channels).order
 
     def load(
         self,
@@ -216,16 +218,16 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
                 stored += StoredBytes(dense_equivalent=whole)
                 if part.spec is None:
-                    weight, scale = read_dense(checkpoint, part, mine, self.channels)
-                    dense = product(layer, weight, scale, bias)
+                    matrix = read_whole(checkpoint, part, mine, self.channels)
+                    dense = product(layer, matrix, bias)
                     stored += StoredBytes(dense=dense.stored_bytes)
                     products.append(dense)
                     continue
-                factors, places = read_factors(checkpoint, part, mine, self.channels)
+                share = read_factors(checkpoint, part, mine, self.channels)
                 if kernel is not None:
-                    ready.append(kernel_part(layer, factors, ordered_input))
+                    ready.append(kernel_part(layer, share, ordered_input))
                     continue
-                lowrank = self._lowrank(layer, factors, places, bias, ordered_input)
+                lowrank = self._lowrank(layer, share, bias, ordered_input)
                 stored += StoredBytes(lowrank=lowrank.stored_bytes)
                 products.append(lowrank)
             if kernel is not None:
@@ -244,20 +246,21 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         columns = self._columns(self.parts)
         return bool(columns) and fuses_activation(columns, layer.weight, activation)
 
-    def _kernel(self, layer: LinearBase, parts: Sequence[Part]) -> str | None:
+    def _kernel(self, layer: LinearBase, parts: Sequence[LayerPart]) -> str | None:
         """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""
         columns = self._columns(parts)
         return fused_kernel(columns, layer.weight) if columns else None
 
-    def _columns(self, parts: Sequence[Part]) -> list[int]:
+    def _columns(self, parts: Sequence[LayerPart]) -> list[int]:
         """Of every factor, where a kernel of svdserve may compute the parts; else none."""
         if len(self.channels) != self.input_size:
             return []
         columns: list[int] = []
         for part in parts:
-            if part.spec is None or part.weights == "int8":
+            if part.spec is None or part.codec.product != "float":
                 return []
-            columns += [part.spec.tensors()["factor_in"][1], part.spec.rank]
+            passing = get_layout(part.spec.layout).passing(part.spec.rank)
+            columns += [part.spec.in_features - passing, part.spec.rank]
         return columns
 
     def _rows(
@@ -303,20 +306,18 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _lowrank(
         self,
         layer: LinearBase,
-        factors: Factors,
-        places: Places,
+        share: LowRankShare,
         bias: nn.Parameter | None,
         ordered_input: bool,
     ) -> LowRankProduct:
-        """The products of this rank's share of the factors."""
-        gathers = factors.pivots is not None and not ordered_input
-        inner, scale = factors.factor_in, factors.factor_in_scale
+        """The products of this TP rank's share of the factors."""
+        order = None if ordered_input else share.inputs.order
         return LowRankProduct(
-            inner=product(layer, inner, scale) if inner.shape[1] else None,
-            outer=product(layer, factors.factor_out, factors.factor_out_scale, bias),
-            order=places.order.to(layer.weight.device) if gathers else None,
-            slots=places.slots,
-            reduce=self.reduces_rank,
+            inner=product(layer, share.inner) if share.inner.shape[1] else None,
+            outer=product(layer, share.outer, bias),
+            order=None if order is None else order.to(layer.weight.device),
+            slots=share.inputs.slots,
+            reduce=self.all_reduces_latent,
         )
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -327,7 +328,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [.., m] of x [.., n] for this rank's m and n."""
-        if self.reduces_rank and not layer.skip_bias_add:
+        if self.all_reduces_latent and not layer.skip_bias_add:
             bias = layer.bias  # vLLM passes it on rank 0 only, expecting a sum over the ranks
         if self._product is not None:
             return self._product(x, bias)

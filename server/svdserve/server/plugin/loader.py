@@ -34,7 +34,7 @@ from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.platforms import current_platform
 
 from svdserve.compression import __version__
-from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
+from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
@@ -304,10 +304,10 @@ def _require_all_used(
     checkpoint: Checkpoint, methods: list[LowRankLinearMethod], model: nn.Module
 ) -> None:
     used = {name for method in methods for part in method.parts for name in part.names}
-    for name in (*checkpoint.config.modules, *checkpoint.config.int8_linears):
+    for name in (*checkpoint.config.modules, *checkpoint.config.encoded_linears):
         if name not in used and not is_pp_missing_parameter(name, model):
             spec = checkpoint.config.modules.get(name)
-            kind = "int8" if spec is None else "factored"
+            kind = checkpoint.config.linears[name].codec if spec is None else "factored"
             remedy = "serve the dense model, or load this one with transformers"
             if spec is not None and len(spec.members) > 1:
                 remedy = "compress the model with --grouping separate"

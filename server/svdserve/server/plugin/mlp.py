@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 
-from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.reader import Checkpoint
 from svdserve.kernels import Activation
 from svdserve.server.plugin.linear import LowRankLinearMethod
 

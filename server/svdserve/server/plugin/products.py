@@ -14,10 +14,11 @@ from vllm.model_executor.kernels.linear import (
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.codecs import Codec
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, NoImplementation, Part
 from svdserve.kernels.implementations import Request, choose, reasons_against
+from svdserve.server.plugin.shares import LowRankShare, Matrix
 
 logger = init_logger(__name__)
 
@@ -54,13 +55,17 @@ def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activatio
     return kernel is not None and kernel not in reasons_against(request)
 
 
-def kernel_part(layer: LinearBase, factors: Factors, ordered_input: bool) -> Part:
+def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> Part:
     """The factors on the layer's device and in its dtype; ``ordered_input``: pivots come first."""
-    pivots = factors.pivots
-    if pivots is not None:
-        pivots = torch.arange(len(pivots)) if ordered_input else pivots
+    passing, order = len(share.inputs.slots), share.inputs.order
+    pivots = None
+    if passing:
+        assert order is not None
+        pivots = torch.arange(passing) if ordered_input else order[:passing]
         pivots = pivots.to(layer.weight.device)
-    return Part(own(factors.factor_in, layer), own(factors.factor_out, layer), pivots)
+    dtype = layer.weight.dtype
+    inner, outer = (own(m.decoded(dtype), layer) for m in (share.inner, share.outer))
+    return Part(inner, outer, pivots)
 
 
 class Product(nn.Module):
@@ -199,14 +204,26 @@ class LowRankProduct(nn.Module):
         return z
 
 
+def check_product(codec: Codec, dtype: torch.dtype) -> None:
+    """Find out before weights are read whether this device multiplies what the codec encodes.
+
+    Raises:
+        UserError: it does not, for activations of ``dtype``.
+    """
+    if codec.product == "int8":
+        int8_kernel(dtype)
+
+
 def product(
-    layer: LinearBase, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None = None
+    layer: LinearBase, matrix: Matrix, bias: nn.Parameter | None = None
 ) -> Product | Int8Product:
-    """The product with a weight, by what vLLM has for its dtype."""
-    if scale is None:
-        return Product(UnquantizedLinearMethod(), own(weight, layer), bias)
-    values, scales = own(weight, layer, torch.int8), own(scale, layer, torch.float32)
-    return Int8Product(values, scales, layer.weight.dtype, bias)
+    """The product with a matrix, by what vLLM has for its codec; else with the decoded matrix."""
+    dtype = layer.weight.dtype
+    if matrix.codec.product == "int8":
+        values, scale = matrix.tensors[""], matrix.tensors["_scale"]
+        own_values = own(values, layer, torch.int8)
+        return Int8Product(own_values, own(scale, layer, torch.float32), dtype, bias)
+    return Product(UnquantizedLinearMethod(), own(matrix.decoded(dtype), layer), bias)
 
 
 def own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:

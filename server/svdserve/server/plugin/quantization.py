@@ -15,10 +15,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from svdserve.compression.format.checkpoint import open_checkpoint
-from svdserve.compression.format.int8 import Weights
+from svdserve.compression.format.codecs import FLOAT, Codec, get_codec
+from svdserve.compression.format.reader import WEIGHT, open_checkpoint
 from svdserve.compression.format.schema import (
-    GROUPS,
     QUANT_METHOD,
     CheckpointConfig,
     ModuleSpec,
@@ -26,20 +25,26 @@ from svdserve.compression.format.schema import (
     parse_config,
 )
 
+# Layers that vLLM merges. About 30 of its model files declare no packed_modules_mapping.
+_MERGED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive outputs of a vLLM layer that one weight produces.
+class LayerPart:
+    """Consecutive outputs of a vLLM layer that one weight of the checkpoint produces.
 
     Attributes:
-        names: checkpoint names; one factored module, or dense linears that stand side by side.
-        spec: the factored module's, None for dense.
-        weights: how they are stored.
+        names: in the checkpoint: one factored module, or whole linears that stand side by side.
+        spec: the factored module's; None for whole linears.
+        codec: of the weight's matrices.
     """
 
     names: tuple[str, ...]
     spec: ModuleSpec | None
-    weights: Weights = "float"
+    codec: Codec = FLOAT
 
     @property
     def outputs(self) -> int:
@@ -56,7 +61,7 @@ class Part:
         """Last parts of the names of the tensors that store it."""
         if self.spec is not None:
             return tuple(self.spec.tensors())
-        return ("weight",) if self.weights == "float" else ("weight", "weight_scale")
+        return tuple(f"{WEIGHT}{suffix}" for suffix in self.codec.shapes((0, 0)))
 
 
 class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
@@ -65,9 +70,10 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        # Names of modules and int8 linears as vLLM spells them -> as the checkpoint does; differs
-        # in models that vLLM nests differently from transformers.
-        self.module_names = {name: name for name in (*checkpoint.modules, *checkpoint.int8_linears)}
+        # Names of modules and encoded linears as vLLM spells them -> as the checkpoint does; they
+        # differ in models that vLLM nests differently from transformers.
+        listed = (*checkpoint.modules, *checkpoint.encoded_linears)
+        self.module_names = {name: name for name in listed}
 
     @classmethod
     def get_name(cls) -> str:
@@ -118,7 +124,7 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         parts = self.parts(prefix)
         return LowRankLinearMethod(prefix, parts) if parts else UnquantizedLinearMethod()
 
-    def parts(self, prefix: str) -> tuple[Part, ...]:
+    def parts(self, prefix: str) -> tuple[LayerPart, ...]:
         """The parts of the vLLM layer ``prefix`` in the order of its outputs.
 
         None if all of it is dense in the model's dtype.
@@ -126,27 +132,27 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         if prefix in self.module_names:
             return (self._listed(prefix),)
         parent, _, last = prefix.rpartition(".")
-        # About 30 model files of vLLM declare no packed_modules_mapping.
-        members = self.packed_modules_mapping.get(last) or GROUPS.get(last, ())
+        members = self.packed_modules_mapping.get(last) or _MERGED.get(last, ())
         linears = [f"{parent}.{member}" if parent else member for member in members]
         listed = [linear for linear in linears if linear in self.module_names]
         if not listed:
             return ()
         checkpoint_parent = self.module_names[listed[0]].rpartition(".")[0]
-        parts: list[Part] = []
+        parts: list[LayerPart] = []
         for member, linear in zip(members, linears, strict=True):
             name = f"{checkpoint_parent}.{member}" if checkpoint_parent else member
-            part = self._listed(linear) if linear in self.module_names else Part((name,), None)
+            part = self._listed(linear) if linear in self.module_names else LayerPart((name,), None)
             before = parts[-1] if parts else None
-            if before and before.spec is part.spec is None and before.weights == part.weights:
+            if before and before.spec is part.spec is None and before.codec is part.codec:
                 # Side by side: one product serves both.
                 parts[-1] = replace(before, names=(*before.names, *part.names))
             else:
                 parts.append(part)
         return tuple(parts)
 
-    def _listed(self, module: str) -> Part:
-        """The part of a factored module or an int8 linear."""
+    def _listed(self, module: str) -> LayerPart:
+        """The part of a factored module or an encoded linear."""
         name = self.module_names[module]
         spec = self.checkpoint.modules.get(name)
-        return Part((name,), spec, "int8" if spec is None else spec.weights)
+        codec = (spec or self.checkpoint.linears[name]).codec
+        return LayerPart((name,), spec, get_codec(codec))

@@ -1,121 +1,133 @@
 """What one TP rank reads of a layer's tensors: its rows and its input channels, and no more.
 
-Of factor_in that is the columns of its channels, of factor_out its rows. Pivots are read whole, as
-they say where the channels stand.
+Of factor_in that is the columns of its channels, of factor_out its rows. Indices are read whole, as
+they say where the channels stand. What cannot be cut as it is stored is decoded first.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from svdserve.compression.format.checkpoint import Checkpoint
-from svdserve.compression.format.factors import Factors, other_channels
-from svdserve.server.plugin.quantization import Part
+from svdserve.compression.format.codecs import FLOAT, Codec
+from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, InputShare
+from svdserve.compression.format.reader import WEIGHT, Checkpoint
+from svdserve.compression.format.stored import StoredFactors
+from svdserve.server.plugin.quantization import LayerPart
+
+Read = Callable[[str, slice, slice], Tensor]
+"""Rows and columns of the tensor with a suffix; a vector has rows only."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a rank's input channels stand in the interpolative layout.
+class Matrix:
+    """An encoded matrix [m, n]; ``tensors`` by the suffixes of its codec."""
+
+    codec: Codec
+    tensors: dict[str, Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensors[""].shape
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """[m, n]; of a plain codec in the dtype that is stored."""
+        return self.tensors[""] if self.codec.plain else self.codec.decode(self.tensors, dtype)
+
+
+@dataclass(frozen=True)
+class LowRankShare:
+    """What one TP rank has of a factored part.
 
     Attributes:
-        slots: of its pivots among all pivots, that is in z.
-        columns: of its other channels among all others, that is in Z.
-        order: its channels, counted from its first one: pivots, then the others; int64.
+        inner: [r, n'], columns of factor_in for the rank's channels that are multiplied.
+        outer: [m', r], the rank's rows of factor_out.
+        inputs: how the latent comes from the rank's input channels.
     """
 
-    slots: range
-    columns: range
-    order: Tensor
-
-    @classmethod
-    def of(cls, pivots: Tensor, in_features: int, channels: range) -> "Places":
-        pivots = pivots.long().sort().values
-        rest = other_channels(pivots, in_features)
-        slots, columns = _within(pivots, channels), _within(rest, channels)
-        mine = pivots[slots.start : slots.stop], rest[columns.start : columns.stop]
-        return cls(slots, columns, torch.cat(mine) - channels.start)
+    inner: Matrix
+    outer: Matrix
+    inputs: InputShare
 
 
 def read_factors(
-    checkpoint: Checkpoint, part: Part, rows: Sequence[Tensor], channels: range
-) -> tuple[Factors, Places]:
-    """This rank's share of a factored part, and where its input channels stand.
-
-    ``factor_out`` has the given rows of each linear, ``factor_in`` the columns of the rank's
-    input channels; pivots are all there, ascending.
+    checkpoint: Checkpoint, part: LayerPart, rows: Sequence[Tensor], channels: range
+) -> LowRankShare:
+    """This TP rank's share of a factored part, with the given rows of each linear.
 
     Raises:
-        UserError: a value is not finite, or a scale not positive.
+        UserError: a value is not finite, or none that the codec writes.
     """
     assert part.spec is not None
     (name,), spec = part.names, part.spec
-    pivots: Tensor | None = None
-    order: Tensor | slice = slice(None)
-    places = Places(range(0), channels, torch.arange(len(channels)))
-    if spec.layout == "interpolative":
-        pivots = checkpoint.block(name, "pivots")
-        places = Places.of(pivots, spec.in_features, channels)
-        if not bool((pivots.diff() > 0).all()):
-            # Sorted, so that each rank's are contiguous in z.
-            pivots, order = pivots.sort()
+    layout, codec = spec.layout_and_codec()
+
+    def stored(suffix: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        return checkpoint.block(name, suffix, rows, columns)
+
+    read: Read = stored
+    indices = {suffix: stored(suffix) for suffix in layout.indices}
+    if layout.decoded_when_served or codec.axes is None:
+        tensors = {suffix: stored(suffix) for suffix in spec.tensors()}
+        whole = StoredFactors(layout, codec, tensors).decoded(torch.float32)
+        plain = layout.part(whole)
+        layout, codec = (PAIR if plain.pivots is None else INTERPOLATIVE), FLOAT
+        indices = {} if plain.pivots is None else {"pivots": plain.pivots}
+        decoded = {"factor_in": plain.factor_in, "factor_out": plain.factor_out}
+
+        def read(suffix: str, rows: slice, columns: slice) -> Tensor:
+            return decoded[suffix][rows, columns]
+
+    inputs = layout.input_share(indices, spec.in_features, channels)
     starts = [0, *accumulate(spec.out_features)]
-
-    def outer(suffix: str) -> Tensor:
-        blocks = zip(rows, starts, strict=False)
-        return torch.cat([_read(checkpoint, name, suffix, r, start) for r, start in blocks])
-
-    columns = slice(places.columns.start, places.columns.stop)
-    factors = Factors(
-        factor_in=checkpoint.block(name, "factor_in", columns=columns)[order],
-        factor_out=outer("factor_out")[:, order],
-        pivots=pivots,
-    )
-    if spec.weights == "int8":
-        factors = replace(
-            factors,
-            factor_in_scale=checkpoint.block(name, "factor_in_scale")[order],
-            factor_out_scale=outer("factor_out_scale"),
+    blocks = list(zip(rows, starts, strict=False))
+    inner, outer = {}, {}
+    for suffix, axes in (codec.axes or {}).items():
+        columns = inputs.columns if 1 in axes else slice(None)
+        inner[suffix] = read(f"factor_in{suffix}", slice(None), columns)
+        outer[suffix] = torch.cat(
+            [_rows(read, f"factor_out{suffix}", mine, start) for mine, start in blocks]
         )
-    return factors, places
+        if inputs.latent is not None:
+            inner[suffix] = inner[suffix][inputs.latent]
+            outer[suffix] = outer[suffix][:, inputs.latent] if 1 in axes else outer[suffix]
+    return LowRankShare(Matrix(codec, inner), Matrix(codec, outer), inputs)
 
 
-def read_dense(
-    checkpoint: Checkpoint, part: Part, rows: Sequence[Tensor], channels: range
-) -> tuple[Tensor, Tensor | None]:
-    """This rank's share of a dense part's weight, and the scales of its rows where int8."""
+def read_whole(
+    checkpoint: Checkpoint, part: LayerPart, rows: Sequence[Tensor], channels: range
+) -> Matrix:
+    """This TP rank's share of the weight of a part that is stored whole."""
     columns = slice(channels.start, channels.stop)
-    weight, *scale = (
-        torch.cat(
+    codec, mine = part.codec, list(zip(part.names, rows, strict=True))
+    if codec.axes is None:
+        weights = [checkpoint.weight(name, torch.float32)[r, columns] for name, r in mine]
+        return Matrix(FLOAT, {"": torch.cat(weights)})
+    tensors = {}
+    for suffix, axes in codec.axes.items():
+        tensors[suffix] = torch.cat(
             [
-                _read(checkpoint, name, suffix, r, columns=columns)
-                for name, r in zip(part.names, rows, strict=True)
+                _rows(
+                    lambda found, rows, columns, name=name: checkpoint.block(  # type: ignore[misc]
+                        name, found, rows, columns
+                    ),
+                    f"{WEIGHT}{suffix}",
+                    r,
+                    columns=columns if 1 in axes else slice(None),
+                )
+                for name, r in mine
             ]
         )
-        for suffix in part.suffixes
-    )
-    return weight, scale[0] if scale else None
+    return Matrix(codec, tensors)
 
 
-def _read(
-    checkpoint: Checkpoint,
-    module: str,
-    suffix: str,
-    rows: Tensor,
-    start: int = 0,
-    columns: slice = slice(None),
+def _rows(
+    read: Read, suffix: str, rows: Tensor, start: int = 0, columns: slice = slice(None)
 ) -> Tensor:
     """Rows of a stored tensor, counted from ``start``; reads the span that holds them."""
     low, high = int(rows.min()), int(rows.max()) + 1
-    block = checkpoint.block(module, suffix, slice(start + low, start + high), columns)
+    block = read(suffix, slice(start + low, start + high), columns)
     ascending = len(rows) == high - low and bool((rows.diff() == 1).all())
     return block if ascending else block[rows - low]
-
-
-def _within(ascending: Tensor, channels: range) -> range:
-    """The positions in an ascending list of channels that fall into ``channels``."""
-    bounds = torch.tensor([channels.start, channels.stop])
-    start, stop = torch.searchsorted(ascending, bounds).tolist()
-    return range(start, stop)

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from svdserve.compression.format.checkpoint import Checkpoint
+from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.server.plugin.linear import LowRankLinearMethod
 

@@ -18,8 +18,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import LinearBase
 
-from svdserve.compression.format.checkpoint import Checkpoint
-from svdserve.compression.format.int8 import dequantized
+from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.reference import gated
 from svdserve.server.plugin.linear import LowRankLinearMethod
@@ -29,7 +28,7 @@ VARIABLE = "SVDSERVE_VERIFY"
 """Set where the loader is to verify what it has loaded."""
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-_INT8_TOLERANCE = 0.1
+_ROUNDED_TOLERANCE = 0.1  # of products that round the activations too
 _CHANNEL = 5.0  # times a tolerance, for the error of one output channel
 _VECTORS = 8
 
@@ -90,15 +89,12 @@ def dense_weights(method: LowRankLinearMethod, checkpoint: Checkpoint) -> dict[s
     found: dict[str, Tensor] = {}
     for part in method.parts:
         if part.spec is not None:
-            weight = checkpoint.factors(part.names[0]).to(torch.float32).dense()
+            weight = checkpoint.factors(part.names[0]).dense(torch.float32)
             blocks = torch.split(weight, list(part.spec.out_features))
             found |= {f"{n}.weight": b for n, b in zip(part.linears, blocks, strict=True)}
             continue
         for linear in part.names:
-            tensors = checkpoint.files.load([f"{linear}.{suffix}" for suffix in part.suffixes])
-            values, *scale = tensors.values()
-            weight = dequantized(values, scale[0], torch.float32) if scale else values.float()
-            found[f"{linear}.weight"] = weight
+            found[f"{linear}.weight"] = checkpoint.weight(linear, torch.float32)
     return found
 
 
@@ -119,14 +115,14 @@ def _check(
     given = x if input_order is None else x[:, input_order].contiguous()
     served = method.apply(layer, given.to(like.device), bias).double().cpu()
     expected = x.double() @ dense.double().T
-    if method.reduces_rank:
+    if method.all_reduces_latent:
         whole = expected.float().to(like.device)
         expected = tensor_model_parallel_all_reduce(whole).cpu().double()
     if bias is not None:
         expected += bias.double().cpu()
     expected = _as_joined(expected, method, joined)
-    int8 = any(part.weights == "int8" for part in method.parts)
-    allowed = _INT8_TOLERANCE if int8 else _TOLERANCES[like.dtype]
+    rounds = any(part.codec.product != "float" for part in method.parts)
+    allowed = _ROUNDED_TOLERANCE if rounds else _TOLERANCES[like.dtype]
     return LayerCheck(name, _error(served, expected), allowed)
 
 

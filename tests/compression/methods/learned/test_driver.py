@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from svdserve.compression.format.factors import parameters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models import save_model
 from svdserve.compression.allocation.registry import Budget, Module, Ranks, scores
-from svdserve.compression.format.checkpoint import (
-    LOG_FILE,
-    SINGLE_FILE,
-    check_finite,
-    open_checkpoint,
-)
-from svdserve.compression.format.factors import Layout, parameters
+from svdserve.compression.format.layouts import Layout
+from svdserve.compression.format.log import LOG_FILE
+from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learned.driver import Components, ScoreObjective
 from svdserve.compression.methods.learned.learner import Learner

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from svdserve.compression.allocation.registry import Ranks
 from svdserve.compression.evaluation.perplexity import load_model
-from svdserve.compression.format.checkpoint import TensorFiles
-from svdserve.compression.format.factors import Factors, Layout, parameters, rank_for_keep
+from svdserve.compression.format.codecs import FLOAT, Storage
+from svdserve.compression.format.layouts import Factors, Layout, get_layout
+from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.methods.learned.learner import Learner
 from svdserve.compression.methods.registry import Solution
 from svdserve.compression.model.modules import FactoredWeight
@@ -100,11 +101,11 @@ class Components:
         strengths, prices = [], []
         for module in found.values():
             m, n, k = module.out_features, module.in_features, module.rank
-            uniform = rank_for_keep(layout, m, n, keep) or k
-            sigma = _column_norms(module.factor_out.detach().float())
+            uniform = layout.rank_for_keep(m, n, keep) or k
+            sigma = _column_norms(module.matrix("factor_out", torch.float32).detach().float())
             strengths.append(sigma / sigma[uniform - 1].clamp_min(_SMALLEST * float(sigma.max())))
             # The secant: a rank's own cost falls to nothing as the interpolative layout fills up.
-            prices.append(torch.full_like(sigma, parameters(layout, m, n, uniform) / uniform))
+            prices.append(torch.full_like(sigma, layout.parameters(m, n, uniform) / uniform))
         dense = sum(module.out_features * module.in_features for module in found.values())
         self.strength, self.price = torch.cat(strengths), torch.cat(prices) / dense
 
@@ -204,12 +205,12 @@ def learn(
         student = load_model(components, "float32", run.device).requires_grad_(False)
         if run.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        spectrum = Components(student, recipe.keep, recipe.layout, allocate)
+        spectrum = Components(student, recipe.keep, get_layout(recipe.layout), allocate)
         for module in spectrum.modules.values():
             module.to(getattr(torch, settings.precision))  # autocast would at every call
         base = Distillation(student, tokens, targets, settings)
         objective = ScoreObjective(spectrum, learner, base)
-        trained, stored = {"moves": objective.moves}, {"moves": torch.float32}
+        trained, stored = {"moves": objective.moves}, {"moves": Storage(FLOAT, torch.float32)}
         trainer = Trainer(trained, stored, objective, settings, len(tokens), folder)
         objective.steps, objective.unit = trainer.steps, trainer.held_out_loss()
         task = shown.add_task("scores", total=trainer.steps, facts="")

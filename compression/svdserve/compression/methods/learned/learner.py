@@ -11,7 +11,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.layouts import Factors
 from svdserve.compression.system.machine import Precision
 from svdserve.compression.training.trainer import Training
 

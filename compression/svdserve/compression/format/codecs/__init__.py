@@ -1,0 +1,26 @@
+"""Codecs: how one matrix of a module is encoded in tensors, one file each.
+
+``CODECS`` has them by name. An installed package adds one by the entry point ``svdserve.codecs``.
+"""
+
+from svdserve.compression.format.codecs.base import Codec, Storage
+from svdserve.compression.format.codecs.floating import Float
+from svdserve.compression.format.codecs.int8 import Int8
+from svdserve.compression.system.registry import Registry
+
+CODECS: Registry[Codec] = Registry("codec", "svdserve.codecs")
+FLOAT, INT8 = Float(), Int8()
+for _codec in (FLOAT, INT8):
+    CODECS.add(_codec.name, _codec)
+
+
+def get_codec(name: str) -> Codec:
+    """The codec of that name.
+
+    Raises:
+        UserError: there is none; lists those that there are.
+    """
+    return CODECS.get_known(name)
+
+
+__all__ = ["CODECS", "FLOAT", "INT8", "Codec", "Storage", "get_codec"]

@@ -1,0 +1,57 @@
+"""The codec ``int8``: a matrix W [m, n] as integers Q in -127..127 and scales s [m], W ≈ s Q.
+
+It is what the W8A8 kernels of vLLM take: int8 weights with one float32 scale for each output.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svdserve.compression.format.codecs.base import Codec
+
+SCALE = "_scale"
+_LARGEST = 127
+
+
+class Int8(Codec):
+    """Symmetric int8 with a scale for each row."""
+
+    name = "int8"
+    product = "int8"
+    axes: ClassVar[Mapping[str, tuple[int, ...]]] = {"": (0, 1), SCALE: (0,)}
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {"": shape, SCALE: shape[:1]}
+
+    def dtypes(self, suffix: str) -> tuple[torch.dtype, ...]:
+        return (torch.float32,) if suffix == SCALE else (torch.int8,)
+
+    def encode(self, matrix: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        del dtype  # int8 is the same for every model
+        values, scale = quantized(matrix)
+        return {"": values, SCALE: scale}
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return dequantized(tensors[""], tensors[SCALE], dtype)
+
+    def check(self, suffix: str, tensor: Tensor) -> None:
+        if suffix == SCALE and not bool(tensor.min() > 0):
+            raise ValueError("must be positive")
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (int8 [m, n]) and s (float32 [m], positive), s from the greatest magnitude of each row."""
+    weight = weight.double()
+    peak = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(len(weight))
+    # A row of zeros needs a scale above 0 as well.
+    scale = (peak / _LARGEST).float().clamp_min(torch.finfo(torch.float32).tiny)
+    levels = (weight / scale.double()[:, None]).round().clamp(-_LARGEST, _LARGEST)
+    return levels.to(torch.int8), scale
+
+
+def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """s Q [m, n], multiplied in float32, or in float64 where that is ``dtype``."""
+    exact = torch.promote_types(dtype, torch.float32)
+    return (values.to(exact) * scale.to(exact)[:, None]).to(dtype)

@@ -1,0 +1,10 @@
+"""What a module does in its block, found by where it stands there (design: never by its name)."""
+
+from typing import Literal, get_args
+
+Role = Literal[
+    "attention_in", "attention_out", "mlp_in", "mlp_out", "expert_in", "expert_out", "other"
+]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""In the order of a block's forward pass."""
+ATTENTION: tuple[Role, ...] = ("attention_in", "attention_out")
