@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from svdserve.compression.format.codecs.base import FLOAT_DTYPES
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles
@@ -24,12 +25,11 @@ from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.calibration.texts import read_file
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
-from svdserve.compression.system.permissions import remote_code
 
 # Of a text of which the first chunks are wanted, this much is tokenised at first.
 _CHARACTERS_PER_TOKEN, _CUT_TOKENS = 16, 64
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("auto", *(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES))
 
 
 class Measurement(BaseModel):
@@ -84,6 +84,8 @@ def perplexity(
         UserError: no model or text, a text shorter than one chunk, a bad option, or logits that
             are not finite (the chunk is named; chunks are never skipped).
     """
+    from svdserve.compression.model.loading import load_model
+
     started = time.perf_counter()
     _check_options(seq_len, max_chunks, batch_size, dtype)
     chunks = text_chunks(model_dir, text, seq_len, max_chunks)
@@ -125,71 +127,6 @@ def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[s
     }
 
 
-def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The transformers model of a dense or compressed directory, in evaluation mode.
-
-    Raises:
-        UserError: no such model, or a checkpoint that ``open_checkpoint`` refuses.
-    """
-    from transformers import AutoModelForCausalLM
-
-    import svdserve.compression.model.hf  # noqa: F401 (registers the quantizer)
-    from svdserve.compression.model.building import (
-        attention_of,
-        require_language_head,
-        transformers_says,
-    )
-
-    if is_checkpoint(model_dir):
-        open_checkpoint(model_dir)
-    else:
-        TensorFiles(model_dir)
-    chosen = DTYPES.get(dtype, "auto")
-    attention = attention_of(model_dir)
-    with transformers_says(model_dir, "load the model"):
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=chosen,
-            attn_implementation=attention,
-            local_files_only=True,
-            output_loading_info=True,
-            **remote_code(),
-        )
-    _require_loaded(model_dir, loaded)
-    require_language_head(model_dir, model.config)
-    return model.eval().to(device)
-
-
-def _require_loaded(model_dir: Path, loaded: dict[str, Any]) -> None:
-    """transformers fills what it does not find with random numbers and goes on."""
-    wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
-    if wrong:
-        raise UserError(
-            f"{model_dir}: {sorted(wrong)[0]} is missing from the files or has another size; a "
-            "model without output head (a reward or embedding model) predicts nothing: give a "
-            "complete causal language model"
-        )
-
-
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits [B, L, V] of final hidden states [B, L, d].
-
-    The model's own forward runs with its decoder left out, so that soft-capping or scaling of the
-    logits is applied as it is there.
-    """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    output = BaseModelOutputWithPast(last_hidden_state=hidden)
-    decoder = model.base_model
-    decoder.forward = lambda *_args, **_kwargs: output
-    try:
-        logits = model(inputs_embeds=hidden, use_cache=False).logits
-    finally:
-        del decoder.forward
-    assert isinstance(logits, Tensor)
-    return logits
-
-
 def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
     if seq_len < 2:
         raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
@@ -197,8 +134,8 @@ def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype:
         raise UserError(f"max_chunks {max_chunks}: give at least 1, or leave it out for all")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"unknown dtype {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if dtype not in _DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; allowed: {', '.join(_DTYPES)}")
 
 
 def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | None) -> Tensor:

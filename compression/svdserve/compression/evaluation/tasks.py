@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from svdserve.compression.evaluation.perplexity import Measurement, load_model, measured
+from svdserve.compression.evaluation.perplexity import Measurement, measured
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.system.errors import UserError
 
@@ -87,6 +87,7 @@ def task_scores(
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness: pip install 'svdserve[eval]'") from None
     from svdserve.compression.model.building import check_ids, load_tokenizer
+    from svdserve.compression.model.loading import load_model
 
     class Checked(HFLM):  # type: ignore[misc]
         """Refuses ids that the model does not know before torch looks for their rows."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from svdserve.compression.methods.learned.learner import Learner, weighted
+from svdserve.compression.methods.learner import Learner, weighted
 from svdserve.compression.methods.registry import Solution, method
 from svdserve.compression.methods.svd import svd
 from svdserve.compression.statistics.moments import Statistics

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from svdserve.compression.format.layouts import Factors
-from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.statistics.moments import DESCRIPTIONS, Statistic, Statistics
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.hyperparameters import Parameters

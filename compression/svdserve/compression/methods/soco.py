@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from svdserve.compression.methods.learned.learner import Learner, weighted
+from svdserve.compression.methods.learner import Learner, weighted
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics.moments import Statistics

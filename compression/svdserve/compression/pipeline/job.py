@@ -21,8 +21,7 @@ from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.format.stored import store
 from svdserve.compression.format.tensors import check_finite_tensors
 from svdserve.compression.methods import get_method
-from svdserve.compression.methods.learned.driver import Learned, learn
-from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.model.containers import require_walkable
 from svdserve.compression.model.hub import model_name, resolve_model
 from svdserve.compression.model.skeleton import Group, Skeleton
@@ -33,6 +32,7 @@ from svdserve.compression.pipeline.calibration.tokens import (
     calibration_tokens,
     check_calibration,
 )
+from svdserve.compression.pipeline.learning import Learned, learn
 from svdserve.compression.pipeline.plan import (
     Unit,
     check_reachable,

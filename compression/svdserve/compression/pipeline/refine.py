@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.evaluation.perplexity import load_model
 from svdserve.compression.format.codecs import Storage, get_codec
 from svdserve.compression.format.log import LOG_FILE, log_event
 from svdserve.compression.format.reader import open_checkpoint
@@ -26,6 +25,7 @@ from svdserve.compression.format.tensors import TensorFiles, save_tensors
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.companions import copy_companions
 from svdserve.compression.model.hub import resolve_model
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.modules import trainable_factors
 from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from svdserve.compression.evaluation.perplexity import head_logits, load_model
 from svdserve.compression.format.tensors import save_tensors
+from svdserve.compression.model.loading import head_logits, load_model
 from svdserve.compression.system.memory import release
 from svdserve.compression.training.trainer import Training
 

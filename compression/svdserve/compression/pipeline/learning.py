@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.allocation.registry import Ranks
-from svdserve.compression.evaluation.perplexity import load_model
 from svdserve.compression.format.codecs import FLOAT, Storage
 from svdserve.compression.format.layouts import Factors, Layout, get_layout
 from svdserve.compression.format.tensors import TensorFiles
-from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.methods.registry import Solution
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.modules import FactoredWeight
 from svdserve.compression.pipeline.progress import bar
 from svdserve.compression.pipeline.recipe import Recipe, Run

@@ -1,1 +1,0 @@
-"""Methods that learn which components stay, over the whole model."""
