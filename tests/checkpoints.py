@@ -7,34 +7,43 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from svdserve.compression.format.factors import interpolative, parameters
 
-from svdserve.compression.format.layouts import Factors, Layout
-from svdserve.compression.format.legacy import GROUPS
-from svdserve.compression.format.schema import CheckpointConfig, ModuleSpec
+from svdserve.compression.format.layouts import Factors, get_layout
+from svdserve.compression.format.legacy import GROUPS, role_of
+from svdserve.compression.format.schema import (
+    CheckpointConfig,
+    LinearSpec,
+    ModuleSpec,
+    parameters_of,
+)
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.format.untrusted import read_json
 
 RankRule = Callable[[str, int, int], int]
 """Rank of the module of this name with a weight [m, n]."""
 
-Factorise = Callable[[torch.Tensor, int, Layout], Factors]
+Tensors = dict[str, torch.Tensor]
+
+Factorise = Callable[[torch.Tensor, int, str], Tensors]
+"""Matrices and indices of a weight, a rank and the name of a layout, by suffix."""
 
 
-def truncated_svd(weight: torch.Tensor, rank: int, layout: Layout) -> Factors:
+def truncated_svd(weight: torch.Tensor, rank: int, layout: str) -> Tensors:
     """The best rank-r approximation, computed in float64 and stored in the weight's dtype."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     pair = Factors(s[:rank].sqrt()[:, None] * v[:rank], u[:, :rank] * s[:rank].sqrt())
-    return (pair if layout == "pair" else interpolative(pair)).to(weight.dtype)
+    tensors = get_layout(layout).encode(pair)
+    return {n: t.to(weight.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
 
-def random_factors(weight: torch.Tensor, rank: int, layout: Layout) -> Factors:
+def random_factors(weight: torch.Tensor, rank: int, layout: str) -> Tensors:
     """Factors of the right shapes and scale that have nothing to do with the weight; instant."""
     m, n = weight.shape
     outer = (torch.randn(m, rank) * rank**-0.5).to(weight.dtype)
     columns = n if layout == "pair" else n - rank
     inner = (torch.randn(rank, columns) * n**-0.5).to(weight.dtype)
-    return Factors(inner, outer, None if layout == "pair" else torch.randperm(n)[:rank].int())
+    pivots = {} if layout == "pair" else {"pivots": torch.randperm(n)[:rank].int()}
+    return {"factor_in": inner, "factor_out": outer} | pivots
 
 
 def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +62,7 @@ def write_checkpoint(
     dense: Path,
     target: Path,
     *,
-    layout: Layout,
+    layout: str,
     shared: bool,
     keep_dense: frozenset[str] = frozenset(),
     rank_rule: RankRule = unequal_ranks,
@@ -74,40 +83,40 @@ def write_checkpoint(
     weights = load_file(dense / SINGLE_FILE)
     products = dict(weights)
     modules: dict[str, ModuleSpec] = {}
-    int8_linears: list[str] = []
-    stored = total = 0
+    linears: dict[str, LinearSpec] = {}
+    codec = "int8" if int8 else "float"
     for module, members in _modules(list(weights), shared):
-        last = module.rpartition(".")[2]
-        parent = module.rpartition(".")[0]
+        parent, _, last = module.rpartition(".")
         names = [f"{parent}.{member}.weight" for member in members]
         if last in keep_dense:
-            for name in names if int8 else []:
-                int8_linears.append(name.removesuffix(".weight"))
-                weights[name], weights[f"{name}_scale"] = round_rows(weights[name])
-                products[name] = weights[name] * weights[f"{name}_scale"][:, None]
+            for name in names:
+                linear = name.removesuffix(".weight")
+                linears[linear] = LinearSpec(role=role_of(linear), codec=codec)
+                if int8:
+                    weights[name], weights[f"{name}_scale"] = round_rows(weights[name])
+                    products[name] = weights[name] * weights[f"{name}_scale"][:, None]
             continue
         weight = torch.cat([weights.pop(name) for name in names])
         sizes = tuple(products[name].shape[0] for name in names)
-        rank = rank_rule(module, *weight.shape)
-        factors = factorise(weight, rank, layout)
-        if int8:
-            inner, outer = round_rows(factors.factor_in), round_rows(factors.factor_out)
-            factors = Factors(inner[0], outer[0], factors.pivots, inner[1], outer[1])
-        products |= dict(zip(names, factors.dense().split(sizes), strict=True))
+        factors = factorise(weight, rank_rule(module, *weight.shape), layout)
+        decoded = dict(factors)
+        for matrix in ("factor_in", "factor_out") if int8 else ():
+            factors[matrix], factors[f"{matrix}_scale"] = round_rows(decoded[matrix])
+            decoded[matrix] = factors[matrix] * factors[f"{matrix}_scale"][:, None]
+        product = get_layout(layout).dense(decoded)
+        products |= dict(zip(names, product.split(sizes), strict=True))
         modules[module] = ModuleSpec.model_validate(
-            {"members": members, "layout": layout, "rank": factors.rank}
-            | {"in": weight.shape[1], "out": sizes, "weights": "int8" if int8 else "float"}
+            {"role": role_of(module), "members": members, "layout": layout, "codec": codec}
+            | {"rank": factors["factor_out"].shape[1], "in": weight.shape[1], "out": sizes}
         )
-        for suffix in modules[module].tensors():
-            weights[f"{module}.{suffix}"] = getattr(factors, suffix)
-        stored += parameters(layout, *weight.shape, factors.rank)
-        total += weight.numel()
+        assert factors.keys() == modules[module].tensors().keys()
+        weights |= {f"{module}.{suffix}": tensor for suffix, tensor in factors.items()}
+    stored, total = parameters_of(modules)
     block = CheckpointConfig(
-        format_version=2 if int8 else 1,
         base_model=dense.name,
         keep=min(1.0, stored / total) if total else 1.0,
         modules=modules,
-        int8_linears=tuple(int8_linears),
+        linears=linears,
     )
     _write(dense, target, weights, {"quantization_config": block.dump()})
     if reference is not None:

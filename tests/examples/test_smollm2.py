@@ -36,7 +36,7 @@ def multiplied_out(checkpoint: Checkpoint, target: Path) -> Path:
     for name, spec in checkpoint.config.modules.items():
         for suffix in spec.tensors():
             del tensors[f"{name}.{suffix}"]
-        rows = checkpoint.factors(name).dense().split(spec.out_features)
+        rows = checkpoint.factors(name).dense(torch.float32).split(spec.out_features)
         for linear, weight in zip(linears_of(name, spec), rows, strict=True):
             tensors[f"{linear}.weight"] = weight.contiguous()
     target.mkdir()

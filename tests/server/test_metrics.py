@@ -44,7 +44,7 @@ def test_facts_agree_with_the_files(tmp_path: Path) -> None:
     assert (facts.lowrank_bytes, facts.dense_bytes) == (stored["lowrank"], stored["dense"])
     assert 0 < facts.lowrank_bytes < all_dense["dense"]
     assert facts.dense_equivalent_bytes == all_dense["dense"]
-    assert (facts.layout, facts.format_version, facts.base_model) == ("pair", 1, "dense")
+    assert (facts.layout, facts.format_version, facts.base_model) == ("pair", 3, "dense")
 
 
 def test_facts_of_a_dense_model(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from svdserve.compression.allocation.registry import (
     scores,
     uniform,
 )
-from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR
+from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, get_layout
 from svdserve.compression.system.errors import UserError
 
 SHAPES = [(12, 16), (16, 12), (30, 10), (8, 20)]
@@ -45,7 +45,7 @@ def tail(modules: dict[str, Module], ranks: dict[str, int | None]) -> float:
 @pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
 def test_divergence_is_nearly_what_exhaustive_search_finds(layout: str, keep: float):
     modules = {f"m{i}": module(i, *shape, 10.0**-i) for i, shape in enumerate(SHAPES[:3])}
-    budget = Budget(keep, layout)
+    budget = Budget(keep, get_layout(layout))
     allowed = keep * sum(m.dense for m in modules.values())
     best = min(
         tail(modules, ranks)
@@ -65,7 +65,7 @@ def test_divergence_is_nearly_what_exhaustive_search_finds(layout: str, keep: fl
 def test_budget_is_kept_and_used_up_to_one_rank(name: str, layout: str, keep: float, multiple: int):
     shapes = {f"m{i}": (64 + 16 * (i % 3), 48 + 16 * (i % 2)) for i in range(12)}
     modules = {n: module(i, *shape) for i, (n, shape) in enumerate(shapes.items())}
-    budget = Budget(keep, layout, multiple)
+    budget = Budget(keep, get_layout(layout), multiple)
     parameters = {"blocks": 5} if name == "last-blocks" else {}
     ranks = get_allocator(name).function(modules, budget, **parameters)
     assert ranks.keys() == modules.keys()
@@ -80,7 +80,7 @@ def test_budget_is_kept_and_used_up_to_one_rank(name: str, layout: str, keep: fl
 
 def test_uniform_is_the_keep_ratio_of_every_module():
     modules = {f"m{i}": module(i, *shape) for i, shape in enumerate(SHAPES)}
-    for layout in ("pair", "interpolative"):
+    for layout in (PAIR, INTERPOLATIVE):
         got = uniform(modules, Budget(0.7, layout))
         expected = {n: layout.rank_for_keep(*s, 0.7) for n, s in zip(modules, SHAPES, strict=True)}
         assert got == expected
@@ -88,7 +88,7 @@ def test_uniform_is_the_keep_ratio_of_every_module():
 
 def test_attention_keep_gives_the_rest_to_the_mlp():
     modules = {f"m{i}": module(i, 512, 512) for i in range(4)}  # even ones are attention
-    budget = Budget(0.8, "pair")
+    budget = Budget(0.8, PAIR)
     ranks = uniform(modules, budget, attention_keep=0.9)
     assert ranks["m0"] == ranks["m2"] == PAIR.rank_for_keep(512, 512, 0.9)
     assert ranks["m1"] == ranks["m3"] == PAIR.rank_for_keep(512, 512, 0.7)
@@ -98,16 +98,16 @@ def test_attention_keep_gives_the_rest_to_the_mlp():
 
 def test_last_blocks_leaves_the_first_ones_dense():
     modules = {f"m{i}": module(i, 256, 256) for i in range(8)}  # four blocks
-    ranks = last_blocks(modules, Budget(0.8, "pair"), blocks=1)
+    ranks = last_blocks(modules, Budget(0.8, PAIR), blocks=1)
     assert [ranks[f"m{i}"] for i in range(6)] == [None] * 6
     assert ranks["m6"] == ranks["m7"] == PAIR.rank_for_keep(256, 256, 0.2)
     with pytest.raises(UserError, match="give more blocks"):
-        last_blocks(modules, Budget(0.6, "pair"), blocks=1)
+        last_blocks(modules, Budget(0.6, PAIR), blocks=1)
 
 
 def test_floor_keeps_a_share_of_the_uniform_parameters():
     modules = {f"m{i}": module(i, 128, 128, 1e-6 if i else 1.0) for i in range(4)}
-    budget = Budget(0.6, "interpolative")
+    budget = Budget(0.6, INTERPOLATIVE)
     starved = divergence(modules, budget, floor=0.0)
     fed = divergence(modules, budget, floor=0.7)
     least = INTERPOLATIVE.rank_for_keep(128, 128, 0.7 * 0.6)
@@ -121,7 +121,7 @@ def test_scores_are_taken_from_the_greatest_on(layout: str):
     modules = {f"m{i}": module(i, 40, 24) for i in range(4)}
     for index, entry in enumerate(modules.values()):  # any order
         entry.scores[:] = entry.scores[torch.randperm(24)] * (1 + index)
-    budget = Budget(0.6, layout)
+    budget = Budget(0.6, get_layout(layout))
     ranks = dict.fromkeys(modules, 1)
     waiting = sorted((-s, n) for n, m in modules.items() for s in m.scores.sort().values[:-1])
     for _, name in waiting:
@@ -136,7 +136,7 @@ def test_scores_are_taken_from_the_greatest_on(layout: str):
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
 def test_equal_scores_use_the_budget_up(layout: str):
     modules = {f"m{i}": replace(module(i, 40, 24), scores=torch.full((24,), 0.1)) for i in range(4)}
-    budget = Budget(0.7, layout)
+    budget = Budget(0.7, get_layout(layout))
     left = 0.7 * sum(m.dense for m in modules.values()) - spent(
         modules, scores(modules, budget), budget
     )
@@ -162,7 +162,7 @@ def test_the_budget_holds_or_is_refused(
 ):
     """Refused exactly where the least of all choices is more, found by listing them."""
     modules = {f"m{i}": module(i, *shape) for i, shape in enumerate(SMALL)}
-    budget = Budget(keep, layout, multiple)
+    budget = Budget(keep, get_layout(layout), multiple)
     parameters = {"floor": floor} if ALLOCATORS[name].profile else {}
     parameters |= {"blocks": 3} if name == "last-blocks" else {}
     dense = sum(m.dense for m in modules.values())
@@ -187,16 +187,16 @@ def test_the_budget_holds_or_is_refused(
         ) as told:
             budget.check(modules, ranks)
         possible = float(str(told.value).split(" or more")[0].rsplit(" ", 1)[1])
-        again = Budget(possible, layout, multiple)
+        again = Budget(possible, get_layout(layout), multiple)
         again.check(modules, ALLOCATORS[name].function(modules, again, **parameters))
 
 
 def test_attention_that_cannot_give_is_refused():
     modules = {f"m{i}": module(i, 64, 64) for i in range(4)}
-    budget = Budget(0.5, "pair", 16)
+    budget = Budget(0.5, PAIR, 16)
     ranks = uniform(modules, budget, attention_keep=0.1)
     with pytest.raises(UserError, match="other allocator parameters, or a keep ratio"):
-        Budget(0.45, "pair", 16).check(modules, ranks)
+        Budget(0.45, PAIR, 16).check(modules, ranks)
 
 
 def test_unknown_names_and_values_are_refused():

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from models import VOCABULARY, build_model, random_tokens, save_model, save_tokenizer
 from svdserve.cli.main import app
-from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress
@@ -118,7 +118,7 @@ def test_compressed_models_load_with_and_without_a_head(llama: Path, tmp_path: P
     directory, tokens = small(llama, tmp_path / "small"), random_tokens(2, 16)
     checkpoint, twin = open_checkpoint(directory), build_model("llama")
     for name, spec in checkpoint.config.modules.items():
-        parts = checkpoint.factors(name).dense().split(spec.out_features)
+        parts = checkpoint.factors(name).dense(torch.float32).split(spec.out_features)
         for member, part in zip(spec.members, parts, strict=True):
             linear = twin.get_submodule(f"{name.rpartition('.')[0]}.{member}")
             linear.weight.data.copy_(part)

@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
-from svdserve.compression.format.factors import interpolative
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from svdserve.compression.format.layouts import Factors, Layout
+from svdserve.compression.format.codecs import FLOAT
+from svdserve.compression.format.layouts import Factors, get_layout
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.stored import store
 from svdserve.compression.model.modules import (
     LowRankLinear,
     SharedFactors,
@@ -36,22 +37,21 @@ class Attention(nn.Module):
         return torch.cat([getattr(self, name)(x) for name in MEMBERS], -1)
 
 
-def build(layout: Layout, bias: bool = True) -> tuple[Attention, Tensor, Tensor | None]:
+def build(layout: str, bias: bool = True) -> tuple[Attention, Tensor, Tensor | None]:
     """A factored attention, its stacked dense weight and its stacked bias."""
     torch.manual_seed(0)
     attention = Attention(bias)
-    factors = Factors(torch.randn(RANK, IN), torch.randn(sum(SIZES), RANK))
-    if layout == "interpolative":
-        factors = interpolative(factors)
+    pair = Factors(torch.randn(RANK, IN), torch.randn(sum(SIZES), RANK))
+    factors = store(pair, get_layout(layout), FLOAT, torch.float32)
     spec = ModuleSpec(members=MEMBERS, layout=layout, rank=RANK, in_features=IN, out_features=SIZES)
     stacked = torch.cat([getattr(attention, m).bias for m in MEMBERS]) if bias else None
     replace_group(attention, "qkv_proj", spec, factors, torch.float32, "cpu")
-    return attention, factors.dense(), stacked
+    return attention, factors.dense(torch.float32), stacked
 
 
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_shared_group_equals_dense(layout: Layout, bias: bool) -> None:
+def test_shared_group_equals_dense(layout: str, bias: bool) -> None:
     attention, weight, stacked = build(layout, bias)
     x = torch.randn(2, 5, IN)
     torch.testing.assert_close(attention(x), linear(x, weight, stacked), atol=1e-4, rtol=1e-4)
@@ -62,12 +62,12 @@ def test_shared_group_equals_dense(layout: Layout, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
-def test_single_linear_equals_dense(layout: Layout) -> None:
+def test_single_linear_equals_dense(layout: str) -> None:
     parent = nn.Module()
     parent.o_proj = nn.Linear(IN, 16)
     bias = parent.o_proj.bias
-    factors = Factors(torch.randn(RANK, IN), torch.randn(16, RANK))
-    factors = interpolative(factors) if layout == "interpolative" else factors
+    pair = Factors(torch.randn(RANK, IN), torch.randn(16, RANK))
+    factors = store(pair, get_layout(layout), FLOAT, torch.float32)
     spec = ModuleSpec(
         members=("o_proj",), layout=layout, rank=RANK, in_features=IN, out_features=(16,)
     )
@@ -75,12 +75,12 @@ def test_single_linear_equals_dense(layout: Layout) -> None:
     assert isinstance(parent.o_proj, LowRankLinear)
     assert parent.o_proj.bias is bias
     x = torch.randn(3, IN)
-    expected = linear(x, factors.dense(), bias)
+    expected = linear(x, factors.dense(torch.float32), bias)
     torch.testing.assert_close(parent.o_proj(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
-def test_gradients_equal_dense(layout: Layout) -> None:
+def test_gradients_equal_dense(layout: str) -> None:
     attention, _, stacked = build(layout)
     x = torch.randn(4, IN, requires_grad=True)
     attention(x).square().sum().backward()
@@ -88,7 +88,8 @@ def test_gradients_equal_dense(layout: Layout) -> None:
     weight_in = shared.factor_in.detach().requires_grad_()
     weight_out = shared.factor_out.detach().requires_grad_()
     reference_x = x.detach().requires_grad_()
-    dense = Factors(weight_in, weight_out, shared.pivots).dense()
+    tensors = {"factor_in": weight_in, "factor_out": weight_out} | dict(shared.named_buffers())
+    dense = get_layout(layout).dense(tensors)
     linear(reference_x, dense, stacked).square().sum().backward()
     for got, expected in (
         (x.grad, reference_x.grad),
@@ -99,18 +100,18 @@ def test_gradients_equal_dense(layout: Layout) -> None:
 
 
 def test_projection_is_computed_once_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    from svdserve.compression.model import modules
+    from svdserve.compression.format.layouts import base
 
     attention, _, _ = build("pair")
     values: list[weakref.ref[Tensor]] = []
-    original = modules.project
+    original = base.project
 
     def counted(x: Tensor, factor_in: Tensor, pivots: Tensor | None) -> Tensor:
         value = original(x, factor_in, pivots)
         values.append(weakref.ref(value))
         return value
 
-    monkeypatch.setattr(modules, "project", counted)
+    monkeypatch.setattr(base, "project", counted)
     x = torch.randn(2, IN)
     with torch.no_grad():
         attention(x)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from models import VOCABULARY, random_tokens, save_tokenizer
-from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import make_recipe, make_run

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from svdserve.compression.format.factors import interpolative, stored
 from torch import Tensor
 
 from models import save_model
 from svdserve.compression.allocation.registry import ALLOCATORS, Budget, Module
-from svdserve.compression.format.layouts import Factors
+from svdserve.compression.format.codecs import FLOAT, INT8
+from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, Factors, get_layout
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import check_finite, open_checkpoint
+from svdserve.compression.format.stored import StoredFactors, store
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import METHODS
 from svdserve.compression.pipeline import job as job_module
@@ -78,12 +79,12 @@ def statistics_of(x: Tensor, x_f: Tensor, gradients: Tensor) -> Statistics:
     )
 
 
-def all_stored(factors: Factors, learned: bool) -> Iterator[Factors]:
+def all_stored(factors: Factors, learned: bool) -> Iterator[StoredFactors]:
     """Learned methods scale their components anew before int8."""
-    for layout in (factors, interpolative(factors)):
-        yield layout
+    for layout in (PAIR, INTERPOLATIVE):
+        yield StoredFactors(layout, FLOAT, layout.encode(factors))
         if not learned:
-            yield stored(layout, torch.float32, "int8")
+            yield store(factors, layout, INT8, torch.float32)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -103,14 +104,14 @@ def test_every_method_on_every_degenerate_case(name: str, shape: tuple[int, int]
         for rank in (1, 5, min(m, n)):
             factors = method.solve(weight, statistics, rank, method.parameters).factors
             for found in all_stored(factors, method.learner is not None):
-                where = (case, seen, rank, found.layout, found.weights)
-                dense = found.to(torch.float64).dense()
+                where = (case, seen, rank, found.layout.name, found.codec.name)
+                dense = found.dense(torch.float64)
                 assert bool(dense.isfinite().all()), where
                 assert 1 <= found.rank <= rank, where
                 if own == 0:
                     assert not bool(dense.any()), where
                 elif own <= rank or rank == min(m, n):
-                    limit = 1e-6 if found.weights == "float" else 0.5
+                    limit = 1e-6 if found.codec is FLOAT else 0.5
                     assert relative_error(weight, dense, None) < limit, where
 
 
@@ -119,7 +120,7 @@ def test_every_method_on_every_degenerate_case(name: str, shape: tuple[int, int]
 def test_plain_svd_of_any_scale_is_eckart_young(scale: float, layout: str):
     weight = weights(16, 24)["dead channels"][0] * scale
     factors = METHODS["svd"].solve(weight, Statistics(0), 5, {}).factors
-    dense = (factors if layout == "pair" else interpolative(factors)).dense()
+    dense = get_layout(layout).dense(get_layout(layout).encode(factors))
     best = torch.linalg.svdvals(weight / scale)[5:].norm() * scale
     assert float((weight - dense).norm()) == pytest.approx(float(best), rel=1e-9)
 
@@ -151,7 +152,7 @@ def test_a_module_of_zeros_takes_nothing_from_the_others(name: str):
         f"m{i}": Module(48, 32, i, False, s, 1.0, s, s)
         for i, s in enumerate([falling, 0 * falling, falling])
     }
-    budget = Budget(0.6, "interpolative")
+    budget = Budget(0.6, INTERPOLATIVE)
     ranks = ALLOCATORS[name].function(modules, budget)
     budget.check(modules, ranks)
     assert ranks["m0"] == pytest.approx(ranks["m2"], abs=1)
@@ -199,7 +200,7 @@ def test_a_model_with_zeros(fields: dict, zeros: Path, text: Path, tmp_path: Pat
     checkpoint = open_checkpoint(tmp_path / "out")
     check_finite(checkpoint)
     found = {
-        name: checkpoint.factors(name).to(torch.float64).dense()
+        name: checkpoint.factors(name).dense(torch.float64)
         for name in checkpoint.config.modules
         if name.endswith("2.mlp.down_proj")
     }
@@ -227,7 +228,7 @@ def test_a_projection_far_from_one(method: str, scale: float, text: Path, tmp_pa
     for letter in "qk":
         name = f"model.layers.1.self_attn.{letter}_proj"
         if name in checkpoint.config.modules:
-            dense = checkpoint.factors(name).to(torch.float64).dense()
+            dense = checkpoint.factors(name).dense(torch.float64)
             assert relative_error(tensors[f"{name}.weight"], dense, None) < 1
 
 
@@ -271,7 +272,7 @@ def test_factors_beyond_the_stored_dtype_are_refused_at_their_module(text: Path,
     gate = tensors["model.layers.0.mlp.gate_proj.weight"]
     weight = torch.cat([gate, up]).double()
     best = torch.linalg.svdvals(weight)[factors.rank :].norm()
-    lost = (weight - factors.to(torch.float64).dense()).norm()
+    lost = (weight - factors.dense(torch.float64)).norm()
     assert float(lost) == pytest.approx(float(best), rel=1e-3)
 
 

@@ -94,7 +94,7 @@ def test_linears_of_several_dtypes(tmp_path: Path):
     )
     with torch.no_grad():
         for name, spec in checkpoint.config.modules.items():
-            dense = checkpoint.factors(name).to(torch.float64).dense()
+            dense = checkpoint.factors(name).dense(torch.float64)
             parts = dense.split(list(spec.out_features))
             for linear, part in zip(linears_of(name, spec), parts, strict=True):
                 plain.get_submodule(linear).weight.copy_(part)
@@ -169,7 +169,7 @@ def test_the_logged_errors_are_those_of_the_stored_weights(
     inputs: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, spec in checkpoint.config.modules.items():
-            dense = checkpoint.factors(name).to(torch.float64).dense()
+            dense = checkpoint.factors(name).dense(torch.float64)
             parts = dense.split(list(spec.out_features))
             for linear, part in zip(linears_of(name, spec), parts, strict=True):
                 student.get_submodule(linear).weight.copy_(part)

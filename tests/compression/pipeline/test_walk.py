@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from svdserve.compression.format.factors import interpolative
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from models import ARCHITECTURES, build_model, random_tokens, save_model
-from svdserve.compression.format.layouts import Factors
+from svdserve.compression.format.codecs import FLOAT
+from svdserve.compression.format.layouts import INTERPOLATIVE, Factors
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.stored import store
 from svdserve.compression.model.containers import learn_containers
 from svdserve.compression.model.skeleton import Group, Skeleton
 from svdserve.compression.pipeline.measure import measured_rows
@@ -164,12 +165,11 @@ def test_replaced_groups_act_on_all_later_statistics(
             torch.testing.assert_close(got.shift, (x_f - x).T @ x / len(x), **close)
             torch.testing.assert_close(got.teacher_gram, x_f.T @ x_f / len(x), **close)
             sizes = [block.weight(group, member).shape for member in group.members]
-            factors = interpolative(
-                Factors(
-                    torch.randn(9, sizes[0][1], generator=generator) * sizes[0][1] ** -0.5,
-                    torch.randn(sum(s[0] for s in sizes), 9, generator=generator) / 3,
-                )
+            pair = Factors(
+                torch.randn(9, sizes[0][1], generator=generator) * sizes[0][1] ** -0.5,
+                torch.randn(sum(s[0] for s in sizes), 9, generator=generator) / 3,
             )
+            factors = store(pair, INTERPOLATIVE, FLOAT, torch.float32)
             spec = ModuleSpec(
                 members=group.members,
                 layout="interpolative",
@@ -178,7 +178,7 @@ def test_replaced_groups_act_on_all_later_statistics(
                 out=[s[0] for s in sizes],
             )
             block.replace(group, group.name, spec, factors)
-            parts = factors.dense().split([s[0] for s in sizes])
+            parts = pair.dense().split([s[0] for s in sizes])
             for member, part in zip(group.members, parts, strict=True):
                 student.get_submodule(f"{prefix}.{member}").weight.data.copy_(part)
         block.finish()

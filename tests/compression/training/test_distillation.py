@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models import build_model, random_tokens, save_model
-from svdserve.compression.evaluation.perplexity import head_logits, load_model
+from svdserve.compression.model.loading import head_logits, load_model
 from svdserve.compression.training import distillation
 from svdserve.compression.training.distillation import Distillation, Targets, divergence
 from svdserve.compression.training.trainer import Training

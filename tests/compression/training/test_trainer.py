@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svdserve.compression.format.codecs import FLOAT, Storage
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.training.trainer import State, Trainer, Training
 
@@ -46,7 +47,9 @@ def trainer(
     objective = LeastSquares(weight)
     given = {"epochs": 60, "learning_rate": 0.1, "batch_size": 4, "evaluations": 6, "patience": 6}
     settings = Training(**(given | changes))
-    return Trainer({"w": weight}, {"w": stored}, objective, settings, SEQUENCES, folder), objective
+    return Trainer(
+        {"w": weight}, {"w": Storage(FLOAT, stored)}, objective, settings, SEQUENCES, folder
+    ), objective
 
 
 def test_it_finds_the_least_squares_solution() -> None:

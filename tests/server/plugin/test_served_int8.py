@@ -45,17 +45,17 @@ class W8A8(nn.Module):
         super().__init__()
         self.bias, config = bias, checkpoint.config
         self.first: Tensor | None = None
-        if name in config.int8_linears:
+        if name in config.linears:
             tensors = checkpoint.files.load([f"{name}.weight", f"{name}.weight_scale"])
             values, scale = (tensor.double() for tensor in tensors.values())
             self.last = values * scale[:, None]
             return
         module = config.owners[name]
-        spec, factors = config.modules[module], checkpoint.factors(module).to(torch.float64)
+        spec, factors = config.modules[module], checkpoint.factors(module).decoded(torch.float64)
         start = sum(spec.out_features[: linears_of(module, spec).index(name)])
         size = spec.out_features[linears_of(module, spec).index(name)]
-        self.first, self.last = factors.factor_in, factors.factor_out[start : start + size]
-        self.pivots = factors.pivots
+        self.first, self.last = factors["factor_in"], factors["factor_out"][start : start + size]
+        self.pivots = factors.get("pivots")
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.double()
@@ -104,7 +104,7 @@ def assert_served(served: Served, directory: Path, *, same: bool = True) -> None
     if not same:
         return
     checkpoint = open_checkpoint(directory)
-    names = [*checkpoint.config.owners, *checkpoint.config.int8_linears]
+    names = [*checkpoint.config.owners, *checkpoint.config.linears]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         bias = getattr(model.get_submodule(name), "bias", None)

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from models import random_tokens, save_model
-from svdserve.compression.evaluation.perplexity import load_model
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.server.plugin import verify

@@ -7,24 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from svdserve.compression.format.factors import parameters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models import save_model
 from svdserve.compression.allocation.registry import Budget, Module, Ranks, scores
-from svdserve.compression.format.layouts import Layout
+from svdserve.compression.format.codecs import FLOAT, Storage
+from svdserve.compression.format.layouts import PAIR, Layout, get_layout
 from svdserve.compression.format.log import LOG_FILE
 from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.stored import store
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import get_method
-from svdserve.compression.methods.learned.driver import Components, ScoreObjective
-from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.methods.learner import Learner
 from svdserve.compression.methods.soco import Soco
 from svdserve.compression.model.modules import FactoredWeight, replace_group
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.learning import Components, ScoreObjective
 from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
 from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.statistics.moments import Statistics
@@ -46,7 +47,8 @@ def grouped(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> nn.Mo
     module = "qkv_proj" if len(sizes) > 1 else names[0]
     spec = ModuleSpec(members=names, layout="pair", rank=rank, in_features=n, out_features=sizes)
     solution = get_method("acip").solve(weight, Statistics(0), rank, {})
-    replace_group(parent, module, spec, solution.factors, dtype, "cpu")
+    factors = store(solution.factors, PAIR, FLOAT, dtype)
+    replace_group(parent, module, spec, factors, dtype, "cpu")
     return parent.to(dtype).requires_grad_(False)
 
 
@@ -110,7 +112,7 @@ class OneDirection:
 
 @pytest.mark.parametrize("name", ["soco", "acip"])
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
-def test_scores_find_the_components_that_brute_force_finds(name: str, layout: Layout):
+def test_scores_find_the_components_that_brute_force_finds(name: str, layout: str):
     """The loss lives on small singular values, which truncation would drop."""
     generator = torch.Generator().manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(10, 8, generator=generator), full_matrices=False)
@@ -118,8 +120,10 @@ def test_scores_find_the_components_that_brute_force_finds(name: str, layout: La
     importance = torch.tensor([4.0, 0.1, 3.0, 0.1, 0.1, 0.1, 12.0, 8.0])
     parent = grouped(weight, (10,), torch.float32)
     base = OneDirection(parent, weight, u * importance)
-    keep = parameters(layout, 10, 8, 4) / 80
-    spectrum = Components(parent, keep, layout, allocate({"q_proj": (10, 8)}, keep, layout))
+    chosen_layout = get_layout(layout)
+    keep = chosen_layout.parameters(10, 8, 4) / 80
+    ranks = allocate({"q_proj": (10, 8)}, keep, chosen_layout)
+    spectrum = Components(parent, keep, chosen_layout, ranks)
     learner = get_method(name).make_learner(
         make_recipe(
             method=name,
@@ -127,7 +131,7 @@ def test_scores_find_the_components_that_brute_force_finds(name: str, layout: La
         ).parameters
     )
     objective = ScoreObjective(spectrum, learner, base)
-    stored = {"moves": torch.float32}
+    stored = {"moves": Storage(FLOAT, torch.float32)}
     training = learner.training(0)
     trainer = Trainer({"moves": objective.moves}, stored, objective, training, 24)
     objective.steps = trainer.steps
@@ -211,7 +215,7 @@ def test_the_first_scores_are_uniform_truncation(learner: Learner):
     parent.a = grouped(torch.randn(40, 24, generator=generator), (20, 10, 10), torch.float32)
     parent.b = grouped(9 * torch.randn(24, 32, generator=generator), (24,), torch.float32)
     sizes = {"a.qkv_proj": (40, 24), "b.q_proj": (24, 32)}
-    for layout in ("pair", "interpolative"):
+    for layout in map(get_layout, ("pair", "interpolative")):
         spectrum = Components(parent, 0.6, layout, allocate(sizes, 0.6, layout))
         selection = spectrum.select(learner.start(spectrum.strength), learner)
         for name, size in sizes.items():
@@ -310,9 +314,7 @@ def test_held_out_divergence_is_below_that_of_uniform_truncation(
 
 
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
-def test_the_budget_is_used_up_to_one_rank(
-    layout: Layout, model: tuple[Path, Path], tmp_path: Path
-):
+def test_the_budget_is_used_up_to_one_rank(layout: str, model: tuple[Path, Path], tmp_path: Path):
     """Over the whole model, dense modules included."""
     text, dense = model
     compress(str(dense), tmp_path / "out", recipe_for(text, "soco", layout=layout), RUN)
@@ -320,7 +322,7 @@ def test_the_budget_is_used_up_to_one_rank(
     whole = 3 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 256)
     factored = sum(spec.stacked * spec.in_features for spec in modules)
     stored = whole - factored
-    stored += sum(parameters(layout, s.stacked, s.in_features, s.rank) for s in modules)
+    stored += sum(get_layout(layout).parameters(s.stacked, s.in_features, s.rank) for s in modules)
     assert 0 <= 0.5 * whole - stored < max(spec.stacked + spec.in_features for spec in modules)
 
 
