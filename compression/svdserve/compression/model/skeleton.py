@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.legacy import GROUPS, role_of
+from svdserve.compression.format.roles import Role
 from svdserve.compression.format.tensors import TensorFiles, check_sizes
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.building import (
@@ -41,6 +42,10 @@ class Group:
     @property
     def members(self) -> tuple[str, ...]:
         return GROUPS[self.name]
+
+    @property
+    def role(self) -> Role:
+        return role_of(self.name)
 
     @property
     def path(self) -> str:

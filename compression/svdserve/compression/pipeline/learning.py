@@ -1,7 +1,7 @@
-"""Learns which singular components of the whole model stay: the driver of the learned methods.
+"""The stage that learns which singular components of the whole model stay, for learned methods.
 
 The student is a checkpoint of full rank, loaded by transformers like any other, whose factors are
-frozen and whose rank-r vectors are multiplied by functions of the scores. Held-out divergence is
+frozen and whose latents are multiplied by functions of the scores. Held-out divergence is
 always that of the selection which the scores stand for at that moment: the greatest under the
 exact budget, and nothing else. The scores that are kept are those of least held-out divergence.
 The first ones stand for uniform truncation (and what it leaves of the budget), so that the result
@@ -23,8 +23,10 @@ from svdserve.compression.methods.learner import Learner
 from svdserve.compression.methods.registry import Solution
 from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.modules import FactoredWeight
+from svdserve.compression.pipeline.modules import ModulePlan
 from svdserve.compression.pipeline.progress import bar
 from svdserve.compression.pipeline.recipe import Recipe, Run
+from svdserve.compression.statistics.moments import Statistics
 from svdserve.compression.system.memory import release
 from svdserve.compression.training.distillation import Distillation, Targets
 from svdserve.compression.training.trainer import Objective, State, Trainer
@@ -72,8 +74,11 @@ class Learned:
     selection: Selection
     state: State
 
-    def solve(self, name: str) -> Solution:
+    def solve(
+        self, module: ModulePlan, _weight: Tensor, _statistics: Statistics, _rank: int
+    ) -> Solution:
         """The components of one module that stay, float64, and the error of leaving the rest."""
+        name = module.name
         names = [f"{name}.factor_in", f"{name}.factor_out"]
         inner, outer = (t.double() for t in self.components.load(names).values())
         scale, kept = self.selection.scales[name].double(), self.selection.kept[name]

@@ -1,212 +1,201 @@
-"""What will be factored, and to which ranks."""
+"""The first stage: everything that a compression will do, checked before the long part starts."""
 
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from svdserve.compression.allocation.registry import Budget, Module, Ranks, get_allocator
-from svdserve.compression.format.codecs.base import FLOAT_DTYPES
-from svdserve.compression.format.layouts import get_layout
-from svdserve.compression.format.legacy import GROUPS, role_of
-from svdserve.compression.format.schema import LinearSpec, ModuleSpec, parameters_of
-from svdserve.compression.model.skeleton import Group, Skeleton
-from svdserve.compression.pipeline.recipe import Grouping, Recipe, make_recipe
-from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.statistics.spectra import Profile
+from svdserve.compression.allocation.registry import get_allocator
+from svdserve.compression.format.codecs import Storage
+from svdserve.compression.format.tensors import check_finite_tensors
+from svdserve.compression.methods import get_method
+from svdserve.compression.methods.learner import Learner
+from svdserve.compression.model.containers import require_walkable
+from svdserve.compression.model.hub import model_name
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.pipeline.calibration.tokens import (
+    calibration_digests,
+    calibration_tokens,
+    check_calibration,
+)
+from svdserve.compression.pipeline.modules import Modules, plan_modules, plan_storage
+from svdserve.compression.pipeline.progress import bar
+from svdserve.compression.pipeline.ranks import check_reachable, is_searched, plan_ranks
+from svdserve.compression.pipeline.recipe import Recipe, Run
+from svdserve.compression.pipeline.workdir import Signature, WorkDirectory, execution_fingerprint
+from svdserve.compression.statistics.moments import OF_GRADIENTS, Statistic
 from svdserve.compression.system.errors import UserError
-from svdserve.compression.system.memory import release
-
-_CANDIDATES = 6
+from svdserve.compression.system.files import check_folder
+from svdserve.compression.system.machine import usable_device
+from svdserve.compression.system.memory import bound_kernel_cache
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One factored module to be: its group, its name in the model, and its linears.
+class Plan:
+    """What one compression computes, and how.
 
-    ``rows`` are theirs in the group's stacked weight [m, n]; ``columns`` is n.
+    Attributes:
+        skeleton: the dense model.
+        modules: what will be factored, or stay dense.
+        storage: what each module is stored in, by name.
+        dtype: of the hidden states that are kept.
+        device: where blocks run.
+        base_model: the name of the dense model.
+        statistics: what the method reads of each group.
+        learner: the rules by which components are chosen, where the method has such.
+        needs_spectra: whether the allocator compares the modules' spectra.
+        measures: whether the error behind every block is wanted, whatever the method needs.
     """
 
-    group: Group
-    name: str
-    members: tuple[str, ...]
-    rows: slice
-    columns: int
+    recipe: Recipe
+    run: Run
+    skeleton: Skeleton
+    modules: Modules
+    storage: dict[str, Storage]
+    dtype: torch.dtype
+    device: torch.device
+    base_model: str
+    statistics: frozenset[Statistic]
+    learner: Learner | None
+    needs_spectra: bool
+    measures: bool = False
 
     @property
-    def linears(self) -> list[str]:
-        """Full names of the members."""
-        return [f"{self.name.rpartition('.')[0]}.{member}" for member in self.members]
+    def needs_gradients(self) -> bool:
+        return bool(self.statistics & OF_GRADIENTS) or self.needs_spectra
+
+    @property
+    def signature(self) -> Signature:
+        """All that decides the bytes of the output."""
+        texts = [self.recipe, *(text for _, text in self.recipe.trainings)]
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "weights": {"model": self.skeleton.files.fingerprint},
+            "texts": calibration_digests(texts),
+            "order": execution_fingerprint(self.device, self.run.batch_size),
+        }
+
+    def of(self, recipe: Recipe, run: Run, *, measures: bool = False) -> "Plan":
+        """The closed form of another recipe for the same model, on the same machine."""
+        return _planned(self.skeleton, recipe, run, self.device, self.base_model, measures)
 
 
-def units_of(skeleton: Skeleton, grouping: Grouping) -> list[list[Unit]]:
-    """The units of every block, in the order of its groups."""
-    return [_units_of_block(skeleton, index, grouping) for index in range(skeleton.blocks)]
-
-
-def _units_of_block(skeleton: Skeleton, index: int, grouping: Grouping) -> list[Unit]:
-    prefix = skeleton.block_name(index)
-    units: list[Unit] = []
-    for group in skeleton.groups[index]:
-        parent = skeleton.layers[index].get_submodule(group.parent)
-        shapes = [parent.get_submodule(m).get_parameter("weight").shape for m in group.members]
-        columns = shapes[0][1]
-        if grouping == "shared":
-            rows = slice(0, sum(shape[0] for shape in shapes))
-            units.append(Unit(group, f"{prefix}.{group.path}", group.members, rows, columns))
-            continue
-        start = 0
-        for member, shape in zip(group.members, shapes, strict=True):
-            name, rows = f"{prefix}.{group.parent}.{member}", slice(start, start + shape[0])
-            units.append(Unit(group, name, (member,), rows, columns))
-            start = rows.stop
-    return units
-
-
-def stored_dtypes(
-    skeleton: Skeleton, units: list[list[Unit]], recipe: Recipe
-) -> dict[str, torch.dtype]:
-    """The dtype of every unit's factors: the recipe's, or the one that holds all of its linears.
+def make_plan(directory: Path, recipe: Recipe, run: Run) -> Plan:
+    """Look at everything that could be wrong with a compression.
 
     Raises:
-        UserError: a linear is no floating-point tensor, or of a dtype that a checkpoint cannot
-            hold where the recipe names no other.
+        UserError: anything that is, one line.
     """
-    found: dict[str, torch.dtype] = {}
-    for unit in (unit for block in units for unit in block):
-        dtypes = [skeleton.files.info[f"{linear}.weight"].dtype for linear in unit.linears]
-        for linear, dtype in zip(unit.linears, dtypes, strict=True):
-            named = str(dtype).removeprefix("torch.")
-            if not dtype.is_floating_point:
-                raise UserError(
-                    f"{linear}.weight is {named}, which is no floating-point weight; give the "
-                    "original model"
-                )
-            if recipe.dtype == "auto" and dtype not in FLOAT_DTYPES and not recipe.keeps_all:
-                raise UserError(
-                    f"{linear}.weight is {named}, which factors cannot be stored in; give --dtype "
-                    "float32, bfloat16 or float16"
-                )
-        own = reduce(torch.promote_types, dtypes) if recipe.dtype == "auto" else None
-        found[unit.name] = own or getattr(torch, recipe.dtype)
-    return found
+    bound_kernel_cache()
+    skeleton = Skeleton(directory)
+    for folder in filter(None, (run.offload, run.cache)):
+        check_folder(folder)
+    learner = get_method(recipe.method).make_learner(recipe.parameters)
+    if learner is not None and recipe.keep < 1:
+        learner.training(recipe.seed).check_sequences(recipe.sequences)
+    if recipe.calibrated:
+        check_calibration(directory, recipe)
+    for settings, text in recipe.trainings:
+        check_calibration(directory, text)
+        settings.check_sequences(text.sequences)
+    device = usable_device(run.device)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    _check_cast(skeleton, recipe)
+    plan = _planned(skeleton, recipe, run, device, model_name(directory), False)
+    check_reachable(plan.modules, recipe)
+    if recipe.keep < 1 and learner is not None:
+        return replace(plan, learner=learner, statistics=frozenset())
+    if not plan.needs_spectra and not is_searched(recipe):
+        plan_ranks(plan.modules, recipe, {})
+    return plan
 
 
-def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]) -> Ranks:
-    """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty.
-
-    It may also have ``<module>.scores``, where a method has learned them.
-    """
-    if recipe.keep == 1:  # nothing to save: every linear stays dense
-        return {unit.name: None for block in units for unit in block}
-    modules = _modules(units, profile)
-    budget = Budget(recipe.keep, get_layout(recipe.layout), recipe.rank_multiple)
-    allocator = get_allocator(recipe.allocator)
-    ranks = allocator.function(modules, budget, **recipe.allocator_parameters)
-    budget.check(modules, ranks)
-    return ranks
-
-
-def check_reachable(units: list[list[Unit]], recipe: Recipe) -> None:
-    """Refuse a keep ratio below what the least ranks of all units store; UserError says which.
-
-    Known before a profile is: an allocator spends no less.
-    """
-    modules = _modules(units, {})
-    budget = Budget(recipe.keep, get_layout(recipe.layout), recipe.rank_multiple)
-    budget.check(modules, {name: budget.ranks(module)[0] for name, module in modules.items()})
-
-
-def _modules(units: list[list[Unit]], profile: dict[str, Tensor]) -> dict[str, Module]:
-    modules: dict[str, Module] = {}
-    for index, block in enumerate(units):
-        for unit in block:
-            curvature = profile.get(f"{unit.name}.curvature")
-            modules[unit.name] = Module(
-                out_features=unit.rows.stop - unit.rows.start,
-                in_features=unit.columns,
-                block=index,
-                attention=unit.group.name in ("qkv_proj", "o_proj"),
-                energies=profile.get(f"{unit.name}.energies"),
-                curvature=None if curvature is None else float(curvature),
-                losses=profile.get(f"{unit.name}.losses"),
-                scores=profile.get(f"{unit.name}.scores"),
-            )
-    return modules
-
-
-def parameters_with_dense(units: list[list[Unit]], specs: dict[str, ModuleSpec]) -> tuple[int, int]:
-    """Stored and dense parameters of all units, those that stay dense among them."""
-    stored, dense = parameters_of(specs)
-    left = [unit for block in units for unit in block if unit.name not in specs]
-    kept = sum((unit.rows.stop - unit.rows.start) * unit.columns for unit in left)
-    return stored + kept, dense + kept
-
-
-def whole_linears(
-    units: list[list[Unit]], recipe: Recipe, specs: dict[str, ModuleSpec]
-) -> dict[str, LinearSpec]:
-    """The linears that are stored whole, by their full names."""
-    left = (unit for block in units for unit in block if unit.name not in specs)
-    return {
-        linear: LinearSpec(role=role_of(linear), codec=recipe.weights)
-        for unit in left
-        for linear in unit.linears
-    }
-
-
-def swept(
+def _planned(
     skeleton: Skeleton,
-    units: list[list[Unit]],
     recipe: Recipe,
-    tokens: Tensor,
-    folder: Path,
+    run: Run,
     device: torch.device,
-    notify: Callable[[int, float], None],
-) -> tuple[BoundaryGradients, dict[str, Tensor]]:
-    """The gradients at the block boundaries and the profile, if the recipe's allocator has one.
+    base_model: str,
+    measures: bool,
+) -> Plan:
+    modules = plan_modules(skeleton, recipe.grouping)
+    statistics = get_method(recipe.method).needs(recipe.parameters)
+    needs_spectra = get_allocator(recipe.allocator).profile
+    if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
+        statistics, needs_spectra = statistics - OF_GRADIENTS, False
+    return Plan(
+        recipe=recipe,
+        run=run,
+        skeleton=skeleton,
+        modules=modules,
+        storage=plan_storage(skeleton, modules, recipe),
+        dtype=skeleton.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+        device=device,
+        base_model=base_model,
+        statistics=statistics,
+        learner=None,
+        needs_spectra=needs_spectra,
+        measures=measures or recipe.block_refinement is not None,
+    )
+
+
+def _check_cast(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Refuse weights that the recipe's dtype cannot hold; reads them if it has less range.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    if recipe.dtype != "float16":
+        return
+    limit = torch.finfo(torch.float16).max
+    for name, info in skeleton.files.info.items():
+        if info.dtype.is_floating_point and info.dtype != torch.float16:
+            low, high = skeleton.files.load([name])[name].float().aminmax()
+            if max(-float(low), float(high)) > limit:
+                raise UserError(
+                    f"{name}: holds {max(-float(low), float(high)):.3g}, and the largest number of "
+                    f"float16 is {limit:g}; give --dtype bfloat16 or float32"
+                )
+
+
+def check_model(plan: Plan) -> None:
+    """Look through the weights, and try the blocks on two tokens, before the long part.
+
+    Raises:
+        UserError: a weight is not finite, or a block cannot be taken apart.
+    """
+    files = plan.skeleton.files
+    with bar(plan.run.progress) as shown:
+        total = sum(info.nbytes for info in files.info.values())
+        task = shown.add_task("checking the weights", total=total, facts="")
+        check_finite_tensors(files, lambda done: shown.update(task, completed=done))
+    if plan.recipe.calibrated:
+        require_walkable(plan.skeleton, plan.device)
+
+
+def calibrate(plan: Plan, work: WorkDirectory, given: Tensor | None = None) -> Tensor:
+    """The calibration tokens [N, L] of a job: drawn once, the same after a resume.
 
     Args:
-        skeleton: the teacher.
-        units: of all blocks.
-        recipe: what to compute.
-        tokens: [N, L].
-        folder: keeps both; what is there is not computed again.
-        device: where blocks run.
-        notify: told the index of every block that is done, and the seconds its spectra took.
-
-    Raises:
-        UserError: hidden states or gradients are not finite.
+        given: where they are drawn already.
     """
-    gradients = BoundaryGradients(folder, recipe.gradient_rows(len(tokens)))
-    profile = None
-    if get_allocator(recipe.allocator).profile:
-        groups = [
-            {name: [(u.name, u.rows) for u in block if u.group.name == name] for name in GROUPS}
-            for block in units
-        ]
-        profile = Profile(folder / recipe.grouping, groups)
+    recipe = plan.recipe
+    if not recipe.calibrated:
+        return torch.empty(0, recipe.length, dtype=torch.int64)
 
-    def done(index: int, block: nn.Module) -> None:
-        begun = time.perf_counter()
-        if profile is not None:
-            profile.finish(index, stacked_weights(block, skeleton.groups[index]))
-        notify(index, time.perf_counter() - begun)
-        release()
+    def draw() -> Tensor:
+        if given is not None:
+            return given
+        directory, shown = plan.skeleton.directory, plan.run.progress
+        return calibration_tokens(directory, recipe, plan.device, progress=shown)
 
-    if not (gradients.complete and (profile is None or profile.complete)):
-        watch = None if profile is None else profile.watch
-        try:
-            gradients.sweep(skeleton, tokens, device, recipe.seed, watch, done)
-        except FloatingPointError as error:
-            raise not_finite(str(error), gradients.dtype) from None
-    return gradients, {} if profile is None else profile.read()
+    tokens = work.tokens(draw)
+    for settings, text in recipe.trainings:
+        if text == recipe:
+            settings.check_sequences(len(tokens))  # a short text has fewer than asked
+    return tokens
 
 
 def not_finite(message: str, dtype: torch.dtype) -> UserError:
@@ -224,43 +213,3 @@ def not_finite(message: str, dtype: torch.dtype) -> UserError:
         f"{message}; no weight holds inf or nan, so that activations or their squares overflow "
         "float32: the model cannot be calibrated on this text"
     )
-
-
-def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
-    """How many of the last blocks can hold κ with their least ranks; all where none can."""
-    units, fields = units_of(skeleton, recipe.grouping), recipe.model_dump()
-    for blocks in range(1, skeleton.blocks):
-        with suppress(UserError):
-            changed = {"allocator_parameters": {"blocks": blocks}}
-            ranks_of(units, make_recipe(**fields | changed), {})
-            return blocks
-    return skeleton.blocks
-
-
-def dense_bytes(skeleton: Skeleton, units: list[list[Unit]]) -> dict[str, Any]:
-    """Bytes of the dense model's tensors, and of each linear that a unit stands for."""
-    info = skeleton.files.info
-    linears = [linear for block in units for unit in block for linear in unit.linears]
-    return {
-        "nbytes": sum(tensor.nbytes for tensor in info.values()),
-        "linears": {linear: info[f"{linear}.weight"].nbytes for linear in linears},
-    }
-
-
-def search_last_blocks(
-    blocks: int, keep: float, error: Callable[[int], float], possible: int = 1
-) -> int:
-    """How many of the last blocks to factor: the number of least error at the final block.
-
-    ResSVD (arXiv 2505.20112), algorithm 3, over six numbers from the fewest that keep 15 % of
-    themselves up to all.
-
-    Args:
-        blocks: of the model.
-        keep: κ of the whole model.
-        error: of the final block's output, for a number of last blocks.
-        possible: the fewest whose least ranks are within κ.
-    """
-    fewest = min(blocks, max(possible, int(blocks * (1 - keep) / 0.85) + 1))
-    steps = (round(i * (blocks - fewest) / (_CANDIDATES - 1)) for i in range(_CANDIDATES))
-    return min(sorted({fewest + step for step in steps}), key=error)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 
-from svdserve.compression.format.untrusted import MAX_JSON_BYTES
+from svdserve.compression.format.log import log_event
 from svdserve.compression.system.files import write_text
 
 
@@ -28,30 +27,6 @@ def bar(show: bool) -> bars.Progress:
         console=Console(stderr=True),
         disable=not show,
     )
-
-
-def log_event(path: Path, kind: str, **fields: Any) -> None:
-    """Append one line to a log."""
-    with path.open("a") as log:
-        log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
-
-
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a log, from wherever it came; lines that are cut off or foreign are left out.
-
-    So is what comes after more bytes than any real log has.
-    """
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES)
-    for line in content.splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            yield entry
 
 
 class Progress:

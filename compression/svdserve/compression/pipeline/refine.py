@@ -36,7 +36,7 @@ from svdserve.compression.pipeline.card import CARD_FILE, model_card
 from svdserve.compression.pipeline.progress import bar
 from svdserve.compression.pipeline.recipe import Recipe, Refinement, Run, dump_recipe, make_recipe
 from svdserve.compression.pipeline.report import RefineReport
-from svdserve.compression.pipeline.workdir import WorkDirectory, summation
+from svdserve.compression.pipeline.workdir import WorkDirectory, execution_fingerprint
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import usable_device
 from svdserve.compression.training.distillation import Distillation, Targets
@@ -196,7 +196,7 @@ class _Refiner:
                 "student": TensorFiles(self.student).fingerprint,
             },
             "texts": calibration_digests([self.text] if self.tokens is None else []),
-            "order": summation(self.device, self.settings.batch_size),
+            "order": execution_fingerprint(self.device, self.settings.batch_size),
         }
 
     def _draw(self) -> Tensor:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.format.untrusted import read_json
+from svdserve.compression.pipeline.recipe import Recipe, Run
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import (
     check_output,
@@ -82,6 +83,17 @@ class WorkDirectory:
         self.reordered: list[dict[str, Any]] = []
         """Every change of the order of sums that the job went on with: ``before`` and ``after``."""
         self._check_kept()
+
+    @classmethod
+    def of(cls, out: Path, model: Path, recipe: Recipe, run: Run) -> Self:
+        """The work directory of a compression of the model in the directory ``model``."""
+        return cls(
+            out,
+            resume=run.resume,
+            force=run.force,
+            inputs=[model, *recipe.text_files],
+            resume_anyway=run.resume_anyway,
+        )
 
     def _check_kept(self) -> None:
         kept = self.out.is_dir() and any(self.out.iterdir()) and not self._force
@@ -261,8 +273,8 @@ def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
                 )
 
 
-def summation(device: torch.device, batch_size: int) -> dict[str, Any]:
-    """What decides the order of floating-point sums: part of a job's signature."""
+def execution_fingerprint(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What decides the order of floating-point sums, and so the last digits of a result."""
     return {
         "device": str(device),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,104 @@
+"""The rank of every module, under the one budget that the recipe's keep ratio gives."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from torch import Tensor
+
+from svdserve.compression.allocation.registry import Budget, Module, Ranks, get_allocator
+from svdserve.compression.format.layouts import get_layout
+from svdserve.compression.format.roles import ATTENTION
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.pipeline.modules import Modules, every, plan_modules
+from svdserve.compression.pipeline.recipe import Recipe, make_recipe
+from svdserve.compression.system.errors import UserError
+
+_CANDIDATES = 6
+
+
+def plan_ranks(modules: Modules, recipe: Recipe, known: Mapping[str, Tensor]) -> Ranks:
+    """The rank of every module by its name.
+
+    Args:
+        known: ``<module>.energies``, ``.curvature`` and ``.losses`` where the allocator asks for
+            spectra, ``<module>.scores`` where a method has learned them; else empty.
+    """
+    if recipe.keep == 1:  # nothing to save: every linear stays dense
+        return {module.name: None for module in every(modules)}
+    sizes = _sizes(modules, known)
+    budget = _budget(recipe)
+    allocator = get_allocator(recipe.allocator)
+    ranks = allocator.function(sizes, budget, **recipe.allocator_parameters)
+    budget.check(sizes, ranks)
+    return ranks
+
+
+def is_searched(recipe: Recipe) -> bool:
+    """Whether the number of last blocks to factor is to be found by trying some."""
+    return recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None
+
+
+def full_ranks(modules: Modules) -> Ranks:
+    """Every component of every module."""
+    return {m.name: min(m.out_features, m.in_features) for m in every(modules)}
+
+
+def check_reachable(modules: Modules, recipe: Recipe) -> None:
+    """Refuse a keep ratio below what the least ranks of all modules store; UserError says which.
+
+    This is known before spectra are: an allocator spends no less.
+    """
+    sizes, budget = _sizes(modules, {}), _budget(recipe)
+    budget.check(sizes, {name: budget.ranks(module)[0] for name, module in sizes.items()})
+
+
+def _budget(recipe: Recipe) -> Budget:
+    return Budget(recipe.keep, get_layout(recipe.layout), recipe.rank_multiple)
+
+
+def _sizes(modules: Modules, known: Mapping[str, Tensor]) -> dict[str, Module]:
+    found: dict[str, Module] = {}
+    for index, block in enumerate(modules):
+        for module in block:
+            curvature = known.get(f"{module.name}.curvature")
+            found[module.name] = Module(
+                out_features=module.out_features,
+                in_features=module.in_features,
+                block=index,
+                attention=module.group.role in ATTENTION,
+                energies=known.get(f"{module.name}.energies"),
+                curvature=None if curvature is None else float(curvature),
+                losses=known.get(f"{module.name}.losses"),
+                scores=known.get(f"{module.name}.scores"),
+            )
+    return found
+
+
+def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
+    """How many of the last blocks can hold κ with their least ranks; all where none can."""
+    modules, fields = plan_modules(skeleton, recipe.grouping), recipe.model_dump()
+    for blocks in range(1, skeleton.blocks):
+        with suppress(UserError):
+            changed = {"allocator_parameters": {"blocks": blocks}}
+            plan_ranks(modules, make_recipe(**fields | changed), {})
+            return blocks
+    return skeleton.blocks
+
+
+def search_last_blocks(
+    blocks: int, keep: float, error: Callable[[int], float], possible: int = 1
+) -> int:
+    """How many of the last blocks to factor: the number of least error at the final block.
+
+    ResSVD (arXiv 2505.20112), algorithm 3, over six numbers from the fewest that keep 15 % of
+    themselves up to all.
+
+    Args:
+        blocks: of the model.
+        keep: κ of the whole model.
+        error: of the final block's output, for a number of last blocks.
+        possible: the fewest whose least ranks are within κ.
+    """
+    fewest = min(blocks, max(possible, int(blocks * (1 - keep) / 0.85) + 1))
+    steps = (round(i * (blocks - fewest) / (_CANDIDATES - 1)) for i in range(_CANDIDATES))
+    return min(sorted({fewest + step for step in steps}), key=error)
