@@ -1,17 +1,59 @@
-"""Compression of language models with SVD.
+"""Compression of language models with SVD: the public Python API.
+
+    from svdserve.compression import Recipe, compress, evaluate
+
+    compress("model", Path("small"), Recipe(keep=0.8))
+    evaluate(["model", "small"], texts=[Path("text.txt")])
 
 Importing this package makes transformers know its checkpoints: ``from_pretrained`` then loads them.
 Nothing heavy is imported for that. transformers has no entry points for quantizers, so an object on
-sys.meta_path waits for the module that holds transformers' table of them.
+sys.meta_path waits for the module that holds transformers' table of them. The names of the API are
+imported when they are asked for.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from svdserve.compression.model.hook import register_with_transformers
+
+if TYPE_CHECKING:
+    from svdserve.compression.evaluation.evaluate import evaluate
+
+    from svdserve.compression.evaluation.compare import compare
+    from svdserve.compression.format.reader import open_checkpoint
+    from svdserve.compression.pipeline.job import compress
+    from svdserve.compression.pipeline.recipe import Recipe, Run
+    from svdserve.compression.pipeline.refine import refine
+
+    __version__: str
+
+_PLACES = {
+    "Recipe": "pipeline.recipe",
+    "Run": "pipeline.recipe",
+    "compare": "evaluation.compare",
+    "compress": "pipeline.job",
+    "evaluate": "evaluation.evaluate",
+    "open_checkpoint": "format.reader",
+    "refine": "pipeline.refine",
+}
+
+__all__ = [
+    "Recipe",
+    "Run",
+    "__version__",
+    "compare",
+    "compress",
+    "evaluate",
+    "open_checkpoint",
+    "refine",
+]
 
 register_with_transformers()
 
 
-def __getattr__(name: str) -> str:
-    """``__version__``, found when it is asked for: the hook imports this at every start."""
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     if name != "__version__":
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from importlib.metadata import PackageNotFoundError, version
@@ -20,3 +62,7 @@ def __getattr__(name: str) -> str:
         return version("svdserve")
     except PackageNotFoundError:  # a source tree that was not installed
         return "unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

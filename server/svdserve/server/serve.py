@@ -26,8 +26,8 @@ from svdserve.server.capacity import add_memory_flags, check_memory
 from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.http import security, shutdown
 from svdserve.server.http.keys import ApiKeys, digest_of
-from svdserve.server.http.redaction import VARIABLE, shorten_paths
 from svdserve.server.http.security import SecurityOptions
+from svdserve.server.redaction import VARIABLE, shorten_paths
 from svdserve.server.worker import EXTENSION
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"

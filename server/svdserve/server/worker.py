@@ -1,25 +1,19 @@
-"""What a vLLM worker tells about itself: the class behind ``--worker-extension-cls``.
+"""What a vLLM worker says of itself once it has loaded its model (plugin/worker.py).
 
-vLLM adds the class to the bases of its worker (vllm/v1/worker/worker_base.py), and then
-``collective_rpc`` can call ``svdserve_report`` by name on every worker. The API process and the
-benchmark ask once, after the model has loaded, and watch the worker's memory from outside.
+The API process and the benchmark ask once, after the model has loaded, and watch the worker's
+memory from outside.
 """
 
-import gc
-import os
 import socket
-from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import psutil
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from svdserve.compression.system.memory import release
-
-EXTENSION = "svdserve.server.worker.WorkerExtension"
+EXTENSION = "svdserve.server.plugin.worker.WorkerExtension"
+"""For vLLM's ``--worker-extension-cls``."""
 METHOD = "svdserve_report"
+"""For ``collective_rpc``."""
 
 
 class WorkerWeights(BaseModel):
@@ -68,48 +62,3 @@ class WorkerReport(BaseModel):
 def slowest_load(reports: list[WorkerReport]) -> float | None:
     """Seconds after which every worker had its weights; None where none kept the time."""
     return max((r.load_seconds for r in reports if r.load_seconds is not None), default=None)
-
-
-class WorkerExtension:
-    """Methods that vLLM's worker gains; names carry our prefix because vLLM refuses clashes."""
-
-    rank: int
-    model_runner: Any
-
-    def svdserve_report(self) -> dict[str, Any]:
-        """Hand memory freed by loading back to the system, then describe this worker.
-
-        A dict and not a WorkerReport: the engine sends plain values between processes only.
-        """
-        # Imports vLLM, which only workers need.
-        from svdserve.server.plugin.loader import load_report
-
-        gc.collect()
-        release()  # Loading frees as much as it keeps.
-        loaded = load_report(self.model_runner.get_model())
-        report = WorkerReport(
-            rank=self.rank,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            parent_pid=os.getppid(),
-            load_seconds=None if loaded is None else loaded.seconds,
-            weights=None if loaded is None else WorkerWeights(**asdict(loaded.stored)),
-            kv_cache_bytes=_allocated_bytes(self.model_runner.kv_caches),
-            device_bytes=_device_bytes(),
-            checks=[] if loaded is None else [asdict(check) for check in loaded.checks],
-        )
-        return report.model_dump()
-
-
-def _allocated_bytes(caches: Iterable[torch.Tensor | list[torch.Tensor]]) -> int:
-    """Bytes behind the KV caches: layers are views of one allocation, or of a few."""
-    tensors = (t for cache in caches for t in (cache if isinstance(cache, list) else [cache]))
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _device_bytes() -> int | None:
-    """Accelerator memory that this process has reserved; None on a CPU."""
-    if not torch.accelerator.is_available():
-        return None
-    return int(torch.accelerator.memory_reserved())

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, TypeAdapter, model_validator
 from vllm.exceptions import VLLMValidationError
 
-from svdserve.server.http.errors import RequestErrors, without_trace
+from svdserve.server.http.errors import RequestErrors
+from svdserve.server.plugin.log_filter import without_trace
 
 VLLM = {"message": "not this", "type": "NotImplementedError", "param": None, "code": 501}
 

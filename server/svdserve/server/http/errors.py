@@ -21,6 +21,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from svdserve.server.plugin.log_filter import without_trace
+
 # The modules that have pydantic check what a request holds.
 _READERS = {"fastapi.dependencies.utils", "vllm.entrypoints.serve.sagemaker.api_router"}
 
@@ -80,20 +82,6 @@ def _fails_reading(error: Exception) -> bool:
         reader in _READERS and checker == "pydantic.type_adapter"
         for reader, checker in pairwise(direct)
     )
-
-
-def without_trace(record: logging.LogRecord) -> bool:
-    """A filter that keeps every record, but takes the trace from those about a bad request."""
-    from vllm.exceptions import VLLMClientError
-
-    error = record.exc_info[1] if record.exc_info else None
-    if record.name.startswith("vllm.entrypoints.") and isinstance(
-        error, (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
-    ):
-        # These are what vLLM answers 4xx to: exception_handling/error_response.py.
-        record.exc_info = record.exc_text = None
-        record.msg, record.args = f"{record.getMessage()} ({type(error).__name__})", ()
-    return True
 
 
 async def _send_shaped(send: Send, start: Message, body: bytes) -> None:

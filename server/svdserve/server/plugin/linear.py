@@ -1,6 +1,6 @@
 """Low-rank and int8 linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
 
-A layer [m, n] of one or more ``Part``s (see quantization.py). Each factored part is two products
+A layer [m, n] of one or more ``LayerPart``s (see layer_parts.py). Each factored part is two products
 around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
 whole, such as a shared qkv_proj, therefore costs exactly two products, or one fused operation
 where svdserve.kernels has one for the device and dtype; on a GPU that is one for several parts too.
@@ -39,6 +39,7 @@ from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, prepare
 from svdserve.kernels import Part as KernelPart
+from svdserve.server.plugin.layer_parts import LayerPart
 from svdserve.server.plugin.products import (
     LowRankProduct,
     check_product,
@@ -47,7 +48,6 @@ from svdserve.server.plugin.products import (
     kernel_part,
     product,
 )
-from svdserve.server.plugin.quantization import LayerPart
 from svdserve.server.plugin.shares import LowRankShare, read_factors, read_whole
 
 logger = init_logger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
-from svdserve.server.http.redaction import VARIABLE, shorten_paths
+from svdserve.server.redaction import VARIABLE, shorten_paths
 
 # Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
 SUPPORTED_CPU = ("0.32", "0.33")

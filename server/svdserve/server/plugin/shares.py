@@ -15,7 +15,7 @@ from svdserve.compression.format.codecs import FLOAT, Codec
 from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, InputShare
 from svdserve.compression.format.reader import WEIGHT, Checkpoint
 from svdserve.compression.format.stored import StoredFactors
-from svdserve.server.plugin.quantization import LayerPart
+from svdserve.server.plugin.layer_parts import LayerPart
 
 Read = Callable[[str, slice, slice], Tensor]
 """Rows and columns of the tensor with a suffix; a vector has rows only."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svdserve.server.http.redaction import shorten_paths, shortened
+from svdserve.server.redaction import shorten_paths, shortened
 
 
 @pytest.mark.parametrize(

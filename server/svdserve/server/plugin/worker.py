@@ -1,0 +1,60 @@
+"""The class behind ``--worker-extension-cls``: what svdserve asks of every vLLM worker.
+
+vLLM adds it to the bases of its worker (vllm/v1/worker/worker_base.py), and then ``collective_rpc``
+can call ``svdserve_report`` by name on every worker.
+"""
+
+import gc
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from svdserve.compression.system.memory import release
+from svdserve.server.plugin.loader import load_report
+from svdserve.server.worker import WorkerReport, WorkerWeights
+
+
+class WorkerExtension:
+    """Methods that vLLM's worker gains; names carry our prefix because vLLM refuses clashes."""
+
+    rank: int
+    model_runner: Any
+
+    def svdserve_report(self) -> dict[str, Any]:
+        """Hand memory freed by loading back to the system, then describe this worker.
+
+        A dict and not a WorkerReport: the engine sends plain values between processes only.
+        """
+        gc.collect()
+        release()  # Loading frees as much as it keeps.
+        loaded = load_report(self.model_runner.get_model())
+        report = WorkerReport(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            parent_pid=os.getppid(),
+            load_seconds=None if loaded is None else loaded.seconds,
+            weights=None if loaded is None else WorkerWeights(**asdict(loaded.stored)),
+            kv_cache_bytes=_allocated_bytes(self.model_runner.kv_caches),
+            device_bytes=_device_bytes(),
+            checks=[] if loaded is None else [asdict(check) for check in loaded.checks],
+        )
+        return report.model_dump()
+
+
+def _allocated_bytes(caches: Iterable[torch.Tensor | list[torch.Tensor]]) -> int:
+    """Bytes behind the KV caches: layers are views of one allocation, or of a few."""
+    tensors = (t for cache in caches for t in (cache if isinstance(cache, list) else [cache]))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _device_bytes() -> int | None:
+    """Accelerator memory that this process has reserved; None on a CPU."""
+    if not torch.accelerator.is_available():
+        return None
+    return int(torch.accelerator.memory_reserved())
