@@ -172,10 +172,10 @@ def serve(
     otherwise. A dense model is served as it is. Keys may also come from SVDSERVE_API_KEYS, parted
     by commas. SIGTERM lets requests finish for `--shutdown-timeout` seconds, 30 by default.
     """
-    from svdserve.cli.words import find_model
     from svdserve.server.http.security import SecurityOptions
     from svdserve.server.serve import configured_model
     from svdserve.server.serve import serve as run_server
+    from svdserve.server.vllm_flags import find_model
 
     names = ("api_keys_file", "metrics_auth", "max_body_bytes")
     given = {name: value for name, value in locals().items() if name in names and value is not None}

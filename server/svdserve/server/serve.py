@@ -16,7 +16,6 @@ from pathlib import Path
 
 import yaml
 
-from svdserve.cli.words import require_vllm
 from svdserve.compression.format.checkpoint import (
     TensorFiles,
     check_sizes,
@@ -32,6 +31,7 @@ from svdserve.server.http import security, shutdown
 from svdserve.server.http.keys import ApiKeys, digest_of
 from svdserve.server.http.redaction import VARIABLE, shorten_paths
 from svdserve.server.http.security import SecurityOptions
+from svdserve.server.vllm_flags import require_vllm
 from svdserve.server.worker import EXTENSION
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"

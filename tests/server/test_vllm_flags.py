@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from svdserve.cli.main import app
-from svdserve.cli.words import find_model, serve_flags
 from svdserve.compression.system.errors import UserError
+from svdserve.server.vllm_flags import find_model, serve_flags
 
 pytestmark = pytest.mark.vllm
 
@@ -113,7 +113,7 @@ def test_the_command_line_hands_over_the_words() -> None:
 
 def test_a_model_that_stands_first_is_found_without_vllm() -> None:
     code = (
-        "import sys; from svdserve.cli.words import find_model;"
+        "import sys; from svdserve.server.vllm_flags import find_model;"
         "find_model(['DIR', '--port', '8131']); assert 'vllm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
