@@ -40,7 +40,7 @@ def compress(
             metavar="PART.NAME=VALUE",
             help="Set one field of a part of the recipe: a hyper-parameter of the `method` or of "
             "the `allocator`, or a field of `block_refinement` or `refinement`. VALUE is YAML, as "
-            "in `--set method.beta_range=[0.25,0.5]`. It may be repeated.",
+            "in `--set 'method.beta_range=[0.25,0.5]'`. It may be repeated.",
         ),
     ] = None,
     beta: Annotated[

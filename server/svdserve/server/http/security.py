@@ -51,8 +51,8 @@ class SecurityOptions(BaseModel):
     )
     metrics_auth: MetricsAuth = Field(
         default="key",
-        description="Whether `/metrics` and `/dashboard` need a key (`key`) or are open to "
-        "everybody (`none`), if there are keys.",
+        description="Whether `/metrics`, `/dashboard` and the other routes for monitoring need a "
+        "key (`key`) or not (`none`), if there are keys.",
     )
     max_body_bytes: int = Field(
         default=8 << 20,
