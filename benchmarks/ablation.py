@@ -14,12 +14,12 @@ from typing import Any
 
 from svdserve.compression.evaluation.compare import (
     Cell,
-    Evaluation,
     checkpoint_of,
     compare,
     markdown,
 )
 from svdserve.compression.evaluation.inspection import inspect_checkpoint
+from svdserve.compression.evaluation.options import Evaluation
 from svdserve.compression.pipeline.recipe import make_recipe
 from svdserve.compression.system.files import write_json
 

@@ -27,12 +27,12 @@ from typing import Any
 from reference_stages import ADAPTED
 from safetensors.torch import save_file
 
-from svdserve.cli.study import write_json
 from svdserve.compression.evaluation.perplexity import perplexity
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from svdserve.compression.system.files import write_results
 
 BAR = 3.0
 OURS, REFERENCE, BARE = "svdserve", "reference", "bare"
@@ -130,7 +130,7 @@ def main() -> None:
         "perplexity": {side: found.perplexity for side, found in read.items()},
     }
     entries = read_json(given.json) if given.json.exists() else {}
-    write_json(given.json, entries | {f"{given.name} / {recipe.method}": entry})
+    write_results(given.json, entries | {f"{given.name} / {recipe.method}": entry})
     print(
         json.dumps({key: entry[key] for key in ("ratio", "ratio_of_bare", "perplexity")}, indent=2)
     )

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 
 from svdserve.bench.launch import running
-from svdserve.cli.study import write_json
 from svdserve.compression.evaluation.perplexity import perplexity, text_chunks
 from svdserve.compression.format.tensors import TensorFiles
+from svdserve.compression.system.files import write_results
 from svdserve.compression.system.machine import this_machine
 
 HOST = "127.0.0.1"
@@ -79,7 +79,7 @@ def main() -> None:
         "machine": this_machine().model_dump(mode="json"),
         "mean_loss": rows,
     }
-    write_json(given.json, written)
+    write_results(given.json, written)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from svdserve.cli.study import write_json
 from svdserve.compression.format.reader import is_checkpoint
 from svdserve.compression.format.schema import parse_config
 from svdserve.compression.format.untrusted import read_json
+from svdserve.compression.system.files import write_results
 from svdserve.compression.system.machine import this_machine
 from svdserve.server.cpu_install import work_around
 
@@ -116,7 +116,7 @@ def main() -> int:
     arguments = parser.parse_args()
     work_around()
     if arguments.count:
-        write_json(arguments.json, count(str(arguments.models[0]), arguments.ranks))
+        write_results(arguments.json, count(str(arguments.models[0]), arguments.ranks))
         return 0
     found = [measure(directory, arguments.ranks) for directory in arguments.models]
     for model in found:
@@ -125,7 +125,7 @@ def main() -> int:
         print(f"{model['over_dense']:.3f} of dense; {model['expected_bytes_per_token']:,} expected")
     machine = this_machine().model_dump(mode="json")
     content = {"ranks": arguments.ranks, "dtype": "bfloat16", "machine": machine, "models": found}
-    write_json(arguments.json, content)
+    write_results(arguments.json, content)
     wrong = [m for m in found if m["bytes_per_token"] != m["expected_bytes_per_token"]]
     return 1 if wrong else 0
 

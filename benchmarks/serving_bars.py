@@ -7,7 +7,7 @@ from pydantic import BaseModel, computed_field
 
 from svdserve.bench.engine import BenchResult
 from svdserve.bench.served import LoadResult
-from svdserve.cli.study import write_json
+from svdserve.compression.system.files import write_results
 
 
 class Bar(BaseModel):
@@ -61,5 +61,5 @@ def report(result: BenchResult | LoadResult, bars: list[Bar], file: Path) -> int
         "result": result.model_dump(mode="json"),
         "bars": [bar.model_dump(exclude_none=True) for bar in bars],
     }
-    write_json(file, written)
+    write_results(file, written)
     return 0 if all(bar.reached for bar in bars) else 1

@@ -21,7 +21,7 @@ from serving_1b import KEEPS
 from svdserve.bench.bytes_ratio import ModelWork, model_work
 from svdserve.bench.engine import BenchOptions, start_engines, turns
 from svdserve.bench.worker import TOTAL
-from svdserve.cli.study import write_json
+from svdserve.compression.system.files import write_results
 from svdserve.compression.system.machine import this_machine
 
 PRODUCTS = ("svdserve::lowrank", "_C::onednn_mm")
@@ -120,7 +120,7 @@ def main() -> None:
         "options": options.model_dump(mode="json"),
         "workloads": workloads,
     }
-    write_json(given.json, written)
+    write_results(given.json, written)
 
 
 if __name__ == "__main__":

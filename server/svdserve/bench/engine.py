@@ -51,15 +51,35 @@ class BenchOptions(BaseModel):
 
     dense: Path
     models: tuple[Path, ...] = Field(min_length=1)
-    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
-    starts: PositiveInt = Field(default=1, description="of all engines, with so many rounds each")
-    batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="decode batches")
-    prompt_len: PositiveInt = Field(default=32, description="prompt of a decode measurement")
-    output_len: int = Field(default=64, ge=2, description="tokens decoded for each prompt")
-    prefill_len: PositiveInt = Field(default=512, description="prompt of a prefill measurement")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    eager: bool = Field(default=True, description="without compilation and CUDA graphs")
-    kv_cache_bytes: PositiveInt = Field(default=512 << 20, description="KV cache of each engine")
+    pairs: PositiveInt = Field(
+        default=5,
+        description="The number of rounds that count. One more round comes first to warm up.",
+    )
+    starts: PositiveInt = Field(
+        default=1, description="How many times all engines are started and measured."
+    )
+    batch_sizes: tuple[PositiveInt, ...] = Field(
+        default=(1, 8, 32), description="The number of sequences that are decoded together."
+    )
+    prompt_len: PositiveInt = Field(
+        default=32, description="The number of prompt tokens when decoding is measured."
+    )
+    output_len: int = Field(
+        default=64, ge=2, description="The number of tokens that are decoded for each prompt."
+    )
+    prefill_len: PositiveInt = Field(
+        default=512, description="The number of prompt tokens when prefill is measured."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="The dtype of weights and activations. `auto` is the model's own dtype.",
+    )
+    eager: bool = Field(
+        default=True, description="Run without compilation and CUDA graphs, or compiled."
+    )
+    kv_cache_bytes: PositiveInt = Field(
+        default=512 << 20, description="The size of the KV cache of each model, in bytes."
+    )
 
     @property
     def directories(self) -> tuple[Path, ...]:

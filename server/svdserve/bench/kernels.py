@@ -92,11 +92,22 @@ class KernelOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[Layer, ...] = llama_layers(2048, 8192, 32, 8, 64)
-    keeps: tuple[float, ...] = Field(default=(0.8, 0.6, 0.4), description="keep ratios")
-    rows: tuple[PositiveInt, ...] = (1, 8, 32, 512)
-    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    device: str = "cpu"
+    keeps: tuple[float, ...] = Field(
+        default=(0.8, 0.6, 0.4), description="The keep ratio κ of the low-rank layers."
+    )
+    rows: tuple[PositiveInt, ...] = Field(
+        default=(1, 8, 32, 512), description="The number of tokens that a layer reads at once."
+    )
+    pairs: PositiveInt = Field(
+        default=5,
+        description="The number of rounds that count. One more round comes first to warm up.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="Single layers are measured in this dtype."
+    )
+    device: str = Field(
+        default="cpu", description="The device that computes, such as `cpu`, `cuda` or `cuda:1`."
+    )
 
 
 class KernelResult(BaseModel):

@@ -44,21 +44,41 @@ _CHUNK = 16  # tokens for each hash of a trace
 
 
 class LoadOptions(BaseModel):
-    """What is measured; lengths in tokens."""
+    """What is measured; lengths in tokens. Without ``workloads`` the servers are only started."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pairs: PositiveInt = Field(default=5, description="rounds that count; one more warms up")
-    starts: PositiveInt = Field(default=3, description="times that each server is started")
-    concurrency: tuple[PositiveInt, ...] = Field(default=(1, 8, 32), description="clients")
-    workloads: tuple[Workload, ...] = Field(
-        default=WORKLOADS, description="if none, the servers are only started"
+    pairs: PositiveInt = Field(
+        default=5,
+        description="The number of rounds that count. One more round comes first to warm up.",
     )
-    requests: PositiveInt = Field(default=2, description="of each client in one measurement")
-    max_len: int = Field(default=1024, ge=64, description="prompt and output of a request")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    eager: bool = True
-    kv_cache_bytes: PositiveInt = Field(default=512 << 20, description="KV cache of each server")
+    starts: PositiveInt = Field(
+        default=3, description="How many times each server is started, up to its first token."
+    )
+    concurrency: tuple[PositiveInt, ...] = Field(
+        default=(1, 8, 32), description="The number of clients that ask a server at once."
+    )
+    workloads: tuple[Workload, ...] = Field(
+        default=WORKLOADS, description="The mix of prompt and output lengths that clients ask for."
+    )
+    requests: PositiveInt = Field(
+        default=2, description="The number of requests of each client in a round."
+    )
+    max_len: int = Field(
+        default=1024,
+        ge=64,
+        description="The largest number of tokens of a request, prompt and output together.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="The dtype of weights and activations. `auto` is the model's own dtype.",
+    )
+    eager: bool = Field(
+        default=True, description="Run without compilation and CUDA graphs, or compiled."
+    )
+    kv_cache_bytes: PositiveInt = Field(
+        default=512 << 20, description="The size of the KV cache of each model, in bytes."
+    )
 
     def lengths(self, workload: Workload, clients: int, seed: int) -> list[tuple[int, int]]:
         """Tokens of prompt and output of every request of one measurement.

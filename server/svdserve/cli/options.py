@@ -1,35 +1,13 @@
-"""Options that several commands take, with one wording."""
+"""Options that several commands take and that no model has, with one wording."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="Text FILE, hf:DATASET, self (the model's own samples), or joined by +."),
-]
-Tokens = Annotated[int | None, typer.Option(help="Calibration tokens.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; all when absent.")]
-Out = Annotated[Path, typer.Option(help="Checkpoint directory to write.")]
-Checkpointing = Annotated[
-    bool | None,
-    typer.Option(
-        "--checkpointing/--no-checkpointing", help="Refine in less memory, or without recomputing."
-    ),
-]
-Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an interrupted run.")]
-Force = Annotated[
-    bool | None, typer.Option("--force", help="Replace what DIR holds.", show_default=False)
-]
-ResumeAnyway = Annotated[
-    bool | None,
-    typer.Option(
-        "--resume-anyway",
-        help="Go on although threads, batch size, device or torch's version changed.",
-    ),
+Out = Annotated[Path, typer.Option(help="The checkpoint directory to write.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the results to this JSON file, too.")
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -38,6 +16,12 @@ TrustRemoteCode = Annotated[
 AllowLinks = Annotated[
     bool,
     typer.Option("--allow-links", help="Follow links that lead out of the model's directory."),
+]
+DenseModel = Annotated[
+    str, typer.Argument(help="The dense model: a Hugging Face directory or a Hub name.")
+]
+CompressedModel = Annotated[
+    str, typer.Argument(help="A compressed model: a directory or a Hub name.")
 ]
 
 

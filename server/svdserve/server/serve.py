@@ -16,7 +16,6 @@ from pathlib import Path
 
 import yaml
 
-from svdserve.cli.words import require_vllm
 from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles, check_sizes
 from svdserve.compression.format.untrusted import read_json
@@ -28,6 +27,7 @@ from svdserve.server.http import security, shutdown
 from svdserve.server.http.keys import ApiKeys, digest_of
 from svdserve.server.http.security import SecurityOptions
 from svdserve.server.redaction import VARIABLE, shorten_paths
+from svdserve.server.vllm_flags import require_vllm
 from svdserve.server.worker import EXTENSION
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"

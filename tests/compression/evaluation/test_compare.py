@@ -9,7 +9,8 @@ import pytest
 
 from models import save_model
 from svdserve.compression.evaluation import compare as module
-from svdserve.compression.evaluation.compare import Comparison, Evaluation, compare, markdown, plot
+from svdserve.compression.evaluation.compare import Comparison, compare, markdown, plot
+from svdserve.compression.evaluation.options import Evaluation
 from svdserve.compression.evaluation.perplexity import perplexity
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles

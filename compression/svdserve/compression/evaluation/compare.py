@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
+from svdserve.compression.evaluation.options import Evaluation
 from svdserve.compression.evaluation.perplexity import Perplexity, perplexity
 from svdserve.compression.evaluation.plots import new_figure, save_figure
 from svdserve.compression.evaluation.tasks import TaskScores, task_scores
@@ -37,30 +38,6 @@ from svdserve.compression.system.machine import usable_device
 
 DENSE = "dense"
 _BROKEN = 10_000  # perplexity
-
-
-class Evaluation(BaseModel):
-    """What every model is measured on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    texts: tuple[Path, ...] = ()
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    seq_len: int = 2048
-    max_chunks: int | None = None
-    device: str = "cpu"
-
-    @property
-    def files(self) -> list[Path]:
-        """Texts and local tasks."""
-        return [file for file in (*self.texts, *map(Path, self.tasks)) if file.is_file()]
-
-    def key(self, recipe: Recipe | None) -> str:
-        """Changes with everything that a record of this evaluation depends on."""
-        digests = [file_sha256(file) for file in self.files]
-        settings = self.model_dump(mode="json"), recipe and recipe.model_dump(mode="json"), digests
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 class Cell(BaseModel):
@@ -207,7 +184,7 @@ def _cell(
 ) -> Cell:
     out = checkpoint_of(work, name, keep)
     record = out.with_name(f"{out.name}.json")
-    key = evaluation.key(recipe)
+    key = _key(evaluation, recipe)
     if record.exists():
         kept = read_json(record)
         if kept.get("key") == key:
@@ -238,6 +215,13 @@ def _cell(
     )
     write_json(record, {"key": key, "cell": cell.model_dump(mode="json")})
     return cell
+
+
+def _key(evaluation: Evaluation, recipe: Recipe | None) -> str:
+    """Changes with everything that a record of an evaluation depends on."""
+    digests = [file_sha256(file) for file in evaluation.files]
+    settings = evaluation.model_dump(mode="json"), recipe and recipe.model_dump(mode="json")
+    return hashlib.sha256(json.dumps((*settings, digests)).encode()).hexdigest()
 
 
 def markdown(comparison: Comparison) -> str:

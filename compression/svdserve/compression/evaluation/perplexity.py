@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from svdserve.compression.evaluation.options import CHUNKS_OF_A_STEP
 from svdserve.compression.format.codecs.base import FLOAT_DTYPES
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.reader import is_checkpoint, open_checkpoint
@@ -67,7 +68,7 @@ def perplexity(
     *,
     seq_len: int = 2048,
     max_chunks: int | None = None,
-    batch_size: int = 1,
+    batch_size: int = CHUNKS_OF_A_STEP,
     dtype: str = "auto",
     device: str = "cpu",
     progress: bool = True,

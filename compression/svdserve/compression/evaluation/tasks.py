@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from svdserve.compression.evaluation.options import REQUESTS_OF_A_STEP
 from svdserve.compression.evaluation.perplexity import Measurement, measured
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.system.errors import UserError
@@ -63,7 +64,7 @@ def task_scores(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = REQUESTS_OF_A_STEP,
     dtype: str = "auto",
     device: str = "cpu",
 ) -> TaskScores:

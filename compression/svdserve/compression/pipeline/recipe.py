@@ -33,10 +33,19 @@ class Refinement(Training):
     """
 
     calibration: str | None = Field(
-        default=None, description="as in Recipe; `same` stands for the recipe's own"
+        default=None,
+        description="The text of the training, as for a compression: a text FILE, hf:DATASET, "
+        "`self`, or several of them joined by `+`. `same` is the text of the compression. "
+        "The default is that text.",
     )
-    tokens: PositiveInt | None = None
-    seq_len: PositiveInt | None = None
+    tokens: PositiveInt | None = Field(
+        default=None,
+        description="The number of tokens to train on. The default is that of the compression.",
+    )
+    seq_len: PositiveInt | None = Field(
+        default=None,
+        description="The number of tokens in a sequence. The default is that of the compression.",
+    )
 
     def text(self, recipe: "Recipe") -> "Recipe":
         """``recipe`` with the calibration that this refinement of it uses."""
@@ -53,44 +62,81 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = "saes-kfac"
+    method: str = Field(
+        default="saes-kfac",
+        description="The method that factors the linears; `svdserve methods` lists all methods.",
+    )
     parameters: dict[str, Any] = Field(
-        default_factory=dict, description="hyper-parameters of the method, by name"
+        default_factory=dict, description="The hyper-parameters of the method, by name."
     )
-    keep: float = Field(default=0.8, gt=0, le=1, description="keep ratio κ of the factored linears")
-    allocator: str = Field(default="divergence", description="how modules share the parameters")
+    keep: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="The keep ratio κ: stored parameters over dense parameters of the factored "
+        "linears.",
+    )
+    allocator: str = Field(
+        default="divergence",
+        description="The rule by which the linears share the parameters that κ leaves, such as "
+        "`uniform`, `energy`, `sensitivity`, `divergence` or `last-blocks`.",
+    )
     allocator_parameters: dict[str, Any] = Field(
-        default_factory=dict, description="hyper-parameters of the allocator, by name"
+        default_factory=dict, description="The hyper-parameters of the allocator, by name."
     )
-    rank_multiple: PositiveInt = Field(default=1, description="every rank is a multiple of it")
-    layout: str = Field(default="interpolative", description="how factors are stored")
-    grouping: Grouping = "shared"
+    rank_multiple: PositiveInt = Field(
+        default=1, description="Every rank is a multiple of this number."
+    )
+    layout: str = Field(
+        default="interpolative",
+        description="How a low-rank weight is stored. For a rank r, `interpolative` stores r² "
+        "parameters less than `pair`.",
+    )
+    grouping: Grouping = Field(
+        default="shared",
+        description="Whether the linears that read the same input share one input factor, or each "
+        "linear has a separate one.",
+    )
     calibration: str = Field(
         default="self",
-        description="text file, hf:DATASET[@REVISION][:CONFIG[:SPLIT[:COLUMN]]], self, or several",
+        description="The text that the compression fits: a text FILE, "
+        "`hf:DATASET[@REVISION][:CONFIG[:SPLIT[:COLUMN]]]`, `self` (text that the model writes "
+        "itself), or several of them joined by `+`.",
     )
-    tokens: PositiveInt = Field(default=65_536, description="calibration tokens")
-    seq_len: PositiveInt = Field(default=2_048, description="tokens per calibration sequence")
+    tokens: PositiveInt = Field(default=65_536, description="The number of calibration tokens.")
+    seq_len: PositiveInt = Field(
+        default=2_048, description="The number of tokens in a calibration sequence."
+    )
     gradient_tokens: PositiveInt = Field(
         default=8_192,
-        description="calibration tokens with gradients, if the method or the allocator needs them",
+        description="The number of calibration tokens for which gradients are taken, if the method "
+        "or the allocator needs gradients.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="stored dtype of factors and streams; auto is the model's own"
+        default="auto",
+        description="The dtype in which factors and hidden streams are stored. `auto` is the "
+        "model's own dtype.",
     )
     weights: str = Field(
         default="float",
-        description="codec of the blocks' linears, factored or dense: float (in dtype) or int8",
+        description="How the blocks' linears are stored, whether factored or dense: `float` "
+        "keeps the stored dtype, and `int8` stores 8-bit integers with one scale for each row.",
     )
     precision: Precision = Field(
-        default="bfloat16", description="of matrix products in the passes over the tokens"
+        default="bfloat16",
+        description="The precision of the matrix products in the passes over the tokens.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="The seed that decides which calibration tokens are drawn.",
+    )
     block_refinement: BlockRefinement | None = Field(
-        default=None, description="training of each block after its closed form"
+        default=None, description="The training of each block after its closed form."
     )
     refinement: Refinement | None = Field(
-        default=None, description="end-to-end training of the finished checkpoint"
+        default=None, description="The end-to-end training of the finished checkpoint."
     )
 
     @model_validator(mode="after")
@@ -171,26 +217,38 @@ class Run(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: str = "cpu"
+    device: str = Field(
+        default="cpu", description="The device that computes, such as `cpu`, `cuda` or `cuda:1`."
+    )
     threads: PositiveInt | None = Field(
-        default=None, le=4_096, description="CPU threads; default all"
+        default=None,
+        le=4_096,
+        description="The number of CPU threads. By default torch chooses it.",
     )
-    batch_size: PositiveInt = Field(default=1, description="sequences per forward step")
-    offload: Path | None = Field(default=None, description="folder for the hidden streams")
+    batch_size: PositiveInt = Field(
+        default=1, description="The number of sequences in a forward step."
+    )
+    offload: Path | None = Field(
+        default=None,
+        description="A folder for the hidden streams. Without one they stay in memory.",
+    )
     cache: Path | None = Field(
-        default=None, description="folder for what other compressions of the model can use again"
+        default=None,
+        description="A folder for results that other compressions of the same model can use again.",
     )
-    resume: bool = False
+    resume: bool = Field(default=False, description="Go on with an interrupted run.")
     resume_anyway: bool = Field(
         default=False,
-        description="go on although the number of threads, the batch size, the device or torch's "
-        "version is another one, which changes the order of sums",
+        description="Go on with an interrupted run although the number of threads, the batch size, "
+        "the device or torch's version is another one. Sums are then taken in another order.",
     )
-    force: bool = Field(default=False, description="replace a non-empty output directory")
+    force: bool = Field(default=False, description="Replace an output directory that is not empty.")
     checkpointing: bool = Field(
-        default=True, description="compute activations again in the backward pass of a refinement"
+        default=True,
+        description="Compute activations again in the backward pass of a training, which takes "
+        "less memory and more time.",
     )
-    progress: bool = True
+    progress: bool = Field(default=True, description="Show progress bars.")
 
 
 def make_recipe(**fields: Any) -> Recipe:

@@ -61,6 +61,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_results(file: Path, value: Any) -> None:
+    """Write what a command has measured as JSON, into a folder that is made if it is not there."""
+    make_folder(file.parent)
+    write_json(file, value)
+
+
 def remove_temporaries(folder: Path, names: str = "*") -> None:
     """Remove what killed runs have left in a folder, while nobody else writes such files there.
 

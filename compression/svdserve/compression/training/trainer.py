@@ -35,20 +35,42 @@ class Training(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: PositiveInt = Field(default=3, description="passes over the sequences")
-    batch_size: PositiveInt = Field(default=2, description="sequences of a step")
+    epochs: PositiveInt = Field(default=3, description="The number of passes over the sequences.")
+    batch_size: PositiveInt = Field(default=2, description="The number of sequences in a step.")
     learning_rate: PositiveFloat = Field(
-        default=1e-4, allow_inf_nan=False, description="AdamW's peak, then a cosine"
+        default=1e-4,
+        allow_inf_nan=False,
+        description="The peak of AdamW's learning rate, which then falls along a cosine.",
     )
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
-    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the sequences")
-    evaluations: PositiveInt = Field(default=8, description="times that held-out loss is measured")
-    patience: PositiveInt = Field(default=3, description="evaluations without gain before it stops")
+    warmup: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="The share of the steps in which the learning rate rises to its peak.",
+    )
+    held_out: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="The share of the sequences that is held out: it measures the loss and is not "
+        "trained on.",
+    )
+    evaluations: PositiveInt = Field(
+        default=8, description="How many times the held-out loss is measured."
+    )
+    patience: PositiveInt = Field(
+        default=3,
+        description="The training stops after this number of evaluations without a gain.",
+    )
     precision: Precision = Field(
-        default="bfloat16", description="of matrix products; weights and gradients are float32"
+        default="bfloat16",
+        description="The precision of matrix products. Weights and gradients are float32.",
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="of the held-out part and the order of sequences"
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="The seed that draws the held-out sequences and the order of the others.",
     )
 
     def check_sequences(self, sequences: int) -> None:

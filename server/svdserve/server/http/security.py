@@ -37,21 +37,28 @@ MetricsAuth = Literal["key", "none"]
 
 
 class SecurityOptions(BaseModel):
-    """Settings of the Guard.
-
-    Attributes:
-        api_keys: digests of the keys that do not change.
-        api_keys_file: see ApiKeys.
-        metrics_auth: whether MONITORING_ROUTES need a key too, where there are keys.
-        max_body_bytes: of a request; longer ones are refused before they are read or parsed.
-    """
+    """Settings of the Guard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    api_keys: frozenset[bytes] = frozenset()
-    api_keys_file: Path | None = None
-    metrics_auth: MetricsAuth = "key"
-    max_body_bytes: int = Field(default=8 << 20, ge=1)
+    api_keys: frozenset[bytes] = Field(
+        default=frozenset(), description="The digests of the keys that do not change."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="A file with one API key on each line. The server reads the file again when it "
+        "changes. If no key is set anywhere, requests need none.",
+    )
+    metrics_auth: MetricsAuth = Field(
+        default="key",
+        description="Whether `/metrics`, `/dashboard` and the other routes for monitoring need a "
+        "key (`key`) or not (`none`), if there are keys.",
+    )
+    max_body_bytes: int = Field(
+        default=8 << 20,
+        ge=1,
+        description="The size of the longest request that the server reads, in bytes.",
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "SecurityOptions":

@@ -1,4 +1,4 @@
-"""Which word of `svdserve serve`'s command line is the model, among the flags of `vllm serve`."""
+"""The flags of `vllm serve`, and the one word among them that names the model."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec

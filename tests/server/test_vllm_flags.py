@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from svdserve.cli.main import app
-from svdserve.cli.words import find_model, serve_flags
 from svdserve.compression.system.errors import UserError
+from svdserve.server.vllm_flags import find_model, serve_flags
 
 pytestmark = pytest.mark.vllm
 
@@ -91,29 +89,9 @@ def test_every_flag_of_vllm_that_takes_a_value_may_precede_the_model() -> None:
             assert find_model([flag, *values, "DIR"])[0] == "DIR", flag
 
 
-def test_the_command_line_hands_over_the_words() -> None:
-    """Up to the check of the directory, which holds no model."""
-
-    def refused(line: str) -> str:
-        done = CliRunner().invoke(app, ["serve", *line.split()])
-        assert isinstance(done.exception, UserError), done.output
-        return str(done.exception)
-
-    for line in (
-        "--port 8131 DIR",
-        "--max-body-bytes 100 --port 8131 DIR",
-        "--served-model-name a -- DIR",
-        "-cc.cudagraph_mode=NONE DIR",
-        "DIR --port 8131 --metrics-auth none",
-    ):
-        assert refused(line).startswith("DIR"), line
-    assert "given: none" in refused("--port 8131")
-    assert "--verify" in CliRunner().invoke(app, ["serve", "-h"]).output
-
-
 def test_a_model_that_stands_first_is_found_without_vllm() -> None:
     code = (
-        "import sys; from svdserve.cli.words import find_model;"
+        "import sys; from svdserve.server.vllm_flags import find_model;"
         "find_model(['DIR', '--port', '8131']); assert 'vllm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

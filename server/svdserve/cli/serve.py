@@ -1,0 +1,70 @@
+"""`svdserve serve`."""
+
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from svdserve.cli import flags, options
+
+
+class Command(flags.Command):
+    """A command whose other words are vLLM's, the ``--`` before a model included."""
+
+    @staticmethod
+    def sources() -> Sequence[flags.Source]:
+        from svdserve.server.http.security import SecurityOptions
+
+        return (flags.Source(SecurityOptions, variables="SVDSERVE_"),)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "-h" in args:
+            args = ["--help"]
+        elif "--" in args:
+            place = args.index("--")
+            args = [*args[:place], "--", *args[place:]]  # the parser takes one away
+        return super().parse_args(ctx, args)
+
+
+SETTINGS = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    # Not -h: it would be found within vLLM's -cc.cudagraph_mode=NONE.
+    "help_option_names": ["--help"],
+}
+
+
+def serve(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="The model: a directory or a Hub name."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare every layer with its weights before serving."),
+    ] = False,
+    allow_links: options.AllowLinks = False,
+) -> None:
+    """Serve a model with vLLM's OpenAI-compatible server.
+
+    Every flag of `vllm serve` may stand beside MODEL, such as `--port 8001 --max-model-len 4096`;
+    `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
+    otherwise. A dense model is served as it is. The environment variable SVDSERVE_API_KEYS may hold
+    keys, too; separate them with commas. After SIGTERM, requests have `--shutdown-timeout` seconds
+    to finish, 30 by default.
+    """
+    from svdserve.server.http.security import SecurityOptions
+    from svdserve.server.serve import configured_model
+    from svdserve.server.serve import serve as run_server
+    from svdserve.server.vllm_flags import find_model
+
+    options.grant(allow_links=allow_links)
+    if verify:
+        os.environ["SVDSERVE_VERIFY"] = "1"
+    fixed = SecurityOptions.from_environment().api_keys
+    chosen = flags.given(ctx).make(SecurityOptions, api_keys=fixed)
+    every = [*(words or []), *ctx.args]
+    model, rest = find_model(every, configured_model(every))
+    raise typer.Exit(run_server(model, rest, chosen))
