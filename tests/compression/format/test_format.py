@@ -5,36 +5,34 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from svdserve.compression.format.factors import parameters
 
-from svdserve.compression.format import checkpoint
-from svdserve.compression.format.layouts import Factors
+from svdserve.compression.format import reader
+from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.format.schema import parse_config
 from svdserve.kernels.reference import lowrank_linear, project
 
 
 def blocks() -> list[dict[str, Any]]:
-    text = (Path(checkpoint.__file__).parent / "FORMAT.md").read_text()
+    text = (Path(reader.__file__).parent / "FORMAT.md").read_text()
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_example_block_is_valid_and_complete(version: int) -> None:
-    block = blocks()[version - 1]
-    assert block["format_version"] == version
+def test_example_block_is_valid_and_complete() -> None:
+    block, _ = blocks()
+    assert block["format_version"] == 3
     assert parse_config(block).dump() == block
 
 
 def test_worked_example() -> None:
-    example = blocks()[2]
+    _, example = blocks()
     value = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in example.items()}
-    pivots = torch.tensor(example["pivots"], dtype=torch.int32)
-    factors = Factors(value["factor_in"], value["factor_out"], pivots)
-    assert torch.equal(factors.dense(), value["weight"])
+    factors = {name: value[name] for name in INTERPOLATIVE.matrices}
+    factors["pivots"] = torch.tensor(example["pivots"], dtype=torch.int32)
+    assert torch.equal(INTERPOLATIVE.dense(factors), value["weight"])
     assert torch.equal(value["weight"] @ value["x"], value["y"])
-    assert torch.equal(project(value["x"], factors.factor_in, pivots), value["projection"])
-    got = lowrank_linear(value["x"], factors.factor_in, factors.factor_out, pivots)
-    assert torch.equal(got, value["y"])
-    assert parameters("interpolative", 4, 4, 2) == 12
+    part = INTERPOLATIVE.part(factors)
+    assert torch.equal(project(value["x"], part.factor_in, part.pivots), value["projection"])
+    assert torch.equal(lowrank_linear(value["x"], *part), value["y"])
+    assert {name: tuple(t.shape) for name, t in factors.items()} == INTERPOLATIVE.shapes(4, 4, 2)
+    assert INTERPOLATIVE.parameters(4, 4, 2) == 12

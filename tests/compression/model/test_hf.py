@@ -210,7 +210,7 @@ def test_unknown_version_is_refused(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"]["format_version"] = 4
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="format_version 4 is not supported .*reads 1, 2, 3"):
+    with pytest.raises(UserError, match=r"format_version 4 is not supported .*reads 1, 2, 3"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 

@@ -11,7 +11,7 @@ from checkpoints import random_factors, write_checkpoint
 from models import save_model
 from svdserve.compression.format.codecs import get_codec
 from svdserve.compression.format.reader import Checkpoint, open_checkpoint
-from svdserve.server.plugin.quantization import LayerPart
+from svdserve.server.plugin.layer_parts import LayerPart
 from svdserve.server.plugin.shares import LowRankShare, read_factors, read_whole
 
 pytestmark = pytest.mark.vllm
