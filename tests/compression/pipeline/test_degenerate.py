@@ -18,7 +18,7 @@ from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.stored import StoredFactors, store
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import METHODS
-from svdserve.compression.pipeline import job as job_module
+from svdserve.compression.pipeline import factoring
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.statistics.linalg import relative_error
@@ -236,7 +236,7 @@ def test_what_a_reader_would_refuse_is_never_published(
     zeros: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The fault is put in where factors are stored, behind the check of each module."""
-    put = job_module.put_factors
+    put = factoring.put_factors
 
     def broken(block, unit, factors, tensors):
         spec = put(block, unit, factors, tensors)
@@ -244,7 +244,7 @@ def test_what_a_reader_would_refuse_is_never_published(
             tensors[f"{unit.name}.factor_in"][0, 0] = math.nan
         return spec
 
-    monkeypatch.setattr(job_module, "put_factors", broken)
+    monkeypatch.setattr(factoring, "put_factors", broken)
     out = tmp_path / "out"
     message = r"^internal fault, .*module model.layers.2.mlp.down_proj: factor_in is not finite.*$"
     with pytest.raises(UserError, match=message):

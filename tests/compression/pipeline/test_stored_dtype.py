@@ -14,7 +14,8 @@ from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.schema import linears_of
 from svdserve.compression.format.tensors import SINGLE_FILE
-from svdserve.compression.pipeline.job import Job, compress
+from svdserve.compression.pipeline import job
+from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
 from svdserve.server.metrics import model_facts
@@ -149,8 +150,8 @@ def test_the_logged_errors_are_those_of_the_stored_weights(
     model = save_model("llama", tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "text.txt").write_text(TEXT)
     drawn: list[torch.Tensor] = []
-    draw = Job._tokens
-    monkeypatch.setattr(Job, "_tokens", lambda job: drawn.append(draw(job)) or drawn[0])
+    draw = job.start
+    monkeypatch.setattr(job, "start", lambda *given: drawn.append(draw(*given)) or drawn[0])
     recipe = make_recipe(
         method="saes-svd",
         allocator="uniform",

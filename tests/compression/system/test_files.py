@@ -10,7 +10,8 @@ import pytest
 from models import save_model
 from svdserve.compression.format.log import read_log
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
+from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_output, exclusive, replacing, write_text
 
@@ -101,20 +102,19 @@ def test_resume_anyway_goes_on_and_says_so(tmp_path: Path) -> None:
         compress(str(model), out, other, anyway)
 
 
-def _stop_after_one_block(model: Path, out: Path, recipe: object, run: Run) -> None:
+def _stop_after_one_block(model: Path, out: Path, recipe: Recipe, run: Run) -> None:
     """A job that ended after its first block, as a kill leaves it."""
-    from svdserve.compression.pipeline.job import Job
 
     class Stopped(Exception):
         pass
 
-    job = Job(str(model), out, recipe, run)  # type: ignore[arg-type]
-    save = job.work.save_block
+    save = WorkDirectory.save_block
 
-    def stop(index: int, *rest: object) -> None:
-        save(index, *rest)  # type: ignore[arg-type]
+    def stop(work: WorkDirectory, *block: object) -> None:
+        save(work, *block)  # type: ignore[arg-type]
         raise Stopped
 
-    job.work.save_block = stop  # type: ignore[method-assign,assignment]
-    with pytest.raises(Stopped):
-        job.execute()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkDirectory, "save_block", stop)
+        with pytest.raises(Stopped):
+            compress(str(model), out, recipe, run)
