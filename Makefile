@@ -33,6 +33,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Builds the CPU image and serves from it, as root with Debian's buildah, crun and debootstrap.
 MODEL ?= work/demo/SmolLM2-135M-Instruct

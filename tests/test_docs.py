@@ -146,7 +146,12 @@ def extras() -> dict[str, list[str]]:
 
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    return {"": project["dependencies"], **project["optional-dependencies"]}
+    found = {"": project["dependencies"], **project["optional-dependencies"]}
+    own = {f"{project['name']}[{name}]": lines for name, lines in found.items()}
+    return {
+        name: [line for given in lines for line in own.get(given, [given])]
+        for name, lines in found.items()
+    }
 
 
 @cache

@@ -112,7 +112,7 @@ def test_settings_reach_method_allocator_and_refinement(
         (("--set", "refinement.epochs=0"), "refinement.epochs: Input should be greater than 0"),
         (("--set", "block_refinement.x=1"), "block_refinement.x: Extra inputs are not permitted"),
         (("--beta", "2"), "beta is 2: Input should be less than or equal to 1"),
-        (("--layout", "x"), "layout: Input should be 'pair' or 'interpolative' (given: 'x')"),
+        (("--layout", "x"), "unknown layout 'x'; allowed: interpolative, pair"),
         (("--precision", "int4"), "precision: Input should be 'float32' or 'bfloat16'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",

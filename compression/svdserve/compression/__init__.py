@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from svdserve.compression.model.hook import register_with_transformers
 
 if TYPE_CHECKING:
-    from svdserve.compression.evaluation.evaluate import evaluate
-
     from svdserve.compression.evaluation.compare import compare
+    from svdserve.compression.evaluation.evaluate import evaluate
     from svdserve.compression.format.reader import open_checkpoint
     from svdserve.compression.pipeline.job import compress
     from svdserve.compression.pipeline.recipe import Recipe, Run

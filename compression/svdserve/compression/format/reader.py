@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdserve.compression.format.codecs import CODECS, get_codec
 from svdserve.compression.format.codecs.base import FLOAT_DTYPES, decoded
-from svdserve.compression.format.layouts import LAYOUTS
+from svdserve.compression.format.layouts import LAYOUTS, get_layout
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.schema import (
     CheckpointConfig,
@@ -75,13 +75,11 @@ class Checkpoint:
         if not bool(low.isfinite() & high.isfinite()):
             raise UserError(f"{where} is not finite")
         spec = self.config.modules.get(module) or self.config.linears.get(module)
-        if spec is not None:
-            for matrix in _matrices(spec):
-                if suffix.startswith(matrix):
-                    try:
-                        get_codec(spec.codec).check(suffix.removeprefix(matrix), tensor)
-                    except ValueError as error:
-                        raise UserError(f"{where} {error}") from None
+        if spec is not None and (own := _encoded_suffixes(spec).get(suffix)) is not None:
+            try:
+                get_codec(spec.codec).check(own, tensor)
+            except ValueError as error:
+                raise UserError(f"{where} {error}") from None
         return tensor
 
     def stored_bytes(self) -> dict[str, int]:
@@ -174,8 +172,12 @@ def linear_tensors(spec: LinearSpec) -> list[str]:
     return [f"{WEIGHT}{suffix}" for suffix in get_codec(spec.codec).shapes((0, 0))]
 
 
-def _matrices(spec: LinearSpec) -> tuple[str, ...]:
-    return spec.layout_and_codec()[0].matrices if isinstance(spec, ModuleSpec) else (WEIGHT,)
+def _encoded_suffixes(spec: LinearSpec) -> dict[str, str]:
+    """The codec's own suffix of every tensor that it writes for a module or a linear."""
+    codec = get_codec(spec.codec)
+    layout = get_layout(spec.layout) if isinstance(spec, ModuleSpec) else None
+    matrices = (WEIGHT,) if layout is None else layout.matrices
+    return {f"{matrix}{own}": own for matrix in matrices for own in codec.shapes((0, 0))}
 
 
 def _known_suffixes() -> set[str]:
@@ -200,9 +202,9 @@ def _check_no_others(files: TensorFiles) -> None:
 def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
     where = f"{files.directory}: module {name}"
     layout, codec = spec.layout_and_codec()
+    encoded = _encoded_suffixes(spec)
     for suffix, shape in spec.tensors().items():
-        matrix = next((m for m in layout.matrices if suffix.startswith(m)), None)
-        allowed = (torch.int32,) if matrix is None else codec.dtypes(suffix.removeprefix(matrix))
+        allowed = codec.dtypes(encoded[suffix]) if suffix in encoded else (torch.int32,)
         _check_tensor(files, name, suffix, shape, allowed, where)
     if len({files.info[f"{name}.{matrix}"].dtype for matrix in layout.matrices}) > 1:
         raise UserError(f"{where}: {' and '.join(layout.matrices)} differ in dtype")

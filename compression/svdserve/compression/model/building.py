@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -44,7 +45,7 @@ def build(directory: Path, config: Any) -> nn.Module:
     """The causal language model of a configuration, in evaluation mode, in float32.
 
     With the attention that computes what the model means, and parameters that have no values yet;
-    inside ``parameters_on_meta`` they take no memory.
+    inside accelerate's ``init_empty_weights`` they take no memory.
 
     Raises:
         UserError: it is no causal language model, or transformers cannot build it.
@@ -66,7 +67,7 @@ def attention_of(directory: Path) -> str:
     Raises:
         UserError: as ``build``.
     """
-    with parameters_on_meta():
+    with init_empty_weights(include_buffers=False):
         model = build(directory, load_config(directory))
     return str(model.config._attn_implementation)  # type: ignore[union-attr]
 
@@ -244,20 +245,3 @@ def foreign_code(architecture: str, step: str) -> Iterator[None]:
             f"architecture {architecture!r} is not supported: {step}: {text}; give a model whose "
             "blocks run one after the other on hidden states [B, L, d]"
         ) from None
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters made inside are moved to meta at once; buffers (rotary tables) stay real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from svdserve.compression.format.legacy import GROUPS, role_of
@@ -24,7 +25,6 @@ from svdserve.compression.model.building import (
     foreign_code,
     load_config,
     nested,
-    parameters_on_meta,
     require_language_head,
 )
 from svdserve.compression.system.errors import UserError
@@ -75,8 +75,8 @@ class Skeleton:
         self.files = TensorFiles(directory)
         check_sizes(self.files, raw)
         self.config = load_config(directory)
-        with parameters_on_meta():
-            self.model: Any = build(directory, self.config)
+        with init_empty_weights(include_buffers=False):  # rotary tables stay real
+            self.model: Any = build(directory, self.config).requires_grad_(False)
         self.model_type = str(self.config.model_type)
         self.layers_name, self.layers = self._find_layers()
         self.blocks = len(self.layers)

@@ -2,15 +2,9 @@
 
 import ctypes
 import os
+import resource
 import sys
 from pathlib import Path
-
-import psutil
-
-try:
-    import resource
-except ImportError:  # no POSIX
-    resource = None  # type: ignore[assignment]
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -28,8 +22,6 @@ def peak_bytes() -> int:
     found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     if found:
         return found[0] * 1024
-    if resource is None:
-        return int(psutil.Process().memory_info().rss)  # what it holds now
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
