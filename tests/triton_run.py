@@ -116,7 +116,7 @@ CONFIGURATIONS = ("one-split", "two-split", "products")
 
 def configurations() -> dict[str, Any]:
     """What ``CONFIGS`` has none of, by name: shrinks with split sums, the device's products."""
-    from svdserve.kernels.triton_linear import Config, Tile, single
+    from svdserve.kernels.triton.configs import Config, Tile, single
 
     found = (
         single(16, Tile(16, 16, 64, warps=2, stages=3, splits=3)),
@@ -127,14 +127,15 @@ def configurations() -> dict[str, Any]:
 
 
 def _main(folder: Path) -> None:
-    from svdserve.kernels import triton_kernels
+    from svdserve.kernels.triton import kernels
 
     for name in ("shrink", "expand", "shrink_expand"):
-        setattr(triton_kernels, name, _Recorder(name, getattr(triton_kernels, name)))
-    from svdserve.kernels import triton_linear
-    from svdserve.kernels.lowrank import _ascending as ascending
+        setattr(kernels, name, _Recorder(name, getattr(kernels, name)))
+    from svdserve.kernels.operation import _ascending as ascending
+    from svdserve.kernels.triton.configs import CONFIGS
+    from svdserve.kernels.triton.linear import TritonFactors
 
-    usual = dict(triton_linear.CONFIGS)
+    usual = dict(CONFIGS)
     outputs = {}
     module: Any
     for index, plain in enumerate(json.loads((folder / "jobs.json").read_text())):
@@ -143,11 +144,11 @@ def _main(folder: Path) -> None:
         x, bias = job.arguments()
         _Recorder.noting = not job.config
         if job.config:
-            triton_linear.CONFIGS[job.dtype] = (configurations()[job.config],)
+            CONFIGS[job.dtype] = (configurations()[job.config],)
         else:
-            triton_linear.CONFIGS.update(usual)
+            CONFIGS.update(usual)
         if job.in_order:
-            module = triton_linear.TritonFactors([ascending(job.parts()[0])], in_order=True)
+            module = TritonFactors([ascending(job.parts()[0])], in_order=True)
             x = torch.where(module.order >= 0, x[:, module.order.clamp(min=0)], 0)
             outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)
         elif job.prepared:

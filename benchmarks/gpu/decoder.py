@@ -18,7 +18,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from svdserve.bench.kernels import round_of
 from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part
-from svdserve.kernels import triton_linear as ours
+from svdserve.kernels.triton.linear import TritonFactors
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -123,7 +123,7 @@ class Decoder:
         order = torch.randperm(inputs, generator=self.generator, device=self.device)
         pivots = order[:rank].sort().values.to(torch.int32)
         part = Part(self._random(rank, inputs - rank), self._random(outputs, rank), pivots)
-        module = ours.TritonFactors([part], in_order=in_order)
+        module = TritonFactors([part], in_order=in_order)
         self.bytes += part.factor_in.nbytes + part.factor_out.nbytes
         if not in_order:
             return module, None

@@ -17,9 +17,10 @@ from torch.nn.functional import linear
 from svdserve.bench.kernels import Layer, copies_that_no_cache_holds, llama_layers, rounds
 from svdserve.compression.format.factors import rank_for_keep
 from svdserve.kernels import Part, reference
-from svdserve.kernels import triton_linear as ours
+from svdserve.kernels.triton.configs import CONFIGS, Config, Tile, single
+from svdserve.kernels.triton.linear import TritonFactors
 
-T = ours.Tile
+T = Tile
 TABLE_ROWS = (16, 32, 64, 128)  # rows up to which a line of a table holds
 
 
@@ -65,8 +66,8 @@ class Weights:
         own = self.random(self.layer.outputs, self.layer.inputs)
         return [own, *(own.clone() for _ in range(self.copies - 1))]
 
-    def prepared(self, in_order: bool = False) -> list[ours.TritonFactors]:
-        return [ours.TritonFactors([part], in_order=in_order) for part in self.parts]
+    def prepared(self, in_order: bool = False) -> list[TritonFactors]:
+        return [TritonFactors([part], in_order=in_order) for part in self.parts]
 
 
 def medians(
@@ -76,12 +77,12 @@ def medians(
     return {n: statistics.median(s) for n, s in rounds(contenders, count, device).items()}
 
 
-def use(*configs: ours.Config) -> None:
+def use(*configs: Config) -> None:
     """Make these the configurations of bfloat16."""
-    ours.CONFIGS[torch.bfloat16] = configs
+    CONFIGS[torch.bfloat16] = configs
 
 
-def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool) -> dict[str, Any]:
+def correctness(device: torch.device, configs: Sequence[Config], dry: bool) -> dict[str, Any]:
     """The largest error of each configuration against float64, relative to the largest output."""
     shapes = [(96, 64, 20), (17, 33, 15), (48, 160, 96)]
     if not dry:
@@ -98,7 +99,7 @@ def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool)
         part = Part(factor_in, random(outputs, rank) / rank**0.5, own.to(torch.int32))
         pair = Part(random(rank, inputs) / inputs**0.5, part.factor_out)
         for given in (part, pair):
-            module = ours.TritonFactors([given])
+            module = TritonFactors([given])
             for rows in (1, 3, 16, 31, 64, 100) if not dry else (1, 16):
                 x = random(rows, inputs)
                 wide = (given.factor_in.double(), given.factor_out.double(), given.pivots)
@@ -118,7 +119,7 @@ def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool)
     return {"allowed": allowed, "worst": worst, "wrong": wrong}
 
 
-def describe(config: ours.Config) -> str:
+def describe(config: Config) -> str:
     """A configuration in a few letters."""
     if config.shrink is None or config.expand is None:
         return "products"
@@ -130,7 +131,7 @@ def describe(config: ours.Config) -> str:
 
 
 # By block of rows: tiles of shrink with the splits that are tried, tiles of expand.
-CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.Tile]]] = {
+CANDIDATES: dict[int, tuple[list[tuple[Tile, tuple[int, ...]]], list[Tile]]] = {
     16: (
         [
             (T(16, 16, 128, 2, 5), (1, 2, 4)),
@@ -175,24 +176,24 @@ CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.T
 LINES = (0, 1, 4)
 
 
-def stages(rows: int, dry: bool) -> Iterator[Callable[[ours.Config], list[ours.Config]]]:
+def stages(rows: int, dry: bool) -> Iterator[Callable[[Config], list[Config]]]:
     """What is tried one after the other, each time from the best so far."""
     shrinks, expands = CANDIDATES[rows]
     if dry:
         shrinks, expands = shrinks[:2], expands[:2]
     early = ("two",) if dry else ("two", "early")
 
-    def one_tile(_: ours.Config) -> list[ours.Config]:
+    def one_tile(_: Config) -> list[Config]:
         tiles = [replace(t, splits=s) for t, splits in shrinks for s in splits]
-        both = [ours.Config(rows, t, expands[0]) for t in tiles]
-        return both + [ours.single(rows, t) for t in tiles if t.rows >= rows]
+        both = [Config(rows, t, expands[0]) for t in tiles]
+        return both + [single(rows, t) for t in tiles if t.rows >= rows]
 
-    def the_other(best: ours.Config) -> list[ours.Config]:
+    def the_other(best: Config) -> list[Config]:
         if best.launch == "one":
             return [best]
         return [replace(best, expand=tile) for tile in expands]
 
-    def the_launch(best: ours.Config) -> list[ours.Config]:
+    def the_launch(best: Config) -> list[Config]:
         found = [best]
         for lines in LINES:
             assert best.shrink is not None
@@ -221,11 +222,11 @@ def tune(device: torch.device, dry: bool) -> dict[str, Any]:
     weights = [Weights(layer, keep, device, dry) for layer in layers]
     modules = [own.prepared() for own in weights]
     tried: dict[str, dict[str, float]] = {}
-    chosen: dict[int, ours.Config] = {}
+    chosen: dict[int, Config] = {}
     with _compilers(dry) as warm:
         for rows in TABLE_ROWS[:1] if dry else TABLE_ROWS:
             inputs = [own.random(rows, own.layer.inputs) for own in weights]
-            best = ours.Config(rows, T(16, 16, 128, 2, 5), T(16, 16, 128, 2, 5))
+            best = Config(rows, T(16, 16, 128, 2, 5), T(16, 16, 128, 2, 5))
             record: dict[str, float] = {}
             tried[str(rows)] = record
             for stage in stages(rows, dry):
@@ -237,8 +238,8 @@ def tune(device: torch.device, dry: bool) -> dict[str, Any]:
                         record[describe(config)] = cost
                 best = min(options, key=lambda c: record[describe(c)])
             chosen[rows] = best
-            use(ours.Config(None))
-            record["products"] = _cost(ours.Config(None), modules, inputs)
+            use(Config(None))
+            record["products"] = _cost(Config(None), modules, inputs)
     return {
         "keep": keep,
         "microseconds_of_the_block": tried,
@@ -247,9 +248,7 @@ def tune(device: torch.device, dry: bool) -> dict[str, Any]:
     }
 
 
-def _cost(
-    config: ours.Config, modules: list[list[ours.TritonFactors]], inputs: list[Tensor]
-) -> float:
+def _cost(config: Config, modules: list[list[TritonFactors]], inputs: list[Tensor]) -> float:
     """Microseconds of one block's layers; infinite where it cannot run."""
     use(replace(config, rows=None))
     total = 0.0
@@ -269,19 +268,19 @@ class _compilers:
     def __init__(self, dry: bool) -> None:
         self.pool = None if dry else ProcessPoolExecutor(10, get_context("spawn"))
 
-    def __enter__(self) -> Callable[[Sequence[ours.Config]], None]:
+    def __enter__(self) -> Callable[[Sequence[Config]], None]:
         return self.warm
 
     def __exit__(self, *_: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def warm(self, configs: Sequence[ours.Config]) -> None:
+    def warm(self, configs: Sequence[Config]) -> None:
         if self.pool:
             list(self.pool.map(compile_now, configs))
 
 
-def compile_now(config: ours.Config) -> None:
+def compile_now(config: Config) -> None:
     """Run a configuration once on a tiny layer; an error is left to the one that measures."""
     use(replace(config, rows=None))
     device = torch.device("cuda")
@@ -292,7 +291,7 @@ def compile_now(config: ours.Config) -> None:
     )
     try:
         for in_order in (False, True):
-            ours.TritonFactors([part], in_order)(part.factor_in.new_zeros(1, 32))
+            TritonFactors([part], in_order)(part.factor_in.new_zeros(1, 32))
         torch.cuda.synchronize()
     except Exception as error:
         print(f"  {describe(config)}: {type(error).__name__}", flush=True)
@@ -300,7 +299,7 @@ def compile_now(config: ours.Config) -> None:
 
 def times(
     device: torch.device,
-    table: Sequence[ours.Config],
+    table: Sequence[Config],
     dry: bool,
     left: Callable[[], float],
 ) -> list[dict[str, Any]]:
@@ -313,7 +312,7 @@ def times(
         left: seconds that may still be spent; what does not fit is left out.
     """
     rows_tried = (1, 8) if dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-    first = ours.single(16, T(16, 16, 128, 2, 5)), ours.single(64, T(64, 32, 64, 4, 6))
+    first = single(16, T(16, 16, 128, 2, 5)), single(64, T(64, 32, 64, 4, 6))
     found = []
     models = DRY if dry else MODELS
     for model, layer in [(name, layer) for name, own in models.items() for layer in own]:
@@ -329,17 +328,17 @@ def times(
                 arranged = own.random(rows, ordered[0].in_features)
 
                 def ours_with(
-                    configs: Sequence[ours.Config],
-                    modules: Sequence[ours.TritonFactors],
+                    configs: Sequence[Config],
+                    modules: Sequence[TritonFactors],
                     given: Tensor,
                 ) -> list[Callable[[], Tensor]]:
-                    def call(module: ours.TritonFactors) -> Tensor:
+                    def call(module: TritonFactors) -> Tensor:
                         use(*configs)
                         return module(given)
 
                     return [partial(call, module) for module in modules]
 
-                products = (ours.Config(None),)
+                products = (Config(None),)
                 contenders: dict[str, list[Callable[[], Tensor]]] = {
                     "dense": [partial(linear, x, weight) for weight in dense],
                     "gathered products": ours_with(products, modules, x),

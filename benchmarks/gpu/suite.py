@@ -62,9 +62,9 @@ class Suite:
             "failed": {},
             "seconds": {},
         }
-        from svdserve.kernels import triton_linear
+        from svdserve.kernels.triton.configs import Config
 
-        self.table: tuple[triton_linear.Config, ...] = (triton_linear.Config(None),)
+        self.table: tuple[Config, ...] = (Config(None),)
 
     def part(self, name: str) -> None:
         """Run one part; a failure is reported and the next part runs."""
@@ -92,13 +92,13 @@ class Suite:
 
         tuned = layers.tune(self.device, self.dry)
         chosen = tuned.pop("configs")
-        self.table = (*chosen.values(), layers.ours.Config(None))
+        self.table = (*chosen.values(), layers.Config(None))
         self.report["tuning"] = tuned
         write_json(self.out, self.report)
         if self.table_file:
             lines = [asdict(config) for config in self.table]
             write_json(self.table_file, {"machine": self.report["machine"], "bfloat16": lines})
-        first = layers.ours.single(16, layers.T(16, 16, 128, 2, 5))
+        first = layers.single(16, layers.T(16, 16, 128, 2, 5))
         self.report["correctness"] = layers.correctness(self.device, (*self.table, first), self.dry)
         if self.report["correctness"]["wrong"]:
             raise ValueError(f"wrong results: {self.report['correctness']['wrong']}")

@@ -14,7 +14,7 @@ from svdserve.kernels import (
     prepare,
     reference,
 )
-from svdserve.kernels.implementations import (
+from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
     OVERRIDE,
     Request,

@@ -37,7 +37,7 @@ from svdserve.compression import __version__
 from svdserve.compression.format.checkpoint import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
+from svdserve.kernels.registry import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
 from svdserve.server.plugin.linear import LowRankLinearMethod, StoredBytes
 from svdserve.server.plugin.mlp import join_layers
 from svdserve.server.plugin.norms import prefer_norms

@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from svdserve.kernels import reference
-from svdserve.kernels.implementations import Request, choose
-from svdserve.kernels.operations import define
 from svdserve.kernels.parts import (
     Activation,
     Part,
@@ -19,6 +17,8 @@ from svdserve.kernels.parts import (
     check_pivots,
     same_inputs,
 )
+from svdserve.kernels.registry import Request, choose
+from svdserve.kernels.torch_library import define
 
 
 def lowrank_linear(
@@ -43,7 +43,7 @@ def lowrank_linear(
         pivots: [r] distinct channels of x (int32 or int64), or None for the pair layout. Their
             values are not checked, as that would wait for the device; ``prepare`` does.
         bias: [m] or None.
-        implementation: the name of one, to override the choice; see implementations.py.
+        implementation: the name of one, to override the choice; see registry.py.
 
     Returns:
         [..., m] in the dtype of x, contiguous.
@@ -80,7 +80,7 @@ def prepare(
     Args:
         parts: one or more, on one device and in one dtype.
         activation: for the outputs gate and up of a gated MLP; see reference.gated.
-        implementation: the name of one, to override the choice; see implementations.py.
+        implementation: the name of one, to override the choice; see registry.py.
 
     Returns:
         A module of x and bias, for inference only.

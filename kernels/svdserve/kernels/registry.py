@@ -14,7 +14,7 @@ import torch
 
 from svdserve.kernels import cpu
 from svdserve.kernels.parts import Activation, Part, PreparedFactors
-from svdserve.kernels.plain import PlainFactors
+from svdserve.kernels.products import TwoProducts
 
 OVERRIDE = "SVDSERVE_KERNEL"
 
@@ -106,7 +106,7 @@ def _not_triton(request: Request) -> str | None:
 
 
 def _triton(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
-    from svdserve.kernels.triton_linear import TritonFactors
+    from svdserve.kernels.triton.linear import TritonFactors
 
     return TritonFactors(parts)
 
@@ -116,7 +116,7 @@ def _no_activation(request: Request) -> str | None:
 
 
 def _torch(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
-    return PlainFactors(parts)
+    return TwoProducts(parts)
 
 
 _HALF = (torch.bfloat16, torch.float16)
