@@ -19,6 +19,7 @@ from svdserve.kernels.parts import (
 )
 from svdserve.kernels.registry import Request, choose
 from svdserve.kernels.torch_library import define
+from svdserve.kernels.triton.table import Table, table_of
 
 
 def lowrank_linear(
@@ -72,6 +73,7 @@ def prepare(
     *,
     activation: Activation | None = None,
     implementation: str | None = None,
+    table: Table | None = None,
 ) -> PreparedFactors:
     """The same operation for factors that many calls share: packed or padded once.
 
@@ -81,6 +83,7 @@ def prepare(
         parts: one or more, on one device and in one dtype.
         activation: for the outputs gate and up of a gated MLP; see reference.gated.
         implementation: the name of one, to override the choice; see registry.py.
+        table: what was measured, which decides; None for the table of the device, if it has one.
 
     Returns:
         A module of x and bias, for inference only.
@@ -98,8 +101,10 @@ def prepare(
     outputs = sum(part.outputs for part in parts)
     if activation and outputs % 2:
         raise ValueError(f"an activation of {outputs} outputs; gate and up are as many each")
-    chosen = choose(Request.of(parts, prepared=True, activation=activation), implementation)
-    return chosen.prepare([_ascending(part) for part in parts], activation)
+    table = table or table_of(parts[0].factor_in.device.type)
+    request = Request.of(parts, prepared=True, activation=activation)
+    chosen = choose(request, implementation, table)
+    return chosen.prepare([_ascending(part) for part in parts], activation, table)
 
 
 def _ascending(part: Part) -> Part:
@@ -119,8 +124,10 @@ def _run(
     implementation: str | None,
 ) -> Tensor:
     parts = [Part(factor_in, factor_out, pivots)]
-    chosen = choose(Request.of(parts, prepared=False), implementation)
-    return chosen.prepare(parts, None)(x, bias)  # type: ignore[no-any-return]
+    table = table_of(x.device.type)
+    rows = x.shape[:-1].numel()
+    chosen = choose(Request.of(parts, prepared=False, rows=rows), implementation, table)
+    return chosen.prepare(parts, None, table)(x, bias)  # type: ignore[no-any-return]
 
 
 def _fake(

@@ -1,8 +1,8 @@
 """The implementations of the low-rank linear, and which of them a call or a layer gets.
 
-The first of ``IMPLEMENTATIONS`` that has no reason against it is taken. The environment variable
-SVDSERVE_KERNEL, or the argument ``implementation``, names one instead. docs/kernels.md says how to
-add one.
+The first of ``IMPLEMENTATIONS`` that can compute it and was measured to be worth it on the device
+is taken; what was not measured there is taken only by name, which the environment variable
+SVDSERVE_KERNEL or the argument ``implementation`` gives. docs/kernels.md says how to add one.
 """
 
 import os
@@ -15,6 +15,8 @@ import torch
 from svdserve.kernels import cpu
 from svdserve.kernels.parts import Activation, Part, PreparedFactors
 from svdserve.kernels.products import TwoProducts
+from svdserve.kernels.triton.configs import config_for
+from svdserve.kernels.triton.table import Table, table_of
 
 OVERRIDE = "SVDSERVE_KERNEL"
 
@@ -33,6 +35,7 @@ class Request:
         columns: of every factor: n - r or n, and r, for each part.
         prepared: whether the factors may be packed before, once for many calls.
         activation: that of a gated MLP, to be applied to the outputs; None for the outputs.
+        rows: of x; None where factors are prepared for calls of any number.
     """
 
     device: str
@@ -40,18 +43,29 @@ class Request:
     columns: tuple[int, ...]
     prepared: bool
     activation: Activation | None = None
+    rows: int | None = None
 
     @classmethod
     def of(
-        cls, parts: Sequence[Part], *, prepared: bool, activation: Activation | None = None
+        cls,
+        parts: Sequence[Part],
+        *,
+        prepared: bool,
+        activation: Activation | None = None,
+        rows: int | None = None,
     ) -> "Request":
         first = parts[0].factor_in
         columns = tuple(f.shape[1] for part in parts for f in (part.factor_in, part.factor_out))
-        return cls(first.device.type, first.dtype, columns, prepared, activation)
+        return cls(first.device.type, first.dtype, columns, prepared, activation, rows)
 
     @property
     def parts(self) -> int:
         return len(self.columns) // 2
+
+
+def _nothing(request: Request, table: Table | None) -> str | None:
+    del request, table
+    return None
 
 
 @dataclass(frozen=True)
@@ -64,14 +78,16 @@ class Implementation:
         dtypes: of x and the factors; empty for all.
         why_not: the reason against a request on such a device and dtype, None if there is none.
         prepare: packs parts that were checked, with ascending pivots where prepared, for outputs or
-            for an activation of them.
+            for an activation of them; by the table of the card, if it has one.
+        unmeasured: why nobody who did not ask for it gets it, by that table; None if they do.
     """
 
     name: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[Request], str | None]
-    prepare: Callable[[Sequence[Part], Activation | None], PreparedFactors]
+    prepare: Callable[[Sequence[Part], Activation | None, Table | None], PreparedFactors]
+    unmeasured: Callable[[Request, Table | None], str | None] = _nothing
 
     def reason_against(self, request: Request) -> str | None:
         """Why it cannot compute the request; None if it can."""
@@ -90,7 +106,7 @@ def _not_cpu(request: Request) -> str | None:
     return cpu.unsupported()
 
 
-def _cpu(parts: Sequence[Part], activation: Activation | None) -> PreparedFactors:
+def _cpu(parts: Sequence[Part], activation: Activation | None, _: Table | None) -> PreparedFactors:
     return cpu.PackedFactors(*parts[0], activation=activation)
 
 
@@ -105,54 +121,121 @@ def _not_triton(request: Request) -> str | None:
     return _no_activation(request)
 
 
-def _triton(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
+def _triton(parts: Sequence[Part], _: Activation | None, table: Table | None) -> PreparedFactors:
     from svdserve.kernels.triton.linear import TritonFactors
 
-    return TritonFactors(parts)
+    request = Request.of(parts, prepared=True)
+    return TritonFactors(parts, table.plan(request.dtype, request.columns) if table else None)
+
+
+def _unmeasured_triton(request: Request, table: Table | None) -> str | None:
+    if table is None:
+        return "has no table of measurements of this device"
+    plan = table.plan(request.dtype, request.columns)
+    if plan is None:
+        return f"did not win, or was not measured, for such layers on {table.card}"
+    if request.rows is not None and config_for(plan, request.rows).shrink is None:
+        return f"did not win for {request.rows} rows on {table.card}"
+    return None
 
 
 def _no_activation(request: Request) -> str | None:
     return "leaves activations to the caller" if request.activation else None
 
 
-def _torch(parts: Sequence[Part], _: Activation | None) -> PreparedFactors:
+def _torch(parts: Sequence[Part], _: Activation | None, __: Table | None) -> PreparedFactors:
     return TwoProducts(parts)
 
 
 _HALF = (torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = (
     Implementation("cpu", ("cpu",), (torch.bfloat16,), _not_cpu, _cpu),
-    Implementation("triton", ("cuda", "cpu"), (*_HALF, torch.float32), _not_triton, _triton),
+    Implementation(
+        "triton",
+        ("cuda", "cpu"),
+        (*_HALF, torch.float32),
+        _not_triton,
+        _triton,
+        _unmeasured_triton,
+    ),
     Implementation("torch", (), (), _no_activation, _torch),
 )
 
 
-def choose(request: Request, name: str | None = None) -> Implementation:
+def choose(request: Request, name: str | None = None, table: Table | None = None) -> Implementation:
     """The implementation for a request.
 
     Args:
         request: what is to be computed.
-        name: of the one to take; None for SVDSERVE_KERNEL, or, where that is unset, the first.
+        name: of the one to take; None for SVDSERVE_KERNEL, or, where that is unset, the first that
+            was measured to be worth it.
+        table: of what was measured; None for that of the device.
 
     Raises:
         NoImplementation: the named one does not exist or cannot compute it.
+        ValueError: the table of the device is damaged.
     """
-    name = name or os.environ.get(OVERRIDE) or None
+    name, table = name or asked_for(), table or table_of(request.device)
     for implementation in IMPLEMENTATIONS:
-        if name in (None, implementation.name) and implementation.reason_against(request) is None:
+        reason = _reason(implementation, request, name, table)
+        if name in (None, implementation.name) and reason is None:
             return implementation
-    against = reasons_against(request)
-    listed = "; ".join(f"{i.name} {against.get(i.name, 'can')}" for i in IMPLEMENTATIONS)
+    can = {i.name: i.reason_against(request) or "can" for i in IMPLEMENTATIONS}
     raise NoImplementation(
         f"lowrank_linear of {_short(request.dtype)} on {request.device} cannot run as {name!r} "
-        f"(from {OVERRIDE} or the argument implementation): {listed}"
+        f"(from {OVERRIDE} or the argument implementation): "
+        + "; ".join(f"{one} {reason}" for one, reason in can.items())
     )
 
 
-def reasons_against(request: Request) -> dict[str, str]:
-    """By name, why implementations cannot compute a request; those that can are not in it."""
-    found = {i.name: i.reason_against(request) for i in IMPLEMENTATIONS}
+def asked_for() -> str | None:
+    """The implementation that SVDSERVE_KERNEL names; None if it names none."""
+    return os.environ.get(OVERRIDE) or None
+
+
+def reasons_against(
+    request: Request, name: str | None = None, table: Table | None = None
+) -> dict[str, str]:
+    """By name, why implementations do not compute a request; those that would are not in it.
+
+    Arguments and errors are those of ``choose``. What is asked for by name needs no measurements.
+    """
+    name, table = name or asked_for(), table or table_of(request.device)
+    found = {i.name: _reason(i, request, name, table) for i in IMPLEMENTATIONS}
     return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _reason(
+    implementation: Implementation, request: Request, name: str | None, table: Table | None
+) -> str | None:
+    reason = implementation.reason_against(request)
+    if reason is None and implementation.name != name:
+        reason = implementation.unmeasured(request, table)
+    return reason
+
+
+def what_decides(device: str, dtype: torch.dtype) -> dict[str, object]:
+    """All that decides, beside a request, what runs: for keys of caches of compiled graphs.
+
+    Args:
+        device: type of device.
+        dtype: of x and the factors.
+
+    Returns:
+        What was asked for, what can run here, the table of the card and the processor's
+        instructions, as JSON has them.
+
+    Raises:
+        ValueError: the table of the device is damaged.
+    """
+    request = Request(device, dtype, (16, 16), prepared=True)
+    table = table_of(device)
+    return {
+        "override": asked_for() or "",
+        "kernels": [i.name for i in IMPLEMENTATIONS if i.reason_against(request) is None],
+        "table": table and table.model_dump(mode="json"),
+        "processor": sorted(u for u, has in torch.cpu.get_capabilities().items() if has is True),
+    }
 
 
 def _short(dtype: torch.dtype) -> str:

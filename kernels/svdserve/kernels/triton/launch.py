@@ -11,13 +11,12 @@ import triton
 from torch import Tensor
 
 from svdserve.kernels.triton import kernels
-from svdserve.kernels.triton.configs import Config, Tile
+from svdserve.kernels.triton.configs import MOST_BLOCKS, Config, Tile
 from svdserve.kernels.triton.layout import ALIGNMENT
 
 PLAIN, GATHERED, IN_ORDER = (
     int(place.value) for place in (kernels.PLAIN, kernels.GATHERED, kernels.IN_ORDER)
 )
-MOST_BLOCKS = 8  # of rows, of a shrink whose sums are split
 _KERNELS = (kernels.shrink, kernels.expand, kernels.shrink_expand)
 _ARGUMENTS = {name for kernel in _KERNELS for name in kernel.arg_names}
 _COPIED = 1024  # columns of a row that a program of gather copies

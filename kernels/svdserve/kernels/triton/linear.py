@@ -1,13 +1,14 @@
 """The low-rank linear on GPUs: prepares factors for the Triton kernels and calls them.
 
-A few rows are one launch (``kernels.shrink_expand``), more are two. Which configuration
-runs depends on the dtype and the number of rows only and is never tuned at run time, so a CUDA
-graph captures what will run.
+A few rows are one launch (``kernels.shrink_expand``), more are two. Which configuration runs
+depends on the layer's plan and the number of rows in the shape of x: nothing is tuned at run time
+or waits for the device, so a CUDA graph captures what will run.
 
 Importing this module imports Triton.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -15,11 +16,17 @@ from torch import Tensor
 from svdserve.kernels.parts import Part, PreparedFactors, check_bias, check_input
 from svdserve.kernels.torch_library import define
 from svdserve.kernels.triton import kernels
-from svdserve.kernels.triton.configs import config_for
+from svdserve.kernels.triton.configs import (
+    GUESSES,
+    MOST_BLOCKS,
+    Plan,
+    config_for,
+    from_text,
+    to_text,
+)
 from svdserve.kernels.triton.launch import (
     GATHERED,
     IN_ORDER,
-    MOST_BLOCKS,
     PLAIN,
     expand_by_products,
     latent_by_products,
@@ -49,18 +56,22 @@ class TritonFactors(PreparedFactors):
     groups: Tensor
     counters: Tensor
 
-    def __init__(self, parts: Sequence[Part], in_order: bool = False) -> None:
+    def __init__(
+        self, parts: Sequence[Part], plan: Plan | None = None, in_order: bool = False
+    ) -> None:
         """Copy the factors, except where one part has the layout of the kernels already.
 
         Args:
             parts: each with its own rank; shapes as in ``lowrank_linear``, checked by the caller.
+            plan: what runs for how many rows; None for what is guessed for the dtype.
             in_order: whether x arrives with its columns in ``order``; for one part only.
 
         Raises:
-            ValueError: a factor of 2³¹ elements or more.
+            ValueError: a factor of 2³¹ elements or more, or a plan without an end.
         """
         super().__init__()
-        device = parts[0].factor_in.device
+        device, dtype = parts[0].factor_in.device, parts[0].factor_in.dtype
+        self.plan = to_text(plan or GUESSES[dtype])
         self.ranks = [padded(part.rank) for part in parts]
         self.outputs = [part.outputs for part in parts]
         # Several groups share the gathering kernel: a pair is then the case without pivots.
@@ -91,6 +102,16 @@ class TritonFactors(PreparedFactors):
             self.register_buffer(name, tensor, persistent=False)
         self.stored_bytes = sum(p.factor_in.nbytes + p.factor_out.nbytes for p in parts)
 
+    def with_plan(self, plan: Plan) -> "TritonFactors":
+        """The same factors, in the same memory, multiplied by another plan.
+
+        Raises:
+            ValueError: a plan without an end.
+        """
+        other = copy(self)
+        other.plan = to_text(plan)
+        return other
+
     @property
     def order(self) -> Tensor:
         """The channels in the order of shrink, pivots first (int64); -1 is a column of zeros."""
@@ -111,6 +132,7 @@ class TritonFactors(PreparedFactors):
             self.widths,
             self.outputs,
             self.read,
+            self.plan,
             bias,
         )
 
@@ -128,13 +150,14 @@ def _run(
     widths: Sequence[int],
     outputs: Sequence[int],
     read: int,
+    plan: str,
     bias: Tensor | None,
 ) -> Tensor:
     check_input(x, in_features, inner)
     check_bias(bias, sum(outputs), x)
     rows = x.numel() // in_features
     whole_outputs = [padded(size) for size in outputs]
-    config = config_for(x.dtype, rows)
+    config = config_for(from_text(plan), rows)
     y = x.new_empty(rows, sum(whole_outputs))
     if rows:
         whole = aligned(x.reshape(rows, in_features))
@@ -185,16 +208,18 @@ def _fake(
     widths: Sequence[int],
     outputs: Sequence[int],
     read: int,
+    plan: str,
     bias: Tensor | None,
 ) -> Tensor:
-    del inner, outer, channels, pivots, groups, counters, in_features, ranks, widths, read, bias
+    del inner, outer, channels, pivots, groups, counters, in_features, ranks, widths, read, plan
+    del bias
     return x.new_empty(*x.shape[:-1], sum(outputs))
 
 
 define(
     "lowrank_triton(Tensor x, Tensor inner, Tensor outer, Tensor channels, Tensor pivots, "
     "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] widths, int[] outputs, "
-    "int read, Tensor? bias) -> Tensor",
+    "int read, str plan, Tensor? bias) -> Tensor",
     _run,
     _fake,
 )
