@@ -25,7 +25,8 @@ class Job:
     """One call; several shapes are several parts.
 
     ``prepared`` False is the public operation; ``compiled`` is through torch.compile. ``config``
-    is a name in ``configurations``, empty for what would be taken; its launches are not noted.
+    is a name in ``configurations``, empty for what would be taken. ``table`` is a dispatch table as
+    JSON, which then decides alone. Launches by either are not among ``Interpreted.launches``.
     """
 
     shapes: tuple[Shape, ...]
@@ -36,6 +37,7 @@ class Job:
     compiled: bool = False
     config: str = ""
     in_order: bool = False
+    table: str = ""
 
     def parts(self) -> list[Part]:
         return [shape.part(self.dtype, seed) for seed, shape in enumerate(self.shapes)]
@@ -54,11 +56,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Interpreted:
-    """Outputs of the jobs, twice each, and the launches: kernel and compile-time arguments."""
+    """What became of the jobs.
+
+    Attributes:
+        first, second: outputs of each job, which is run twice.
+        launches: kernel and compile-time arguments of every launch.
+        kernels: the names of the kernels that each job launched, but for gather.
+    """
 
     first: list[Tensor]
     second: list[Tensor]
     launches: set[tuple[str, str]]
+    kernels: list[set[str]]
 
 
 def run(folder: Path, jobs: list[Job]) -> Interpreted:
@@ -71,8 +80,9 @@ def run(folder: Path, jobs: list[Job]) -> Interpreted:
     assert done.returncode == 0, done.stderr[-4000:]
     found = load_file(folder / "outputs.safetensors")
     first, second = ([found[f"{i}.{k}"] for i in range(len(jobs))] for k in ("first", "second"))
-    launches = {tuple(one) for one in json.loads((folder / "launches.json").read_text())}
-    return Interpreted(first, second, launches)
+    noted = json.loads((folder / "launches.json").read_text())
+    launches = {tuple(one) for one in noted["launches"]}
+    return Interpreted(first, second, launches, [set(names) for names in noted["kernels"]])
 
 
 _FIXED = (
@@ -99,11 +109,13 @@ class _Recorder:
         self.name, self.kernel, self.arg_names = name, kernel, kernel.arg_names
 
     noting: ClassVar[bool] = True
+    names: ClassVar[set[str]] = set()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(**given: Any) -> None:
             dtype = str(given["z_ptr"].dtype).removeprefix("torch.")
             fixed = {"dtype": dtype} | {k: v for k, v in given.items() if k in _FIXED}
+            self.names.add(self.name)
             if self.noting:
                 self.launches.add((self.name, json.dumps(fixed, sort_keys=True)))
             self.kernel[grid](**given)
@@ -115,43 +127,47 @@ CONFIGURATIONS = ("one-split", "two-split", "products")
 
 
 def configurations() -> dict[str, Any]:
-    """What ``CONFIGS`` has none of, by name: shrinks with split sums, the device's products."""
-    from svdserve.kernels.triton_linear import Config, Tile, single
+    """Plans of what is not guessed, by name: shrinks with split sums, the device's products."""
+    from svdserve.kernels.triton.configs import PRODUCTS, Config, Tile, single
 
+    split = Tile(16, 16, 64, warps=2, stages=3, splits=4)
     found = (
-        single(16, Tile(16, 16, 64, warps=2, stages=3, splits=3)),
-        Config(None, Tile(16, 16, 64, warps=2, stages=3, splits=4), Tile(32, 32, 64, 2, 3)),
-        Config(None),
+        (single(16, Tile(16, 16, 64, warps=2, stages=3, splits=3)), PRODUCTS),
+        (Config(16, split, Tile(32, 32, 64, 2, 3)), PRODUCTS),
+        (PRODUCTS,),
     )
     return dict(zip(CONFIGURATIONS, found, strict=True))
 
 
 def _main(folder: Path) -> None:
-    from svdserve.kernels import triton_kernels
+    from svdserve.kernels.triton import kernels
 
     for name in ("shrink", "expand", "shrink_expand"):
-        setattr(triton_kernels, name, _Recorder(name, getattr(triton_kernels, name)))
-    from svdserve.kernels import triton_linear
-    from svdserve.kernels.lowrank import _ascending as ascending
+        setattr(kernels, name, _Recorder(name, getattr(kernels, name)))
+    from svdserve.kernels.operation import _ascending as ascending
+    from svdserve.kernels.triton.linear import TritonFactors
+    from svdserve.kernels.triton.table import Table
 
-    usual = dict(triton_linear.CONFIGS)
     outputs = {}
+    launched = []
     module: Any
     for index, plain in enumerate(json.loads((folder / "jobs.json").read_text())):
         shapes = tuple(Shape(**shape) for shape in plain.pop("shapes"))
         job = Job(shapes, **(plain | {"dtype": getattr(torch, plain["dtype"])}))
         x, bias = job.arguments()
-        _Recorder.noting = not job.config
+        _Recorder.noting = not job.config and not job.table
+        _Recorder.names.clear()
         if job.config:
-            triton_linear.CONFIGS[job.dtype] = (configurations()[job.config],)
-        else:
-            triton_linear.CONFIGS.update(usual)
-        if job.in_order:
-            module = triton_linear.TritonFactors([ascending(job.parts()[0])], in_order=True)
-            x = torch.where(module.order >= 0, x[:, module.order.clamp(min=0)], 0)
+            parts = [ascending(part) for part in job.parts()]
+            module = TritonFactors(parts, configurations()[job.config], job.in_order)
+            if job.in_order:
+                x = torch.where(module.order >= 0, x[:, module.order.clamp(min=0)], 0)
             outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)
         elif job.prepared:
-            module = prepare(job.parts(), implementation="triton")
+            if job.table:
+                module = prepare(job.parts(), table=Table.model_validate_json(job.table))
+            else:
+                module = prepare(job.parts(), implementation="triton")
             if job.compiled:
                 module = torch.compile(module, fullgraph=True, backend="aot_eager")
             outputs[f"{index}.first"], outputs[f"{index}.second"] = module(x, bias), module(x, bias)
@@ -160,8 +176,10 @@ def _main(folder: Path) -> None:
             for name in ("first", "second"):
                 y = lowrank_linear(x, *part, bias, implementation="triton")
                 outputs[f"{index}.{name}"] = y
+        launched.append(sorted(_Recorder.names))
     save_file(outputs, folder / "outputs.safetensors")
-    (folder / "launches.json").write_text(json.dumps(sorted(_Recorder.launches)))
+    noted = {"launches": sorted(_Recorder.launches), "kernels": launched}
+    (folder / "launches.json").write_text(json.dumps(noted))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from svdserve.bench.kernels import round_of
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.kernels import Part
-from svdserve.kernels import triton_linear as ours
+from svdserve.kernels.triton.configs import Plan
+from svdserve.kernels.triton.linear import TritonFactors
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -72,10 +73,11 @@ class Decoder:
         shape: Shape,
         keep: float | None,
         in_order: bool,
+        plan: Plan,
         device: torch.device,
         compiled: Callable[[Any], Any],
     ) -> None:
-        self.shape, self.device = shape, device
+        self.shape, self.plan, self.device = shape, plan, device
         self.generator = torch.Generator(device).manual_seed(0)
         self.bytes = 0
         self.norm = compiled(_norm)
@@ -123,7 +125,7 @@ class Decoder:
         order = torch.randperm(inputs, generator=self.generator, device=self.device)
         pivots = order[:rank].sort().values.to(torch.int32)
         part = Part(self._random(rank, inputs - rank), self._random(outputs, rank), pivots)
-        module = ours.TritonFactors([part], in_order=in_order)
+        module = TritonFactors([part], self.plan, in_order)
         self.bytes += part.factor_in.nbytes + part.factor_out.nbytes
         if not in_order:
             return module, None
@@ -168,13 +170,13 @@ def _product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def measure(
-    device: torch.device, use_table: Callable[[], None], dry: bool, left: Callable[[], float]
+    device: torch.device, plan: Plan, dry: bool, left: Callable[[], float]
 ) -> list[dict[str, Any]]:
     """Milliseconds of a decoding step at 1, 8 and 64 sequences and of a prefill of 2,048 tokens.
 
     Args:
         device: of the weights.
-        use_table: makes the kernels run as they would be served.
+        plan: of the low-rank layers, by the table of the card.
         dry: a tiny decoder.
         left: seconds that may still be spent; what does not fit is left out.
     """
@@ -188,8 +190,7 @@ def measure(
     for keep, in_order in variants:
         if left() < 0:
             break
-        use_table()
-        decoder = Decoder(shape, keep, in_order, device, compiled)
+        decoder = Decoder(shape, keep, in_order, plan, device, compiled)
         for kind, sequences, new in work:
             context = new if kind == "prefill" else shape.context
             caches = [

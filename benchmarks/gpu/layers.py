@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -17,9 +17,11 @@ from torch.nn.functional import linear
 from svdserve.bench.kernels import Layer, copies_that_no_cache_holds, llama_layers, rounds
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.kernels import Part, reference
-from svdserve.kernels import triton_linear as ours
+from svdserve.kernels.triton.configs import PRODUCTS, Config, Plan, Tile, single
+from svdserve.kernels.triton.linear import TritonFactors
+from svdserve.kernels.triton.table import Entry
 
-T = ours.Tile
+T = Tile
 TABLE_ROWS = (16, 32, 64, 128)  # rows up to which a line of a table holds
 
 
@@ -65,8 +67,8 @@ class Weights:
         own = self.random(self.layer.outputs, self.layer.inputs)
         return [own, *(own.clone() for _ in range(self.copies - 1))]
 
-    def prepared(self, in_order: bool = False) -> list[ours.TritonFactors]:
-        return [ours.TritonFactors([part], in_order=in_order) for part in self.parts]
+    def prepared(self, in_order: bool = False) -> list[TritonFactors]:
+        return [TritonFactors([part], in_order=in_order) for part in self.parts]
 
 
 def medians(
@@ -76,12 +78,12 @@ def medians(
     return {n: statistics.median(s) for n, s in rounds(contenders, count, device).items()}
 
 
-def use(*configs: ours.Config) -> None:
-    """Make these the configurations of bfloat16."""
-    ours.CONFIGS[torch.bfloat16] = configs
+def plan_of(*configs: Config) -> Plan:
+    """These configurations by ascending rows, and the two products for more rows."""
+    return configs if configs[-1].rows is None else (*configs, PRODUCTS)
 
 
-def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool) -> dict[str, Any]:
+def correctness(device: torch.device, configs: Sequence[Config], dry: bool) -> dict[str, Any]:
     """The largest error of each configuration against float64, relative to the largest output."""
     shapes = [(96, 64, 20), (17, 33, 15), (48, 160, 96)]
     if not dry:
@@ -98,7 +100,7 @@ def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool)
         part = Part(factor_in, random(outputs, rank) / rank**0.5, own.to(torch.int32))
         pair = Part(random(rank, inputs) / inputs**0.5, part.factor_out)
         for given in (part, pair):
-            module = ours.TritonFactors([given])
+            module = TritonFactors([given])
             for rows in (1, 3, 16, 31, 64, 100) if not dry else (1, 16):
                 x = random(rows, inputs)
                 wide = (given.factor_in.double(), given.factor_out.double(), given.pivots)
@@ -107,9 +109,9 @@ def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool)
                     limit = config.rows or 1 << 30
                     if rows > limit:
                         continue
-                    use(replace(config, rows=None))
+                    planned = module.with_plan(plan_of(config))
                     for _ in range(2):  # the second finds what the first left behind
-                        got = module(x)
+                        got = planned(x)
                     error = float((got.double() - want).abs().max() / want.abs().max())
                     name = describe(config)
                     worst[name] = max(worst.get(name, 0.0), math.inf if error != error else error)
@@ -118,7 +120,7 @@ def correctness(device: torch.device, configs: Sequence[ours.Config], dry: bool)
     return {"allowed": allowed, "worst": worst, "wrong": wrong}
 
 
-def describe(config: ours.Config) -> str:
+def describe(config: Config) -> str:
     """A configuration in a few letters."""
     if config.shrink is None or config.expand is None:
         return "products"
@@ -130,7 +132,7 @@ def describe(config: ours.Config) -> str:
 
 
 # By block of rows: tiles of shrink with the splits that are tried, tiles of expand.
-CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.Tile]]] = {
+CANDIDATES: dict[int, tuple[list[tuple[Tile, tuple[int, ...]]], list[Tile]]] = {
     16: (
         [
             (T(16, 16, 128, 2, 5), (1, 2, 4)),
@@ -175,24 +177,24 @@ CANDIDATES: dict[int, tuple[list[tuple[ours.Tile, tuple[int, ...]]], list[ours.T
 LINES = (0, 1, 4)
 
 
-def stages(rows: int, dry: bool) -> Iterator[Callable[[ours.Config], list[ours.Config]]]:
+def stages(rows: int, dry: bool) -> Iterator[Callable[[Config], list[Config]]]:
     """What is tried one after the other, each time from the best so far."""
     shrinks, expands = CANDIDATES[rows]
     if dry:
-        shrinks, expands = shrinks[:2], expands[:2]
+        shrinks, expands = [(shrinks[0][0], shrinks[0][1][:2])], expands[:2]
     early = ("two",) if dry else ("two", "early")
 
-    def one_tile(_: ours.Config) -> list[ours.Config]:
+    def one_tile(_: Config) -> list[Config]:
         tiles = [replace(t, splits=s) for t, splits in shrinks for s in splits]
-        both = [ours.Config(rows, t, expands[0]) for t in tiles]
-        return both + [ours.single(rows, t) for t in tiles if t.rows >= rows]
+        both = [Config(rows, t, expands[0]) for t in tiles]
+        return both + [single(rows, t) for t in tiles if t.rows >= rows]
 
-    def the_other(best: ours.Config) -> list[ours.Config]:
+    def the_other(best: Config) -> list[Config]:
         if best.launch == "one":
             return [best]
         return [replace(best, expand=tile) for tile in expands]
 
-    def the_launch(best: ours.Config) -> list[ours.Config]:
+    def the_launch(best: Config) -> list[Config]:
         found = [best]
         for lines in LINES:
             assert best.shrink is not None
@@ -209,23 +211,32 @@ def stages(rows: int, dry: bool) -> Iterator[Callable[[ours.Config], list[ours.C
     yield from (one_tile, the_other, the_launch)
 
 
-def tune(device: torch.device, dry: bool) -> dict[str, Any]:
-    """The fastest configuration for each number of rows over the layers of an 8B model.
+def tune(device: torch.device, dry: bool) -> tuple[Entry, dict[str, Any]]:
+    """What is fastest for each number of rows over the layers of an 8B model.
+
+    The keep ratio goes from layer to layer, so that the columns of all of them reach from those of
+    the lowest to those of the highest.
 
     Args:
         device: of the weights.
         dry: few candidates, tiny layers.
+
+    Returns:
+        The entry of a dispatch table, where the two products have the rows at which no kernel was
+        faster, and what was measured.
     """
     layers = DRY["dry"] if dry else MODELS["Llama-3-8B"]
-    keep = 0.6
-    weights = [Weights(layer, keep, device, dry) for layer in layers]
+    keeps = [(0.8, 0.4)[index % 2] for index in range(len(layers))]
+    weights = [Weights(layer, keep, device, dry) for layer, keep in zip(layers, keeps, strict=True)]
+    columns = [size for own in weights for size in (own.rank, own.layer.inputs - own.rank)]
     modules = [own.prepared() for own in weights]
     tried: dict[str, dict[str, float]] = {}
-    chosen: dict[int, ours.Config] = {}
+    chosen: list[Config] = []
+    count = 1 if dry else 4
     with _compilers(dry) as warm:
         for rows in TABLE_ROWS[:1] if dry else TABLE_ROWS:
             inputs = [own.random(rows, own.layer.inputs) for own in weights]
-            best = ours.Config(rows, T(16, 16, 128, 2, 5), T(16, 16, 128, 2, 5))
+            best = Config(rows, T(16, 16, 128, 2, 5), T(16, 16, 128, 2, 5))
             record: dict[str, float] = {}
             tried[str(rows)] = record
             for stage in stages(rows, dry):
@@ -233,30 +244,28 @@ def tune(device: torch.device, dry: bool) -> dict[str, Any]:
                 warm(options)
                 for config in options:
                     if describe(config) not in record:
-                        cost = _cost(config, modules, inputs)
+                        cost = _cost(config, modules, inputs, count)
                         record[describe(config)] = cost
                 best = min(options, key=lambda c: record[describe(c)])
-            chosen[rows] = best
-            use(ours.Config(None))
-            record["products"] = _cost(ours.Config(None), modules, inputs)
-    return {
-        "keep": keep,
+            products = record["products"] = _cost(PRODUCTS, modules, inputs, count)
+            chosen.append(best if record[describe(best)] < products else Config(rows))
+    entry = Entry(dtype="bfloat16", columns=(min(columns), max(columns)), plan=plan_of(*chosen))
+    return entry, {
+        "keep": {layer.name: keep for layer, keep in zip(layers, keeps, strict=True)},
         "microseconds_of_the_block": tried,
-        "chosen": {rows: asdict(config) for rows, config in chosen.items()},
-        "configs": chosen,
+        "chosen": entry.model_dump(mode="json"),
     }
 
 
 def _cost(
-    config: ours.Config, modules: list[list[ours.TritonFactors]], inputs: list[Tensor]
+    config: Config, modules: list[list[TritonFactors]], inputs: list[Tensor], count: int
 ) -> float:
-    """Microseconds of one block's layers; infinite where it cannot run."""
-    use(replace(config, rows=None))
+    """Microseconds of one block's layers in ``count`` rounds; infinite where it cannot run."""
     total = 0.0
     try:
         for copies_, x in zip(modules, inputs, strict=True):
-            calls = [partial(module, x) for module in copies_]
-            total += medians({"own": calls}, 4, x.device)["own"]
+            calls = [partial(module.with_plan(plan_of(config)), x) for module in copies_]
+            total += medians({"own": calls}, count, x.device)["own"]
     except Exception as error:  # a candidate that does not fit the card
         print(f"  {describe(config)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return math.inf
@@ -269,21 +278,20 @@ class _compilers:
     def __init__(self, dry: bool) -> None:
         self.pool = None if dry else ProcessPoolExecutor(10, get_context("spawn"))
 
-    def __enter__(self) -> Callable[[Sequence[ours.Config]], None]:
+    def __enter__(self) -> Callable[[Sequence[Config]], None]:
         return self.warm
 
     def __exit__(self, *_: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def warm(self, configs: Sequence[ours.Config]) -> None:
+    def warm(self, configs: Sequence[Config]) -> None:
         if self.pool:
             list(self.pool.map(compile_now, configs))
 
 
-def compile_now(config: ours.Config) -> None:
+def compile_now(config: Config) -> None:
     """Run a configuration once on a tiny layer; an error is left to the one that measures."""
-    use(replace(config, rows=None))
     device = torch.device("cuda")
     part = Part(
         torch.zeros(16, 16, dtype=torch.bfloat16, device=device),
@@ -292,7 +300,8 @@ def compile_now(config: ours.Config) -> None:
     )
     try:
         for in_order in (False, True):
-            ours.TritonFactors([part], in_order)(part.factor_in.new_zeros(1, 32))
+            module = TritonFactors([part], plan_of(config), in_order)
+            module(part.factor_in.new_zeros(1, 32))
         torch.cuda.synchronize()
     except Exception as error:
         print(f"  {describe(config)}: {type(error).__name__}", flush=True)
@@ -300,20 +309,20 @@ def compile_now(config: ours.Config) -> None:
 
 def times(
     device: torch.device,
-    table: Sequence[ours.Config],
+    plan: Plan,
     dry: bool,
     left: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """Microseconds of every layer: dense, two products, and our kernels by ``table``.
+    """Microseconds of every layer: dense, two products, and our kernels by a plan.
 
     Args:
         device: of the weights.
-        table: ends with a configuration for any number of rows.
+        plan: of what is fastest for how many rows.
         dry: tiny layers.
         left: seconds that may still be spent; what does not fit is left out.
     """
     rows_tried = (1, 8) if dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
-    first = ours.single(16, T(16, 16, 128, 2, 5)), ours.single(64, T(64, 32, 64, 4, 6))
+    first = plan_of(single(16, T(16, 16, 128, 2, 5)), single(64, T(64, 32, 64, 4, 6)))
     found = []
     models = DRY if dry else MODELS
     for model, layer in [(name, layer) for name, own in models.items() for layer in own]:
@@ -329,25 +338,18 @@ def times(
                 arranged = own.random(rows, ordered[0].in_features)
 
                 def ours_with(
-                    configs: Sequence[ours.Config],
-                    modules: Sequence[ours.TritonFactors],
-                    given: Tensor,
+                    plan: Plan, modules: Sequence[TritonFactors], given: Tensor
                 ) -> list[Callable[[], Tensor]]:
-                    def call(module: ours.TritonFactors) -> Tensor:
-                        use(*configs)
-                        return module(given)
+                    return [partial(module.with_plan(plan), given) for module in modules]
 
-                    return [partial(call, module) for module in modules]
-
-                products = (ours.Config(None),)
                 contenders: dict[str, list[Callable[[], Tensor]]] = {
                     "dense": [partial(linear, x, weight) for weight in dense],
-                    "gathered products": ours_with(products, modules, x),
-                    "products in order": ours_with(products, ordered, arranged),
+                    "gathered products": ours_with((PRODUCTS,), modules, x),
+                    "products in order": ours_with((PRODUCTS,), ordered, arranged),
                 }
                 if rows <= TABLE_ROWS[-1]:
-                    contenders["kernels"] = ours_with(table, modules, x)
-                    contenders["kernels in order"] = ours_with(table, ordered, arranged)
+                    contenders["kernels"] = ours_with(plan, modules, x)
+                    contenders["kernels in order"] = ours_with(plan, ordered, arranged)
                 if rows <= 64 and model != "Qwen3-8B":
                     contenders["first edition"] = ours_with(first, modules, x)
                 if model == "Llama-3-8B" and ordered[0].in_features == layer.inputs:

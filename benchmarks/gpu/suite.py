@@ -3,10 +3,11 @@
     python benchmarks/gpu/suite.py --out results/gpu_h100.json [--table FILE] [--dry]
 
 Needs Triton and what svdserve needs to compress. It runs these parts, and writes each as soon as it
-is known: whether every kernel is right (float64) and which configuration is fastest for how many
-rows (the dispatch table), times of every layer of 8B and 70B shapes beside dense, a whole decoder
-of 8B shape, the linear algebra of compression, and the compression of two blocks. ``--dry`` runs
-all of it on tiny shapes on the CPU, where Triton's interpreter takes the place of the GPU.
+is known: which configuration is fastest for how many rows and whether every one that was chosen is
+right (float64), which together make the card's dispatch table; times of every layer of 8B and 70B
+shapes beside dense; a whole decoder of 8B shape; the linear algebra of compression; and the
+compression of two blocks. ``--dry`` runs all of it on tiny shapes on the CPU, where Triton's
+interpreter takes the place of the GPU.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def main() -> int:
     """Run the parts; the exit code is 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="results file to write")
-    parser.add_argument("--table", type=Path, help="dispatch table to write")
+    parser.add_argument("--table", type=Path, help="dispatch table of the card to write")
     parser.add_argument("--seconds", type=float, default=420, help="what does not fit is left out")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU")
@@ -62,9 +62,9 @@ class Suite:
             "failed": {},
             "seconds": {},
         }
-        from svdserve.kernels import triton_linear
+        from svdserve.kernels.triton.configs import PRODUCTS, Plan
 
-        self.table: tuple[triton_linear.Config, ...] = (triton_linear.Config(None),)
+        self.plan: Plan = (PRODUCTS,)
 
     def part(self, name: str) -> None:
         """Run one part; a failure is reported and the next part runs."""
@@ -90,31 +90,29 @@ class Suite:
     def _kernels(self) -> None:
         import layers
 
-        tuned = layers.tune(self.device, self.dry)
-        chosen = tuned.pop("configs")
-        self.table = (*chosen.values(), layers.ours.Config(None))
-        self.report["tuning"] = tuned
+        from svdserve.kernels.triton.table import Table
+
+        entry, self.report["tuning"] = layers.tune(self.device, self.dry)
         write_json(self.out, self.report)
-        if self.table_file:
-            lines = [asdict(config) for config in self.table]
-            write_json(self.table_file, {"machine": self.report["machine"], "bfloat16": lines})
-        first = layers.ours.single(16, layers.T(16, 16, 128, 2, 5))
-        self.report["correctness"] = layers.correctness(self.device, (*self.table, first), self.dry)
+        first = layers.single(16, layers.T(16, 16, 128, 2, 5))
+        self.report["correctness"] = layers.correctness(self.device, (*entry.plan, first), self.dry)
         if self.report["correctness"]["wrong"]:
             raise ValueError(f"wrong results: {self.report['correctness']['wrong']}")
+        self.plan = entry.plan
+        if self.table_file:
+            machine = self.report["machine"]
+            table = Table(card=machine.get("card", "cpu"), machine=machine, entries=(entry,))
+            write_json(self.table_file, table.model_dump(mode="json"))
 
     def _layers(self) -> None:
         import layers
 
-        self.report["layers"] = layers.times(self.device, self.table, self.dry, self.until(150))
+        self.report["layers"] = layers.times(self.device, self.plan, self.dry, self.until(150))
 
     def _decoder(self) -> None:
         import decoder
-        import layers
 
-        self.report["decoder"] = decoder.measure(
-            self.device, lambda: layers.use(*self.table), self.dry, self.until(90)
-        )
+        self.report["decoder"] = decoder.measure(self.device, self.plan, self.dry, self.until(90))
 
     def _linear_algebra(self) -> None:
         import factoring

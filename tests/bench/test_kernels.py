@@ -10,7 +10,7 @@ import torch
 from svdserve.bench import kernels as bench
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels.implementations import Request, choose
+from svdserve.kernels.registry import Request, choose
 
 
 def test_compares_dense_the_two_products_and_every_implementation(

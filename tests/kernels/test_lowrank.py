@@ -14,7 +14,7 @@ from svdserve.kernels import (
     prepare,
     reference,
 )
-from svdserve.kernels.implementations import (
+from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
     OVERRIDE,
     Request,
@@ -172,11 +172,15 @@ def test_the_override_and_the_error_that_lists_all(monkeypatch: pytest.MonkeyPat
         choose(request, "cuda-graphs")
 
 
-def test_a_gpu_gets_triton_where_its_rows_are_aligned() -> None:
+def test_triton_can_compute_where_rows_are_aligned() -> None:
     pytest.importorskip("triton")
+    (triton,) = (i for i in IMPLEMENTATIONS if i.name == "triton")
     for dtype in DTYPES:
-        assert choose(Request("cuda", dtype, (1830, 2266), prepared=True)).name == "triton"
-        assert choose(Request("cuda", dtype, (1824, 2272), prepared=False)).name == "triton"
-        assert choose(Request("cuda", dtype, (1830, 2266), prepared=False)).name == "torch"
-        assert choose(Request("cuda", dtype, (96, 32, 64, 64), prepared=True)).name == "triton"
-    assert choose(Request("cuda", torch.float64, (96, 32), prepared=True)).name == "torch"
+        for columns, prepared in (
+            ((1830, 2266), True), ((1824, 2272), False), ((96, 32, 64, 64), True)
+        ):  # fmt: skip
+            assert triton.reason_against(Request("cuda", dtype, columns, prepared)) is None
+        unaligned = Request("cuda", dtype, (1830, 2266), prepared=False)
+        assert "multiples of 16" in str(triton.reason_against(unaligned))
+    wide = Request("cuda", torch.float64, (96, 32), prepared=True)
+    assert "is for bfloat16" in str(triton.reason_against(wide))

@@ -73,7 +73,7 @@ def test_interpreted_equals_the_definition(index: int, interpreted: Interpreted)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("compiled") / "kernels.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "svdserve.kernels.aot", "--json", str(file)]
+    command = [sys.executable, "-m", "svdserve.kernels.triton.aot", "--json", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())  # type: ignore[no-any-return]

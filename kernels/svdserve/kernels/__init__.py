@@ -3,8 +3,8 @@
 ``prepare`` is the same for a layer: factors are packed once and multiplied many times.
 """
 
-from svdserve.kernels.implementations import NoImplementation
-from svdserve.kernels.lowrank import lowrank_linear, prepare
+from svdserve.kernels.operation import lowrank_linear, prepare
 from svdserve.kernels.parts import Activation, Part
+from svdserve.kernels.registry import NoImplementation
 
 __all__ = ["Activation", "NoImplementation", "Part", "lowrank_linear", "prepare"]

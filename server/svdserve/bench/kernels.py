@@ -25,14 +25,14 @@ from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine, usable_device
-from svdserve.kernels.implementations import (
+from svdserve.kernels.operation import prepare
+from svdserve.kernels.parts import Part
+from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
     NoImplementation,
     Request,
     choose,
 )
-from svdserve.kernels.lowrank import prepare
-from svdserve.kernels.parts import Part
 
 DENSE, PRODUCTS = "dense", "two products"
 _NO_CACHE_HOLDS = 256 << 20  # bytes

@@ -8,7 +8,6 @@ does for every model that is not quantized with svdserve. ``--load-format svdser
 explicitly. The other formats are refused.
 """
 
-import os
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -37,7 +36,7 @@ from svdserve.compression import __version__
 from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels.implementations import IMPLEMENTATIONS, OVERRIDE, Request, reasons_against
+from svdserve.kernels.registry import what_decides
 from svdserve.server.plugin.linear import LowRankLinearMethod, StoredBytes
 from svdserve.server.plugin.mlp import join_layers
 from svdserve.server.plugin.norms import prefer_norms
@@ -289,14 +288,7 @@ def _name_kernels(vllm_config: VllmConfig) -> None:
             "graphs depend on, so give a dict"
         )
     device, dtype = current_platform.device_type, vllm_config.model_config.dtype
-    request = Request(device, dtype, (16, 16), prepared=True)
-    against = reasons_against(request)
-    facts = {
-        "version": __version__,
-        "override": os.environ.get(OVERRIDE, ""),
-        "kernels": [kernel.name for kernel in IMPLEMENTATIONS if kernel.name not in against],
-        "processor": sorted(u for u, has in torch.cpu.get_capabilities().items() if has is True),
-    }
+    facts = {"version": __version__, **what_decides(device, dtype)}
     vllm_config.additional_config = config | {f"{QUANT_METHOD}_graphs": facts}
 
 

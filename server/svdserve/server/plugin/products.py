@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from svdserve.compression.format.codecs import Codec
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, NoImplementation, Part
-from svdserve.kernels.implementations import Request, choose, reasons_against
+from svdserve.kernels.registry import Request, choose, reasons_against
 from svdserve.server.plugin.shares import LowRankShare, Matrix
 
 logger = init_logger(__name__)

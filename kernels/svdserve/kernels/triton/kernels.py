@@ -1,4 +1,4 @@
-"""The Triton kernels: shrink, expand, and both in one launch; triton_linear.py launches them.
+"""The Triton kernels: shrink, expand, and both in one launch; launch.py launches them.
 
 Shrink is z = x[pivots] + Z x[rest] with the gather and the addition fused in, or z = V x; expand is
 y = C z + b. Sums are float32. A kernel serves several groups at once, each with its own factors and
@@ -12,7 +12,7 @@ adds them, always in the same order, so that results do not vary from run to run
 EARLY is programmatic dependent launch (NVIDIA, from sm_90): a kernel starts while the one before it
 ends, asks for the first weights of each row, and only then waits for what that one writes.
 
-Every size is a multiple of 16, zero padded (triton_linear.py pads), and arrives in blocks of 16, so
+Every size is a multiple of 16, zero padded (layout.py pads), and arrives in blocks of 16, so
 that the compiler knows the alignment of every row: the loads of weights are 128 bits wide, and no
 kernel is compiled a second time for another shape.
 """

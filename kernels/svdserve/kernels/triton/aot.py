@@ -1,8 +1,9 @@
 """Compile every configuration of the Triton kernels for GPUs that need not be there.
 
-``python -m svdserve.kernels.aot --json results/triton_kernels.json`` writes what the compiler and
-the disassembler say: registers, spills, shared memory, 128-bit loads, tensor-core instructions.
-Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's compiler, and no GPU.
+``python -m svdserve.kernels.triton.aot --json results/triton_kernels.json`` writes what the
+compiler and the disassembler say: registers, spills, shared memory, 128-bit loads, tensor-core
+instructions. Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's compiler,
+and no GPU.
 """
 
 import argparse
@@ -26,15 +27,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from svdserve.kernels import triton_kernels as kernels
-from svdserve.kernels.triton_linear import (
-    CONFIGS,
-    GATHERED,
-    PLAIN,
-    Config,
-    compile_options,
-    interpreted,
-)
+from svdserve.kernels.triton import kernels
+from svdserve.kernels.triton.configs import GUESSES, Config
+from svdserve.kernels.triton.launch import GATHERED, PLAIN, compile_options, interpreted
 
 
 @dataclass(frozen=True)
@@ -140,10 +135,10 @@ class Compiled:
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that triton_linear.py can launch."""
+    """All that runs without a table; what a table says ran where it was measured."""
     reads = PLAIN, GATHERED
-    for target, dtype in product(TARGETS, CONFIGS):
-        for config in CONFIGS[dtype]:
+    for target, dtype in product(TARGETS, GUESSES):
+        for config in GUESSES[dtype]:
             if config.launch == "one":
                 yield from (Variant("shrink_expand", dtype, config, r, target) for r in reads)
             elif config.launch == "two" or target in EARLY_TARGETS:
@@ -160,7 +155,7 @@ def compile_all() -> list[Compiled]:
 
 
 def compile_one(variant: Variant) -> Compiled:
-    """Compile a variant to a cubin, as the launch in triton_linear.py would, and read it.
+    """Compile a variant to a cubin, as the launch in launch.py would, and read it.
 
     Raises:
         RuntimeError: Triton runs its interpreter in this process.
@@ -181,7 +176,7 @@ def compile_one(variant: Variant) -> Compiled:
             signature[name] = "*" + pointers.get(name, _TYPES[variant.dtype])
             attributes[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"  # never specialised: triton_kernels._CALL_SIZES
+            signature[name] = "i32"  # never specialised: kernels._CALL_SIZES
     constants = {name: value for name, value in fixed.items() if name in signature}
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=TARGETS[variant.target].gpu, options=launch)

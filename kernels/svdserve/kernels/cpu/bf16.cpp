@@ -31,8 +31,8 @@
 #include <optional>
 #include <vector>
 
-#include "cpu_activation.h"
-#include "cpu_multiply.h"
+#include "activation.h"
+#include "multiply.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// One tile of tokens times one panel of weights, with AVX512-BF16 or with AMX. cpu_bf16.cpp says how
+// One tile of tokens times one panel of weights, with AVX512-BF16 or with AMX. bf16.cpp says how
 // both operands are packed.
 
 #pragma once

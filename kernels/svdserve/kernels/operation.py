@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from svdserve.kernels import reference
-from svdserve.kernels.implementations import Request, choose
-from svdserve.kernels.operations import define
 from svdserve.kernels.parts import (
     Activation,
     Part,
@@ -19,6 +17,9 @@ from svdserve.kernels.parts import (
     check_pivots,
     same_inputs,
 )
+from svdserve.kernels.registry import Request, choose
+from svdserve.kernels.torch_library import define
+from svdserve.kernels.triton.table import Table, table_of
 
 
 def lowrank_linear(
@@ -43,7 +44,7 @@ def lowrank_linear(
         pivots: [r] distinct channels of x (int32 or int64), or None for the pair layout. Their
             values are not checked, as that would wait for the device; ``prepare`` does.
         bias: [m] or None.
-        implementation: the name of one, to override the choice; see implementations.py.
+        implementation: the name of one, to override the choice; see registry.py.
 
     Returns:
         [..., m] in the dtype of x, contiguous.
@@ -72,6 +73,7 @@ def prepare(
     *,
     activation: Activation | None = None,
     implementation: str | None = None,
+    table: Table | None = None,
 ) -> PreparedFactors:
     """The same operation for factors that many calls share: packed or padded once.
 
@@ -80,7 +82,8 @@ def prepare(
     Args:
         parts: one or more, on one device and in one dtype.
         activation: for the outputs gate and up of a gated MLP; see reference.gated.
-        implementation: the name of one, to override the choice; see implementations.py.
+        implementation: the name of one, to override the choice; see registry.py.
+        table: what was measured, which decides; None for the table of the device, if it has one.
 
     Returns:
         A module of x and bias, for inference only.
@@ -98,8 +101,10 @@ def prepare(
     outputs = sum(part.outputs for part in parts)
     if activation and outputs % 2:
         raise ValueError(f"an activation of {outputs} outputs; gate and up are as many each")
-    chosen = choose(Request.of(parts, prepared=True, activation=activation), implementation)
-    return chosen.prepare([_ascending(part) for part in parts], activation)
+    table = table or table_of(parts[0].factor_in.device.type)
+    request = Request.of(parts, prepared=True, activation=activation)
+    chosen = choose(request, implementation, table)
+    return chosen.prepare([_ascending(part) for part in parts], activation, table)
 
 
 def _ascending(part: Part) -> Part:
@@ -119,8 +124,10 @@ def _run(
     implementation: str | None,
 ) -> Tensor:
     parts = [Part(factor_in, factor_out, pivots)]
-    chosen = choose(Request.of(parts, prepared=False), implementation)
-    return chosen.prepare(parts, None)(x, bias)  # type: ignore[no-any-return]
+    table = table_of(x.device.type)
+    rows = x.shape[:-1].numel()
+    chosen = choose(Request.of(parts, prepared=False, rows=rows), implementation, table)
+    return chosen.prepare(parts, None, table)(x, bias)  # type: ignore[no-any-return]
 
 
 def _fake(

@@ -1,31 +1,15 @@
-"""The fused low-rank linear for x86 processors with AVX512-BF16, and AMX if they have it.
-
-The library (cpu_bf16.cpp) is compiled once, at first use (``make install`` is one), into the folder
-where torch keeps its extensions. Where it cannot be used ``unsupported`` says why, and callers run
-the two products on their own.
-"""
-
-import hashlib
-import os
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
+"""The low-rank linear as one C++ operation: packs factors for it and calls it."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from svdserve.kernels.cpu.build import unsupported
 from svdserve.kernels.parts import Activation, PreparedFactors
 
-SOURCE = Path(__file__).with_name("cpu_bf16.cpp")
-HEADERS = tuple(SOURCE.with_name(f"cpu_{name}.h") for name in ("activation", "multiply"))
-FLAGS = ("-O3", "-std=c++20", "-fopenmp")
-ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt")
-NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
 _WORD = 32  # channels in one word of the mask
 _LANES = 16  # rows of gate, then of up, in the packed C of a gated layer
-_ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")  # cpu_activation.h
+_ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")  # activation.h
 
 
 class PackedFactors(PreparedFactors):
@@ -96,63 +80,6 @@ class PackedFactors(PreparedFactors):
         )
 
 
-@cache
-def unsupported() -> str | None:
-    """Why this process cannot use the kernel; None if it can, and then it is loaded."""
-    has = torch.cpu.get_capabilities()
-    if lacking := [name for name in NEEDED if not has.get(name)]:
-        return f"this processor has no {', '.join(lacking)}"
-    try:
-        torch.ops.load_library(library())  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError) as error:
-        return f"{SOURCE.name} did not compile: {error}"
-    torch.library.register_fake("svdserve::lowrank", _fake)
-    return None
-
-
-def library() -> Path:
-    """The compiled library; compiled now where it is missing or older than its source."""
-    sources = b"".join(file.read_bytes() for file in (SOURCE, *HEADERS))
-    digest = hashlib.sha256(sources + repr((FLAGS, ISA, torch.__version__)).encode())
-    root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    library = Path(root) / f"svdserve_cpu_{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        _compile(library)
-    return library
-
-
-def _compile(library: Path) -> None:
-    """Raises OSError without a compiler or a writable folder, RuntimeError if it reports errors."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-fPIC", "-shared", str(SOURCE)]
-        # As needed: -fopenmp adds the compiler's OpenMP library last, where torch brings none.
-        command += [
-            "-o",
-            str(built),
-            "-Wl,--as-needed",
-            *map(str, openmp_libraries()),
-            "-lc10",
-            "-ltorch_cpu",
-        ]
-        command += [f"-isystem{path}" for path in include_paths()]
-        command += [f"-L{path}" for path in library_paths()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip() or f"{command[0]} failed")
-        built.replace(library)  # at once: several workers may compile at the same time
-
-
-def openmp_libraries() -> list[Path]:
-    """Torch's own OpenMP library, if it brings one; a second one would compete for the cores."""
-    package = Path(torch.__file__).parent
-    folders = (package.parent / "torch.libs", package / "lib")
-    return [path for folder in folders for path in folder.glob("libgomp*.so*")][:1]
-
-
 def _check(factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None, channels: int) -> None:
     rank = factor_out.shape[1]
     if factor_in.shape[0] != rank or rank == 0 or (pivots is not None and len(pivots) != rank):
@@ -186,19 +113,3 @@ def _mask(pivots: Tensor | None, channels: int) -> Tensor:
         bits.view(-1)[pivots.long()] = 1
     words = (bits << torch.arange(_WORD)).sum(dim=1)
     return words.to(torch.int32)  # wraps: only the bits count
-
-
-def _fake(
-    x: Tensor,
-    packed_in: Tensor,
-    packed_out: Tensor,
-    mask: Tensor,
-    pivots: int,
-    rank: int,
-    outputs: int,
-    bias: Tensor | None,
-    activation: int,
-    amx: bool,
-) -> Tensor:
-    del packed_in, packed_out, mask, pivots, rank, bias, activation, amx
-    return x.new_empty(*x.shape[:-1], outputs)

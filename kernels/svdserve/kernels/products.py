@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from svdserve.kernels.parts import Part, PreparedFactors, check_bias, check_input, other_channels
 
 
-class PlainFactors(PreparedFactors):
+class TwoProducts(PreparedFactors):
     """See PreparedFactors; the factors as they are."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
