@@ -72,11 +72,11 @@ def serve(
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     require_vllm()
-    from vllm.entrypoints.cli.main import main  # Heavy, and reads the environment on import.
+    from svdserve.server.plugin.command import run  # Heavy, and reads the environment on import.
 
     shorten_paths()
     try:
-        main()
+        run()
     except RuntimeError as error:
         if "Engine core initialization failed" not in str(error):
             raise

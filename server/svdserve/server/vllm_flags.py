@@ -100,11 +100,9 @@ def serve_flags() -> dict[str, Nargs]:
     require_vllm()
     work_around()
     try:
-        from vllm.entrypoints.cli.serve import cmd_init
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from svdserve.server.plugin.command import flags_of_serve
 
-        parser = cmd_init()[0].subparser_init(FlexibleArgumentParser().add_subparsers())
-        return {flag: action.nargs for action in parser._actions for flag in action.option_strings}
+        return flags_of_serve()
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"the flags of this vLLM cannot be read ({error}); give the model as the first word"
