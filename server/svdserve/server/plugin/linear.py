@@ -1,21 +1,23 @@
-"""Low-rank and int8 linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
+"""Low-rank and encoded linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
 
-A layer [m, n] of one or more ``LayerPart``s (see layer_parts.py). Each factored part is two products
-around the rank-r vector z, y = C (x[pivots] + Z x[rest]) or y = U (V x); a layer factored as a
-whole, such as a shared qkv_proj, therefore costs exactly two products, or one fused operation
-where svdserve.kernels has one for the device and dtype; on a GPU that is one for several parts too.
+A layer [m, n] has one or more parts (layer_parts.py). Each factored part is two products around the
+latent z: y = C (x[pivots] + Z x[rest]), or y = U (V x). A layer that is factored as a whole, such as
+a shared qkv_proj, therefore costs two products, or one fused operation where svdserve.kernels has
+one for the device and dtype. On a GPU one fused operation may compute several parts.
 
-Tensor parallelism. Column-parallel: the rank's rows of factor_out, all of factor_in, as every rank
-needs all of z. Row-parallel: the rank's input channels, that is columns of factor_in and the pivots
-among them, give a partial z; z [.., r] is all-reduced instead of y [.., m], fewer bytes, and every
-rank then holds the whole y.
+Tensor parallelism. A column-parallel layer has its TP rank's rows of factor_out and all of
+factor_in, since every TP rank needs all of z. A row-parallel layer has its TP rank's input
+channels: columns of factor_in, and the pivots among these channels. They give a partial z, and
+z [.., r] is all-reduced in place of y [.., m], which is fewer bytes. Every TP rank then holds the
+whole y.
 
-Int8. Factors and dense weights in int8 go through vLLM's own int8 kernels, one for each product;
-these round the product's input to int8 as well. A row-parallel shard is rounded by its own greatest
-inputs; the scales of its rows are those of the whole rows.
+Codecs. Matrices in int8 go through vLLM's own int8 kernels, one for each product, which round the
+product's input to int8 as well. A row-parallel shard is rounded by its own greatest inputs; the
+scales of its rows are those of the whole rows. Matrices of other codecs are decoded when they are
+loaded.
 
-Gathering the pivots of x costs most at down_proj, which has the most inputs; mlp.py says how
-it is spared, and when gate_up_proj takes over the activation.
+Gathering the pivots of x costs most at down_proj, which has the most inputs. mlp.py says how it is
+spared, and when gate_up_proj takes over the activation.
 
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
