@@ -21,9 +21,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from models import build_model, random_tokens, save_model
-from svdserve.compression.model.loading import load_model
 from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.model.building import attention_of
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from models import VOCABULARY, build_model, random_tokens, save_model, save_tokenizer
 from svdserve.cli.main import app
-from svdserve.compression.model.loading import load_model
 from svdserve.compression.format.reader import open_checkpoint
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import make_recipe, make_run

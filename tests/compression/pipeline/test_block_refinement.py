@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from models import save_model
-from svdserve.compression.model.loading import load_model
 from svdserve.compression.format.log import LOG_FILE
 from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.tensors import SINGLE_FILE
+from svdserve.compression.model.loading import load_model
 from svdserve.compression.pipeline import block_refinement
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress

@@ -1,7 +1,7 @@
 """Low-rank and encoded linear layers of vLLM: creation, loading, tensor parallelism, forward pass.
 
-A layer [m, n] has one or more parts (layer_parts.py). Each factored part is two products around the
-latent z: y = C (x[pivots] + Z x[rest]), or y = U (V x). A layer that is factored as a whole, such as
+A layer [m, n] has one or more parts (layer_parts.py). Each factored part is two products around
+the latent z: y = C (x[pivots] + Z x[rest]), or y = U (V x). A layer factored as a whole, such as
 a shared qkv_proj, therefore costs two products, or one fused operation where svdserve.kernels has
 one for the device and dtype. On a GPU one fused operation may compute several parts.
 
