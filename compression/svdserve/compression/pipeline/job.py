@@ -21,10 +21,12 @@ from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learned.driver import Learned, learn
 from svdserve.compression.methods.learned.learner import Learner
+from svdserve.compression.model.architecture import Group
 from svdserve.compression.model.containers import require_walkable
 from svdserve.compression.model.hub import model_name, resolve_model
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.assembly import Assembly
+from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.block_refinement import refine_block
 from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,
@@ -50,7 +52,7 @@ from svdserve.compression.pipeline.recipe import Recipe, Refinement, Run, make_r
 from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.report import RefineReport, Report
 from svdserve.compression.pipeline.student import put_factors, put_int8, replay
-from svdserve.compression.pipeline.walk import BlockPass, Walk
+from svdserve.compression.pipeline.walk import Walk
 from svdserve.compression.pipeline.workdir import WorkDirectory, summation
 from svdserve.compression.statistics.cache import TeacherStatistics, cache_folder, sweeping
 from svdserve.compression.statistics.gradients import BoundaryGradients

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from svdserve.compression.allocation.registry import Budget, Module, Ranks, get_allocator
 from svdserve.compression.format.checkpoint import FACTOR_DTYPES
-from svdserve.compression.format.schema import GROUPS, ModuleSpec
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.model.architecture import Group
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.recipe import Grouping, Recipe, make_recipe
 from svdserve.compression.pipeline.workdir import parameters_of
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
@@ -131,7 +132,7 @@ def _modules(units: list[list[Unit]], profile: dict[str, Tensor]) -> dict[str, M
                 out_features=unit.rows.stop - unit.rows.start,
                 in_features=unit.columns,
                 block=index,
-                attention=unit.group.name in ("qkv_proj", "o_proj"),
+                attention=unit.group.attends,
                 energies=profile.get(f"{unit.name}.energies"),
                 curvature=None if curvature is None else float(curvature),
                 losses=profile.get(f"{unit.name}.losses"),
@@ -184,11 +185,11 @@ def swept(
     gradients = BoundaryGradients(folder, recipe.gradient_rows(len(tokens)))
     profile = None
     if get_allocator(recipe.allocator).profile:
-        groups = [
-            {name: [(u.name, u.rows) for u in block if u.group.name == name] for name in GROUPS}
-            for block in units
+        modules = [
+            {g.path: [(u.name, u.rows) for u in block if u.group == g] for g in groups}
+            for groups, block in zip(skeleton.groups, units, strict=True)
         ]
-        profile = Profile(folder / recipe.grouping, groups)
+        profile = Profile(folder / recipe.grouping, modules)
 
     def done(index: int, block: nn.Module) -> None:
         begun = time.perf_counter()

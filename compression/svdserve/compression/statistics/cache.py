@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.model.architecture import Group
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.workdir import save_tensors
 from svdserve.compression.statistics.moments import OF_TEACHER, Statistic, Statistics
 from svdserve.compression.system.files import exclusive, remove_temporaries
@@ -75,7 +76,7 @@ class TeacherStatistics:
 
     def _file(self, block: int, group: Group) -> Path:
         names = "+".join(sorted(self._wanted))
-        return self._folder / f"statistics-{block:05d}-{group.name}-{names}.safetensors"
+        return self._folder / f"statistics-{block:05d}-{group.path}-{names}.safetensors"
 
     def read(self, block: int, group: Group, device: torch.device) -> Statistics:
         tensors = load_file(self._file(block, group), device=str(device))
