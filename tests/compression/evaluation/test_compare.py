@@ -15,7 +15,7 @@ from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
-from svdserve.compression.pipeline.walk import BlockPass
+from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from models import ARCHITECTURES, build_model, random_tokens, save_model
 from svdserve.compression.format.factors import Factors, interpolative
 from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.model.architecture import Trace, find_groups
 from svdserve.compression.model.containers import learn_containers
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.measure import measured_rows
 from svdserve.compression.pipeline.walk import Walk
 from svdserve.compression.system.errors import UserError
@@ -291,12 +292,10 @@ class _Block(nn.Module):
 
 
 def test_a_container_that_changes_its_last_output_is_refused():
-    groups = tuple(
-        Group(name, "attn" if name in ("qkv_proj", "o_proj") else "mlp")
-        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    )
+    call, shape = ((), {}), torch.Size((1, 2, 8))
+    groups = find_groups(Trace(_Block(), call, shape, "block"))
     with pytest.raises(UserError, match="attn does more than return"):
-        learn_containers(_Block(), groups, ((), {}), torch.Size((1, 2, 8)), "block")
+        learn_containers(_Block(), groups, call, shape, "block")
 
 
 def test_missing_and_misshapen_weights_are_named(tmp_path: Path):
