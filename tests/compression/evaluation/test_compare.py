@@ -12,10 +12,10 @@ from svdserve.compression.evaluation import compare as module
 from svdserve.compression.evaluation.compare import Comparison, Evaluation, compare, markdown, plot
 from svdserve.compression.evaluation.perplexity import perplexity
 from svdserve.compression.format.checkpoint import TensorFiles, open_checkpoint
+from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
-from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)

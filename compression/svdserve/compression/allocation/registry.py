@@ -40,8 +40,8 @@ class Module:
             teacher, in nats per token, that dropping each component is predicted to cause.
         scores: learned importance of each component [min(m, n)], of any order.
 
-    The next to last three are None unless the allocator asks for a profile, and the last unless
-    the method learns.
+    The next to last three are None unless the allocator asks for spectra, and the last unless the
+    method learns.
     """
 
     out_features: int
@@ -128,10 +128,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocator:
-    """A registered allocator and whether it needs the modules' profile."""
+    """A registered allocator and whether it needs the modules' spectra."""
 
     name: str
-    profile: bool
+    needs_spectra: bool
     function: Callable[..., Ranks]
     schema: Parameters
 
@@ -147,19 +147,19 @@ def get_allocator(name: str) -> Allocator:
 
 
 def allocator(
-    name: str, *, profile: bool
+    name: str, *, needs_spectra: bool
 ) -> Callable[[Callable[..., Ranks]], Callable[..., Ranks]]:
     """Register a function (modules by name, budget) → ranks as the allocator ``name``."""
 
     def register(function: Callable[..., Ranks]) -> Callable[..., Ranks]:
         schema = Parameters(f"allocator {name}", function)
-        ALLOCATORS[name] = Allocator(name, profile, function, schema)
+        ALLOCATORS[name] = Allocator(name, needs_spectra, function, schema)
         return function
 
     return register
 
 
-@allocator("uniform", profile=False)
+@allocator("uniform", needs_spectra=False)
 def uniform(
     modules: Mapping[str, Module], budget: Budget, *, attention_keep: Keep | None = None
 ) -> Ranks:
@@ -185,7 +185,7 @@ def uniform(
     return ranks
 
 
-@allocator("last-blocks", profile=False)
+@allocator("last-blocks", needs_spectra=False)
 def last_blocks(
     modules: Mapping[str, Module],
     budget: Budget,
@@ -215,7 +215,7 @@ def last_blocks(
     return dict.fromkeys(modules) | budget.share(last, keep)
 
 
-@allocator("energy", profile=True)
+@allocator("energy", needs_spectra=True)
 def energy(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
     """Least sum of relative whitened tail energies ‖(W − Ŵ)F‖² / ‖WF‖².
 
@@ -232,7 +232,7 @@ def energy(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5)
     return _least_tail(modules, spectra, budget, floor)
 
 
-@allocator("sensitivity", profile=True)
+@allocator("sensitivity", needs_spectra=True)
 def sensitivity(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
     """Least sum of whitened tail energies times the mean curvature at the module's outputs."""
     spectra = {
@@ -243,14 +243,14 @@ def sensitivity(modules: Mapping[str, Module], budget: Budget, *, floor: Share =
     return _least_tail(modules, spectra, budget, floor)
 
 
-@allocator("divergence", profile=True)
+@allocator("divergence", needs_spectra=True)
 def divergence(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
     """Least divergence from the teacher as the two-sided (Kronecker-factored) metric predicts."""
     spectra = {n: loss for n, m in modules.items() if (loss := m.losses) is not None}
     return _least_tail(modules, spectra, budget, floor)
 
 
-@allocator("scores", profile=False)
+@allocator("scores", needs_spectra=False)
 def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
     """The learned order: components of the whole model by falling score until κ is spent.
 

@@ -11,7 +11,6 @@ for all its groups.
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,19 +22,11 @@ from svdserve.compression.model.architecture import Group
 from svdserve.compression.model.containers import Container, input_of, inputs_of
 from svdserve.compression.model.modules import replace_group
 from svdserve.compression.statistics.gradients import back_through
-from svdserve.compression.statistics.moments import (
-    Accumulator,
-    GradientAccumulator,
-    Statistic,
-    Statistics,
-)
+from svdserve.compression.statistics.moments import Batch, Statistics, Sums
 from svdserve.compression.system.machine import forward_precision
 
 if TYPE_CHECKING:
     from svdserve.compression.pipeline.walk import Walk
-
-Inputs = tuple[Tensor, Tensor | None]
-"""A group's inputs in the student and in the teacher, None where that does not run."""
 
 
 class BlockPass:
@@ -50,8 +41,8 @@ class BlockPass:
         self.groups = walk.skeleton.groups[index]
         self.teacher = walk.skeleton.block(index, walk.device)
         self.student = _share_copy(self.teacher)
-        self._of_gradients: dict[Group, GradientAccumulator] = {}
-        self._of_teacher: dict[Group, Accumulator] = {}
+        self._of_gradients: dict[Group, Sums] = {}
+        self._of_teacher: dict[Group, Sums] = {}
 
     def weight(self, group: Group, member: str) -> Tensor:
         """The teacher's weight [m, n] of one linear, float32."""
@@ -76,27 +67,24 @@ class BlockPass:
             return self._of_gradients.pop(group).into(statistics)
         return statistics
 
-    def _accumulator(self, group: Group, wanted: frozenset[Statistic]) -> Accumulator:
-        features = self.weight(group, group.members[0]).shape[1]
-        return Accumulator(features, wanted, self.walk.device)
+    def _sums(self, group: Group, wanted: frozenset[str]) -> Sums:
+        shapes = [self.weight(group, member).shape for member in group.members]
+        return Sums(wanted, sum(m for m, _ in shapes), shapes[0][1], self.walk.device)
 
-    def _along_student(self, group: Group, wanted: frozenset[Statistic]) -> Statistics:
+    def _along_student(self, group: Group, wanted: frozenset[str]) -> Statistics:
         """One step of the student's stream, and of the teacher's where it runs."""
-        accumulator = self._accumulator(group, wanted - {"held_out"})
-        apart = self._accumulator(group, wanted & {"gram", "shift"})
-        held_out = self.walk.held_out if "held_out" in wanted else ()
+        sums = self._sums(group, wanted)
         for rows in self.walk.batches:
             with self._forward():
-                inputs = self._inputs(group, rows)
-            (apart if rows in held_out else accumulator).add(*inputs)
+                batch = self._inputs(group, rows)
+            sums.add(batch, held_out=rows in self.walk.held_out)
         if (before := self._before(group)) is not None:
             self.walk.streams.drop(_entering("student", before))
-        statistics = accumulator.finish()
-        return replace(statistics, held_out=apart.finish()) if held_out else statistics
+        return sums.finish()
 
-    def _teacher_sums(self, wanted: frozenset[Statistic]) -> dict[Group, Accumulator]:
+    def _teacher_sums(self, wanted: frozenset[str]) -> dict[Group, Sums]:
         """Carry the teacher's stream over the block, where no student runs, and sum on the way."""
-        sums = {group: self._accumulator(group, wanted) for group in self.groups}
+        sums = {group: self._sums(group, wanted) for group in self.groups}
         for rows in self.walk.batches if self.walk.runs else ():
             with ExitStack() as stack, self._forward():
                 seen = {
@@ -106,21 +94,15 @@ class BlockPass:
                 output = self._run(self.teacher, "teacher", rows, {})
             self.walk.streams.write("teacher", rows, output)
             for group, inputs in seen.items():
-                sums[group].add(None, inputs.pop())
+                sums[group].add(Batch(teacher=inputs.pop()))
         return sums
 
-    def _gradient_sums(self) -> dict[Group, GradientAccumulator]:
+    def _gradient_sums(self) -> dict[Group, Sums]:
         """Run the teacher's block back from its boundary gradients, before its stream moves on."""
         walk = self.walk
         assert walk.gradients is not None, "whoever wants gradients must have swept them"
-        sums = {
-            group: GradientAccumulator(
-                sum(self.weight(group, member).shape[0] for member in group.members),
-                walk.wanted_of_gradients,
-                walk.device,
-            )
-            for group in self.groups
-        }
+        wanted = walk.wanted_of_gradients
+        sums = {group: self._sums(group, wanted) for group in self.groups}
         gradients = walk.gradients.read(self.index)
         for row, gradient in zip(walk.gradients.rows, gradients, strict=True):
             rows = slice(row, row + 1)
@@ -130,7 +112,7 @@ class BlockPass:
             flows, _ = back_through(self.teacher, self.groups, hidden, call, upper)
             for group in self.groups:
                 flow = flows[group.path]
-                sums[group].add(flow.inputs, flow.gradients)
+                sums[group].add(Batch(teacher=flow.inputs, gradients=flow.gradients))
         return sums
 
     def replace(self, group: Group, name: str, spec: ModuleSpec, factors: Factors) -> None:
@@ -177,7 +159,7 @@ class BlockPass:
 
     # The way to a group. What a later step needs is stored on the way.
 
-    def _inputs(self, group: Group, rows: slice) -> Inputs:
+    def _inputs(self, group: Group, rows: slice) -> Batch:
         """The inputs of a group for a batch; the teacher's None where its stream does not run.
 
         Containers are stored as they close, but for the last one: behind it the block is run to
@@ -190,17 +172,17 @@ class BlockPass:
         if closes:
             streams.write(_entering("student", group), rows, student)
         if not self.walk.uses_teacher:
-            return student, None
+            return Batch(student)
         replay = self._outputs("teacher", self._closed(group), rows)
         if last:
             with inputs_of(_first(self.teacher, group)) as seen:
                 streams.write("teacher", rows, self._run(self.teacher, "teacher", rows, replay))
-            return student, seen[0]
+            return Batch(student, seen[0])
         teacher = self._input(self.teacher, "teacher", rows, group, replay)
         if closes:
             output = self._closing(self.teacher, group)(teacher)
             streams.write(_leaving("teacher", group), rows, output)
-        return student, teacher
+        return Batch(student, teacher)
 
     def _student_outputs(self, group: Group, rows: slice) -> dict[Group, Tensor]:
         """The student's outputs of the containers that are closed before a group.

@@ -57,7 +57,7 @@ from svdserve.compression.pipeline.workdir import WorkDirectory, summation
 from svdserve.compression.statistics.cache import TeacherStatistics, cache_folder, sweeping
 from svdserve.compression.statistics.gradients import BoundaryGradients
 from svdserve.compression.statistics.linalg import relative_error
-from svdserve.compression.statistics.moments import OF_GRADIENTS, OF_TEACHER, Statistics
+from svdserve.compression.statistics.moments import Statistics, of_gradients, of_teacher_alone
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_folder, check_output
 from svdserve.compression.system.machine import float32_products, usable_device
@@ -152,10 +152,11 @@ class Job:
         if ranks is None and learner is not None and recipe.keep < 1:
             learner.training(recipe.seed).check_sequences(recipe.sequences)
             self.learner, self.statistics = learner, frozenset()
-        profiled = self.allocator.profile
+        compared = self.allocator.needs_spectra
         if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
-            self.statistics, profiled = self.statistics - OF_GRADIENTS, False
-        self.uses_gradients = bool(self.statistics & OF_GRADIENTS) or profiled
+            self.statistics -= of_gradients(self.statistics)
+            compared = False
+        self.uses_gradients = bool(of_gradients(self.statistics)) or compared
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
         for settings, text in recipe.trainings:
@@ -171,7 +172,7 @@ class Job:
         self.dtypes = stored_dtypes(self.skeleton, self.units, recipe)
         if ranks is None:
             check_reachable(self.units, recipe)
-        planned_later = profiled or self.learner is not None
+        planned_later = compared or self.learner is not None
         self.ranks = ranks or ({} if planned_later else ranks_of(self.units, recipe, {}))
         self.signature = {
             "recipe": recipe.model_dump(mode="json"),
@@ -246,7 +247,7 @@ class Job:
         """Gradients at the block boundaries and, where the allocator asks, the ranks."""
         folder = self._shared(tokens)
         with sweeping(folder):
-            gradients, profile = swept(
+            gradients, spectra = swept(
                 self.skeleton,
                 self.units,
                 self.recipe,
@@ -255,8 +256,8 @@ class Job:
                 self.device,
                 progress.gradients,
             )
-        if self.allocator.profile:
-            self.ranks = ranks_of(self.units, self.recipe, profile)
+        if self.allocator.needs_spectra:
+            self.ranks = ranks_of(self.units, self.recipe, spectra)
         return gradients
 
     def _shared(self, tokens: Tensor) -> Path:
@@ -301,7 +302,7 @@ class Job:
     ) -> dict[str, ModuleSpec]:
         """Factor every block that is not finished; the specs of all."""
         specs: dict[str, ModuleSpec] = {}
-        if self.run.cache is not None and self.statistics and self.statistics <= OF_TEACHER:
+        if self.run.cache is not None and self.statistics and of_teacher_alone(self.statistics):
             self.kept = TeacherStatistics(self._shared(tokens), self.skeleton, self.statistics)
         passes = self.kept is None or not self.kept.ready
         walk = Walk(

@@ -19,7 +19,7 @@ from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.recipe import Grouping, Recipe, make_recipe
 from svdserve.compression.pipeline.workdir import parameters_of
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.statistics.spectra import Profile
+from svdserve.compression.statistics.spectra import Spectra
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.memory import release
 
@@ -98,14 +98,14 @@ def stored_dtypes(
     return found
 
 
-def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]) -> Ranks:
-    """The rank of every unit by its name; ``profile`` as Profile.read returns it, or empty.
+def ranks_of(units: list[list[Unit]], recipe: Recipe, spectra: dict[str, Tensor]) -> Ranks:
+    """The rank of every unit by its name; ``spectra`` as Spectra.read returns them, or empty.
 
     It may also have ``<module>.scores``, where a method has learned them.
     """
     if recipe.keep == 1:  # nothing to save: every linear stays dense
         return {unit.name: None for block in units for unit in block}
-    modules = _modules(units, profile)
+    modules = _modules(units, spectra)
     budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
     allocator = get_allocator(recipe.allocator)
     ranks = allocator.function(modules, budget, **recipe.allocator_parameters)
@@ -116,27 +116,27 @@ def ranks_of(units: list[list[Unit]], recipe: Recipe, profile: dict[str, Tensor]
 def check_reachable(units: list[list[Unit]], recipe: Recipe) -> None:
     """Refuse a keep ratio below what the least ranks of all units store; UserError says which.
 
-    Known before a profile is: an allocator spends no less.
+    Known before spectra are: an allocator spends no less.
     """
     modules = _modules(units, {})
     budget = Budget(recipe.keep, recipe.layout, recipe.rank_multiple)
     budget.check(modules, {name: budget.ranks(module)[0] for name, module in modules.items()})
 
 
-def _modules(units: list[list[Unit]], profile: dict[str, Tensor]) -> dict[str, Module]:
+def _modules(units: list[list[Unit]], spectra: dict[str, Tensor]) -> dict[str, Module]:
     modules: dict[str, Module] = {}
     for index, block in enumerate(units):
         for unit in block:
-            curvature = profile.get(f"{unit.name}.curvature")
+            curvature = spectra.get(f"{unit.name}.curvature")
             modules[unit.name] = Module(
                 out_features=unit.rows.stop - unit.rows.start,
                 in_features=unit.columns,
                 block=index,
                 attention=unit.group.attends,
-                energies=profile.get(f"{unit.name}.energies"),
+                energies=spectra.get(f"{unit.name}.energies"),
                 curvature=None if curvature is None else float(curvature),
-                losses=profile.get(f"{unit.name}.losses"),
-                scores=profile.get(f"{unit.name}.scores"),
+                losses=spectra.get(f"{unit.name}.losses"),
+                scores=spectra.get(f"{unit.name}.scores"),
             )
     return modules
 
@@ -168,7 +168,7 @@ def swept(
     device: torch.device,
     notify: Callable[[int, float], None],
 ) -> tuple[BoundaryGradients, dict[str, Tensor]]:
-    """The gradients at the block boundaries and the profile, if the recipe's allocator has one.
+    """The gradients at the block boundaries and the spectra, if the recipe's allocator needs them.
 
     Args:
         skeleton: the teacher.
@@ -183,28 +183,28 @@ def swept(
         UserError: hidden states or gradients are not finite.
     """
     gradients = BoundaryGradients(folder, recipe.gradient_rows(len(tokens)))
-    profile = None
-    if get_allocator(recipe.allocator).profile:
+    spectra = None
+    if get_allocator(recipe.allocator).needs_spectra:
         modules = [
             {g.path: [(u.name, u.rows) for u in block if u.group == g] for g in groups}
             for groups, block in zip(skeleton.groups, units, strict=True)
         ]
-        profile = Profile(folder / recipe.grouping, modules)
+        spectra = Spectra(folder / recipe.grouping, modules)
 
     def done(index: int, block: nn.Module) -> None:
         begun = time.perf_counter()
-        if profile is not None:
-            profile.finish(index, stacked_weights(block, skeleton.groups[index]))
+        if spectra is not None:
+            spectra.finish(index, stacked_weights(block, skeleton.groups[index]))
         notify(index, time.perf_counter() - begun)
         release()
 
-    if not (gradients.complete and (profile is None or profile.complete)):
-        watch = None if profile is None else profile.watch
+    if not (gradients.complete and (spectra is None or spectra.complete)):
+        watch = None if spectra is None else spectra.watch
         try:
             gradients.sweep(skeleton, tokens, device, recipe.seed, watch, done)
         except FloatingPointError as error:
             raise not_finite(str(error), gradients.dtype) from None
-    return gradients, {} if profile is None else profile.read()
+    return gradients, {} if spectra is None else spectra.read()
 
 
 def not_finite(message: str, dtype: torch.dtype) -> UserError:

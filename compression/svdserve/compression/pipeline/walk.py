@@ -18,7 +18,7 @@ from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.measure import Measured, measured_rows
 from svdserve.compression.pipeline.streams import Streams
 from svdserve.compression.statistics.gradients import BoundaryGradients
-from svdserve.compression.statistics.moments import OF_GRADIENTS, Statistic
+from svdserve.compression.statistics.moments import STATISTICS, of_gradients
 from svdserve.compression.system.machine import Precision
 
 
@@ -28,7 +28,7 @@ class Walk:
     Args:
         skeleton: the model.
         tokens: [N, L] token ids.
-        wanted: the statistics that the method needs; they decide which streams run.
+        wanted: names of the statistics that the method needs; they say which streams run.
         dtype: of the stored streams (computation is in float32).
         device: where blocks run.
         batch_size: sequences per forward step.
@@ -42,7 +42,7 @@ class Walk:
         self,
         skeleton: Skeleton,
         tokens: Tensor,
-        wanted: frozenset[Statistic],
+        wanted: frozenset[str],
         dtype: torch.dtype,
         device: torch.device,
         batch_size: int = 1,
@@ -54,9 +54,10 @@ class Walk:
     ) -> None:
         self.skeleton, self.device, self.gradients = skeleton, device, gradients
         self.precision = precision
-        self.wanted, self.wanted_of_gradients = wanted - OF_GRADIENTS, wanted & OF_GRADIENTS
-        self.uses_student = both or bool(wanted & {"gram", "shift"})
-        self.uses_teacher = both or bool(wanted - {"gram"})  # gradients are the teacher's too
+        self.wanted_of_gradients = of_gradients(wanted)
+        self.wanted = wanted - self.wanted_of_gradients
+        self.uses_student = both or any(STATISTICS[name].student for name in wanted)
+        self.uses_teacher = both or any(STATISTICS[name].teacher for name in wanted)
         self.runs = self.uses_student or self.uses_teacher
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)

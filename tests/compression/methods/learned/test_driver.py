@@ -53,9 +53,9 @@ def grouped(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> nn.Mo
 
 
 def allocate(sizes: dict[str, tuple[int, int]], keep: float, layout: Layout):
-    def ranks(profile: dict[str, Tensor]) -> Ranks:
+    def ranks(learned: dict[str, Tensor]) -> Ranks:
         modules = {
-            n: Module(*size, block=0, attention=True, scores=profile[f"{n}.scores"])
+            n: Module(*size, block=0, attention=True, scores=learned[f"{n}.scores"])
             for n, size in sizes.items()
         }
         return scores(modules, Budget(keep, layout))
