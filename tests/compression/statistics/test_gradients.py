@@ -12,7 +12,7 @@ from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.walk import Walk
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.statistics.moments import Batch, Statistics, Sums, of_gradients
+from svdserve.compression.statistics.moments import Batch, Statistics, Sums, needing_gradients
 
 CPU = torch.device("cpu")
 LENGTH, SEED = 40, 7
@@ -70,7 +70,7 @@ def test_blockwise_gradients_are_those_of_the_whole_model(architecture: str, tmp
     generator = torch.Generator().manual_seed(SEED)
     sums = {
         (index, group.path): Sums(
-            of_gradients(WANTED),
+            needing_gradients(WANTED),
             *stacked_weights(model.get_submodule(skeleton.block_name(index)), (group,))[
                 group.path
             ].shape,

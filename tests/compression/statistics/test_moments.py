@@ -12,7 +12,7 @@ from svdserve.compression.statistics.moments import (
     Batch,
     Statistics,
     Sums,
-    of_gradients,
+    needing_gradients,
     of_teacher_alone,
 )
 from svdserve.compression.system.errors import UserError
@@ -89,7 +89,7 @@ def test_rows_of_every_statistic():
 
 
 def test_statistics_say_what_they_need():
-    assert of_gradients(STATISTICS) == {"gradient_gram", "row_fisher"}
+    assert needing_gradients(STATISTICS) == {"gradient_gram", "row_fisher"}
     assert of_teacher_alone({"teacher_gram", "row_fisher"})
     assert not of_teacher_alone({"teacher_gram", "held_out"})
     assert [n for n, kind in STATISTICS.items() if not kind.teacher] == ["gram"]

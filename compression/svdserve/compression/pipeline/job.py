@@ -26,7 +26,6 @@ from svdserve.compression.model.containers import require_walkable
 from svdserve.compression.model.hub import model_name, resolve_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.assembly import Assembly
-from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.block_refinement import refine_block
 from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,
@@ -52,12 +51,17 @@ from svdserve.compression.pipeline.recipe import Recipe, Refinement, Run, make_r
 from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.report import RefineReport, Report
 from svdserve.compression.pipeline.student import put_factors, put_int8, replay
-from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.pipeline.walk import BlockPass, Walk
 from svdserve.compression.pipeline.workdir import WorkDirectory, summation
 from svdserve.compression.statistics.cache import TeacherStatistics, cache_folder, sweeping
 from svdserve.compression.statistics.gradients import BoundaryGradients
 from svdserve.compression.statistics.linalg import relative_error
-from svdserve.compression.statistics.moments import Statistics, of_gradients, of_teacher_alone
+from svdserve.compression.statistics.moments import (
+    Statistics,
+    needing_gradients,
+    of_teacher_alone,
+    without_gradients,
+)
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_folder, check_output
 from svdserve.compression.system.machine import float32_products, usable_device
@@ -154,9 +158,8 @@ class Job:
             self.learner, self.statistics = learner, frozenset()
         compared = self.allocator.needs_spectra
         if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
-            self.statistics -= of_gradients(self.statistics)
-            compared = False
-        self.uses_gradients = bool(of_gradients(self.statistics)) or compared
+            self.statistics, compared = without_gradients(self.statistics), False
+        self.uses_gradients = bool(needing_gradients(self.statistics)) or compared
         if recipe.calibrated:
             check_calibration(self.skeleton.directory, recipe)
         for settings, text in recipe.trainings:

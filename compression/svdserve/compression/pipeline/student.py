@@ -12,8 +12,8 @@ from torch import Tensor
 from svdserve.compression.format.factors import Factors
 from svdserve.compression.format.int8 import packed, unpacked
 from svdserve.compression.format.schema import ModuleSpec
-from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.plan import Unit
+from svdserve.compression.pipeline.walk import BlockPass
 
 
 def put_factors(

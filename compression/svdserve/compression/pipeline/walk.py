@@ -1,25 +1,40 @@
 """The two-stream walk: teacher and student, block by block, one block in memory.
 
 Both streams hold the hidden states of all calibration tokens at the same block boundary. Inside a
-block they advance group by group (block_pass.py), so that the statistics of a group are taken after
-all earlier groups of the same block are already replaced in the student.
+block they advance group by group (passage.py), so that the statistics of a group are taken after
+all earlier groups of the same block are already replaced in the student. Where no student
+runs there is nothing to wait for, and the teacher's block runs once for all its groups.
 """
 
+import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svdserve.compression.format.factors import Factors
+from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.model.architecture import Call, Group
 from svdserve.compression.model.containers import Container, learn_containers
+from svdserve.compression.model.modules import replace_group
 from svdserve.compression.model.skeleton import Skeleton
-from svdserve.compression.pipeline.block_pass import BlockPass
 from svdserve.compression.pipeline.measure import Measured, measured_rows
+from svdserve.compression.pipeline.passage import Passage
 from svdserve.compression.pipeline.streams import Streams
-from svdserve.compression.statistics.gradients import BoundaryGradients
-from svdserve.compression.statistics.moments import STATISTICS, of_gradients
-from svdserve.compression.system.machine import Precision
+from svdserve.compression.statistics.gradients import BoundaryGradients, back_through
+from svdserve.compression.statistics.moments import (
+    STATISTICS,
+    Batch,
+    Statistics,
+    Sums,
+    needing_gradients,
+    without_gradients,
+)
+from svdserve.compression.system.machine import Precision, forward_precision
 
 
 class Walk:
@@ -54,8 +69,8 @@ class Walk:
     ) -> None:
         self.skeleton, self.device, self.gradients = skeleton, device, gradients
         self.precision = precision
-        self.wanted_of_gradients = of_gradients(wanted)
-        self.wanted = wanted - self.wanted_of_gradients
+        self.wanted = without_gradients(wanted)
+        self.wanted_of_gradients = needing_gradients(wanted)
         self.uses_student = both or any(STATISTICS[name].student for name in wanted)
         self.uses_teacher = both or any(STATISTICS[name].teacher for name in wanted)
         self.runs = self.uses_student or self.uses_teacher
@@ -114,6 +129,136 @@ class Walk:
             ((_, self._calls[sequences]),) = self.skeleton.embed([tokens], self.device)
         return self._calls[sequences][block]
 
-    def block(self, index: int) -> BlockPass:
+    def block(self, index: int) -> "BlockPass":
         """Load block ``index`` and prepare to replace its groups in order."""
         return BlockPass(self, index)
+
+
+class BlockPass:
+    """One block on its way from dense to factored.
+
+    Use: for every group in ``groups``, ``statistics`` then (optionally) ``replace``; at the end
+    ``finish``.
+    """
+
+    def __init__(self, walk: Walk, index: int) -> None:
+        self.walk, self.index = walk, index
+        self.groups = walk.skeleton.groups[index]
+        self.teacher = walk.skeleton.block(index, walk.device)
+        self.student = _share_copy(self.teacher)
+        self._passage = Passage(
+            {"teacher": self.teacher, "student": self.student},
+            self.groups,
+            walk.containers[index] if walk.runs else {},
+            walk.streams,
+            partial(walk.call, index),
+        )
+        self._of_gradients: dict[Group, Sums] = {}
+        self._of_teacher: dict[Group, Sums] = {}
+
+    def weight(self, group: Group, member: str) -> Tensor:
+        """The teacher's weight [m, n] of one linear, float32."""
+        weight = group.linear(self.teacher, member).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def statistics(self, group: Group, *, collect: bool = True) -> Statistics:
+        """Advance both streams to the inputs of ``group`` and sum their statistics.
+
+        With ``collect`` off (a resumed block whose factors are known) the streams only advance.
+        """
+        wanted = self.walk.wanted if collect else frozenset()
+        if collect and self.walk.wanted_of_gradients and not self._of_gradients:
+            self._of_gradients = self._gradient_sums()
+        if self.walk.uses_student:
+            statistics = self._along_student(group, wanted)
+        else:
+            self._of_teacher = self._of_teacher or self._teacher_sums(wanted)
+            statistics = self._of_teacher.pop(group).finish()
+        if collect and self.walk.wanted_of_gradients:
+            return self._of_gradients.pop(group).into(statistics)
+        return statistics
+
+    def _sums(self, group: Group, wanted: frozenset[str]) -> Sums:
+        shapes = [self.weight(group, member).shape for member in group.members]
+        return Sums(wanted, sum(m for m, _ in shapes), shapes[0][1], self.walk.device)
+
+    def _along_student(self, group: Group, wanted: frozenset[str]) -> Statistics:
+        """One step of the student's stream, and of the teacher's where it runs."""
+        sums = self._sums(group, wanted)
+        for rows in self.walk.batches:
+            with self._forward():
+                batch = self._passage.inputs(group, rows, teacher=self.walk.uses_teacher)
+            sums.add(batch, held_out=rows in self.walk.held_out)
+        self._passage.leave(group)
+        return sums.finish()
+
+    def _teacher_sums(self, wanted: frozenset[str]) -> dict[Group, Sums]:
+        """Carry the teacher's stream over the block, where no student runs, and sum on the way."""
+        sums = {group: self._sums(group, wanted) for group in self.groups}
+        for rows in self.walk.batches if self.walk.runs else ():
+            with self._forward():
+                inputs = self._passage.teacher_inputs(rows)
+            for group in self.groups:
+                sums[group].add(Batch(teacher=inputs.pop(group)))
+        return sums
+
+    def _gradient_sums(self) -> dict[Group, Sums]:
+        """Run the teacher's block back from its boundary gradients, before its stream moves on."""
+        walk = self.walk
+        assert walk.gradients is not None, "whoever wants gradients must have swept them"
+        wanted = walk.wanted_of_gradients
+        sums = {group: self._sums(group, wanted) for group in self.groups}
+        gradients = walk.gradients.read(self.index)
+        for row, gradient in zip(walk.gradients.rows, gradients, strict=True):
+            rows = slice(row, row + 1)
+            hidden = walk.streams.read("teacher", rows)
+            call = walk.call(self.index, 1)
+            upper = gradient[None].to(hidden)
+            flows, _ = back_through(self.teacher, self.groups, hidden, call, upper)
+            for group in self.groups:
+                flow = flows[group.path]
+                sums[group].add(Batch(teacher=flow.inputs, gradients=flow.gradients))
+        return sums
+
+    def replace(self, group: Group, name: str, spec: ModuleSpec, factors: Factors) -> None:
+        """Put factors into the student; they act from the next group on."""
+        parent = self.student.get_submodule(group.parent)
+        # Stored precision first: the student must see what will be served.
+        spec, factors = spec.model_copy(update={"weights": "float"}), factors.to(torch.float32)
+        replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
+        parent.requires_grad_(False)
+
+    def replace_weight(self, group: Group, member: str, weight: Tensor) -> None:
+        """Give one linear of the student another dense weight [m, n], float32."""
+        linear = group.linear(self.student, member)
+        linear.weight = nn.Parameter(weight.to(self.walk.device), requires_grad=False)
+
+    def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [B, L, d] of both blocks for the sequences ``rows`` [B], after the last group.
+
+        The student's is computed from its stream, with gradients; the teacher's stream is there.
+        """
+        student = self._passage.run("student", rows, {})
+        return student, self.walk.streams.read("teacher", rows)
+
+    def finish(self, *, refined: bool = False) -> None:
+        """Carry the student's stream over the block (the teacher's is there already).
+
+        ``refined``: factors have changed since the statistics, so nothing stored is used.
+        """
+        if self.walk.uses_student:
+            for rows in self.walk.batches:
+                with self._forward():
+                    self._passage.finish(rows, refined=refined)
+            self._passage.drop()
+        self.walk.measure(self.index, self.teacher, self.student)
+
+    def _forward(self) -> AbstractContextManager[None]:
+        return forward_precision(self.walk.precision, self.walk.device)
+
+
+def _share_copy(block: nn.Module) -> nn.Module:
+    """A copy of the module tree over the same parameter tensors."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in block.parameters()}
+    return copy.deepcopy(block, shared)

@@ -112,9 +112,14 @@ STATISTICS: dict[str, type[Statistic]] = {}
 """Every statistic by its name."""
 
 
-def of_gradients(names: Collection[str]) -> frozenset[str]:
+def needing_gradients(names: Collection[str]) -> frozenset[str]:
     """Those of some statistics that need gradients."""
     return frozenset(name for name in names if STATISTICS[name].gradients)
+
+
+def without_gradients(names: Collection[str]) -> frozenset[str]:
+    """Those of some statistics that need none."""
+    return frozenset(name for name in names if not STATISTICS[name].gradients)
 
 
 def of_teacher_alone(names: Collection[str]) -> bool:
