@@ -6,16 +6,11 @@ from itertools import product
 import pytest
 import torch
 
-from svdserve.compression.allocation.registry import (
-    ALLOCATORS,
-    Budget,
-    Module,
-    divergence,
-    get_allocator,
-    last_blocks,
-    scores,
-    uniform,
-)
+from svdserve.compression.allocation import ALLOCATORS, Budget, Module, get_allocator
+from svdserve.compression.allocation.divergence import divergence
+from svdserve.compression.allocation.last_blocks import last_blocks
+from svdserve.compression.allocation.scores import scores
+from svdserve.compression.allocation.uniform import uniform
 from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, get_layout
 from svdserve.compression.system.errors import UserError
 
@@ -151,7 +146,7 @@ SMALL = [(48, 48), (512, 128), (128, 512), (16, 128), (128, 128), (1, 40)]
     [
         (name, floor)
         for name, entry in sorted(ALLOCATORS.items())
-        for floor in ((0.0, 0.5, 1.0) if entry.profile else (0.0,))
+        for floor in ((0.0, 0.5, 1.0) if entry.needs_spectra else (0.0,))
     ],
 )
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
@@ -163,7 +158,7 @@ def test_the_budget_holds_or_is_refused(
     """Refused exactly where the least of all choices is more, found by listing them."""
     modules = {f"m{i}": module(i, *shape) for i, shape in enumerate(SMALL)}
     budget = Budget(keep, get_layout(layout), multiple)
-    parameters = {"floor": floor} if ALLOCATORS[name].profile else {}
+    parameters = {"floor": floor} if ALLOCATORS[name].needs_spectra else {}
     parameters |= {"blocks": 3} if name == "last-blocks" else {}
     dense = sum(m.dense for m in modules.values())
     least = sum(

@@ -16,8 +16,8 @@ from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
+from svdserve.compression.pipeline.passage import Passage
 from svdserve.compression.pipeline.recipe import Run, make_recipe
-from svdserve.compression.pipeline.walk import BlockPass
 from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)
@@ -140,13 +140,13 @@ def test_methods_share_the_teachers_pass_and_change_nothing(
         make_recipe(method="kfac-svd", layout="pair", **fields),
     ]
     passes: list[int] = []
-    forward = BlockPass._run
+    forward = Passage.run
 
-    def counted(block: BlockPass, *args):
-        passes.append(block.index)
-        return forward(block, *args)
+    def counted(passage: Passage, *args):
+        passes.append(len(passes))
+        return forward(passage, *args)
 
-    monkeypatch.setattr(BlockPass, "_run", counted)
+    monkeypatch.setattr(Passage, "run", counted)
     shared = RUN.model_copy(update={"cache": tmp_path / "teacher"})
     counts = []
     for index, recipe in enumerate(chosen):

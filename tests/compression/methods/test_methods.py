@@ -11,7 +11,7 @@ from svdserve.compression.methods import METHODS, get_method, markdown_table
 from svdserve.compression.methods.saes_svd import energies, exact_search, saes_svd, tail_ratio
 from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics.linalg import eigen_root, whiten
-from svdserve.compression.statistics.moments import GradientAccumulator, Statistics
+from svdserve.compression.statistics.moments import Batch, Statistics, Sums
 from svdserve.compression.system.errors import UserError
 
 M, N, T, R = 24, 32, 600, 7
@@ -222,10 +222,10 @@ def test_gradient_sums_clip_tokens_and_keep_sequences_apart():
     grads[1, 4] *= 1e3
     grads[2, 0] *= 1e-6
     wanted = frozenset({"gradient_gram", "row_fisher"})
-    sums = GradientAccumulator(M, wanted, torch.device("cpu"))
-    sums.add(inputs[:2], grads[:2])
-    sums.add(inputs[2:], grads[2:])
-    got = sums.into(Statistics(30))
+    sums = Sums(wanted, M, N, torch.device("cpu"))
+    sums.add(Batch(teacher=inputs[:2], gradients=grads[:2]))
+    sums.add(Batch(teacher=inputs[2:], gradients=grads[2:]))
+    got = sums.finish()
     gram, fisher = torch.zeros(M, M).double(), torch.zeros(M).double()
     for sequence in range(3):
         mean = grads[sequence].double().norm(dim=1).mean()

@@ -14,8 +14,9 @@ from svdserve.compression.format.codecs import FLOAT
 from svdserve.compression.format.layouts import INTERPOLATIVE, Factors
 from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.format.stored import store
+from svdserve.compression.model.architecture import Trace, find_groups
 from svdserve.compression.model.containers import learn_containers
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.measure import measured_rows
 from svdserve.compression.pipeline.walk import Walk
 from svdserve.compression.system.errors import UserError
@@ -292,12 +293,10 @@ class _Block(nn.Module):
 
 
 def test_a_container_that_changes_its_last_output_is_refused():
-    groups = tuple(
-        Group(name, "attn" if name in ("qkv_proj", "o_proj") else "mlp")
-        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    )
+    call, shape = ((), {}), torch.Size((1, 2, 8))
+    groups = find_groups(Trace(_Block(), call, shape, "block"))
     with pytest.raises(UserError, match="attn does more than return"):
-        learn_containers(_Block(), groups, ((), {}), torch.Size((1, 2, 8)), "block")
+        learn_containers(_Block(), groups, call, shape, "block")
 
 
 def test_missing_and_misshapen_weights_are_named(tmp_path: Path):

@@ -12,7 +12,7 @@ from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.walk import Walk
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.statistics.moments import GradientAccumulator, Statistics
+from svdserve.compression.statistics.moments import Batch, Statistics, Sums, needing_gradients
 
 CPU = torch.device("cpu")
 LENGTH, SEED = 40, 7
@@ -69,11 +69,11 @@ def test_blockwise_gradients_are_those_of_the_whole_model(architecture: str, tmp
         model.get_submodule(name).register_forward_hook(keep)
     generator = torch.Generator().manual_seed(SEED)
     sums = {
-        (index, group.name): GradientAccumulator(
-            stacked_weights(model.get_submodule(skeleton.block_name(index)), (group,))[
-                group.name
-            ].shape[0],
-            WANTED,
+        (index, group.path): Sums(
+            needing_gradients(WANTED),
+            *stacked_weights(model.get_submodule(skeleton.block_name(index)), (group,))[
+                group.path
+            ].shape,
             CPU,
         )
         for index, groups in enumerate(skeleton.groups)
@@ -91,10 +91,11 @@ def test_blockwise_gradients_are_those_of_the_whole_model(architecture: str, tmp
                 ]
                 expected = torch.cat([outputs[name].grad for name in linears], dim=-1)
                 scale = float(expected.abs().max())
-                got = flows[group.name]
+                got = flows[group.path]
                 torch.testing.assert_close(got.gradients, expected, rtol=0, atol=1e-3 * scale)
                 torch.testing.assert_close(got.inputs, inputs[linears[0]], rtol=1e-3, atol=1e-4)
-                sums[index, group.name].add(inputs[linears[0]], expected)
+                batch = Batch(teacher=inputs[linears[0]], gradients=expected)
+                sums[index, group.path].add(batch)
 
     # The walk takes the same statistics from the stored boundary gradients, one block at a time.
     walk = Walk(skeleton, tokens, WANTED, torch.float32, CPU, 2, None, gradients)
@@ -103,7 +104,7 @@ def test_blockwise_gradients_are_those_of_the_whole_model(architecture: str, tmp
         for group in block.groups:
             got = block.statistics(group)
             assert got.tokens == tokens.numel()
-            expected = sums[index, group.name].into(Statistics(0))
+            expected = sums[index, group.path].into(Statistics(0))
             for key in ("gradient_gram", "row_fisher"):
                 value, reference = getattr(got, key), getattr(expected, key)
                 tolerance = 1e-3 * float(reference.abs().max())

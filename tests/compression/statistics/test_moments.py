@@ -1,9 +1,21 @@
 """Streaming statistics against the definition in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from svdserve.compression.statistics.moments import Accumulator
+from svdserve.compression.methods import METHODS
+from svdserve.compression.methods.registry import method
+from svdserve.compression.statistics.moments import (
+    STATISTICS,
+    Batch,
+    Statistics,
+    Sums,
+    needing_gradients,
+    of_teacher_alone,
+)
+from svdserve.compression.system.errors import UserError
 
 ALL = frozenset({"gram", "shift", "teacher_gram", "teacher_magnitude"})
 CPU = torch.device("cpu")
@@ -14,10 +26,10 @@ def test_batches_add_up_to_the_definition(n: int):
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(2, 37, n, generator=generator)
     x_f = x + 0.1 * torch.randn(2, 37, n, generator=generator)
-    accumulator = Accumulator(n, ALL, CPU)
+    sums = Sums(ALL, 7, n, CPU)
     for row in range(2):
-        accumulator.add(x[row : row + 1], x_f[row : row + 1])
-    got = accumulator.finish()
+        sums.add(Batch(x[row : row + 1], x_f[row : row + 1]))
+    got = sums.finish()
     rows, rows_f = x.reshape(-1, n).double(), x_f.reshape(-1, n).double()
     assert got.tokens == 74
     torch.testing.assert_close(got.gram, rows.T @ rows / 74, atol=1e-6, rtol=1e-5)
@@ -30,9 +42,9 @@ def test_batches_add_up_to_the_definition(n: int):
 
 def test_equal_streams_have_no_shift():
     x = torch.randn(5, 8)
-    accumulator = Accumulator(8, ALL, CPU)
-    accumulator.add(x, x.clone())
-    shift = accumulator.finish().shift
+    sums = Sums(ALL, 7, 8, CPU)
+    sums.add(Batch(x, x.clone()))
+    shift = sums.finish().shift
     assert shift is not None
     assert not shift.any()
 
@@ -41,7 +53,51 @@ def test_equal_streams_have_no_shift():
 def test_non_finite_inputs_are_an_error(value: float):
     x = torch.randn(5, 8)
     x[2, 3] = value
-    accumulator = Accumulator(8, frozenset({"gram"}), CPU)
-    accumulator.add(x, None)
+    sums = Sums({"gram"}, 7, 8, CPU)
+    sums.add(Batch(x))
     with pytest.raises(FloatingPointError, match="not finite"):
-        accumulator.finish()
+        sums.finish()
+
+
+def test_held_out_batches_are_in_no_other_statistic():
+    x, x_f = torch.randn(2, 3, 5, 8)
+    parted, plain = Sums({"gram", "shift", "held_out"}, 7, 8, CPU), Sums({"gram"}, 7, 8, CPU)
+    for row in range(3):
+        for sums in (parted, plain):
+            sums.add(Batch(x[row], x_f[row]), held_out=row == 1)
+    got, whole = parted.finish(), plain.finish()
+    assert (got.tokens, whole.tokens) == (10, 15)
+    assert got.held_out is not None
+    assert got.held_out.tokens == 5
+    expected = (x_f[1] - x[1]).T.double() @ x[1].double() / 5
+    torch.testing.assert_close(got.held_out.shift, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(2 * got.gram + got.held_out.gram, 3 * whole.gram)
+    never = Sums({"gram", "held_out"}, 7, 8, CPU)
+    never.add(Batch(x, x_f))
+    assert never.finish().held_out is None
+
+
+def test_rows_of_every_statistic():
+    value = {name: torch.randn(6, 6) for name in STATISTICS if name != "held_out"}
+    value["row_fisher"] = value["row_fisher"][0]
+    got = Statistics(3, **value).of_rows(slice(2, 5))
+    assert got.tokens == 3
+    assert got.gram is value["gram"]
+    assert got.held_out is None
+    assert torch.equal(got.gradient_gram, value["gradient_gram"][2:5, 2:5])
+    assert torch.equal(got.row_fisher, value["row_fisher"][2:5])
+
+
+def test_statistics_say_what_they_need():
+    assert needing_gradients(STATISTICS) == {"gradient_gram", "row_fisher"}
+    assert of_teacher_alone({"teacher_gram", "row_fisher"})
+    assert not of_teacher_alone({"teacher_gram", "held_out"})
+    assert [n for n, kind in STATISTICS.items() if not kind.teacher] == ["gram"]
+    assert {f.name for f in dataclasses.fields(Statistics)} == {"tokens", *STATISTICS}
+
+
+def test_a_method_of_an_unknown_statistic_is_refused():
+    declare = {"title": "T", "paper": "P", "statistics": {"gram", "grams"}}
+    with pytest.raises(UserError, match=r"method mine: unknown statistic 'grams'; allowed: gra"):
+        method("mine", **declare)
+    assert "mine" not in METHODS

@@ -1,1 +1,18 @@
-"""Which module gets which rank under one budget."""
+"""Which module gets which rank under one budget; importing this registers all allocators."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from svdserve.compression.allocation.registry import (
+    ALLOCATORS,
+    Allocator,
+    Budget,
+    Module,
+    Ranks,
+    get_allocator,
+)
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ALLOCATORS", "Allocator", "Budget", "Module", "Ranks", "get_allocator"]

@@ -1,4 +1,4 @@
-"""What a module does in its block, found by where it stands there (design: never by its name)."""
+"""What a module does in its block, found by where it stands there and never by its name."""
 
 from typing import Literal, get_args
 
@@ -7,4 +7,3 @@ Role = Literal[
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
 """In the order of a block's forward pass."""
-ATTENTION: tuple[Role, ...] = ("attention_in", "attention_out")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from svdserve.compression.format.layouts import Factors
 from svdserve.compression.methods.learner import Learner
-from svdserve.compression.statistics.moments import DESCRIPTIONS, Statistic, Statistics
+from svdserve.compression.statistics.moments import STATISTICS, Statistics
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.hyperparameters import Parameters
+from svdserve.compression.system.registry import Registry
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """λ over the mean of the diagonal of the Gram matrix that it damps."""
@@ -41,8 +42,8 @@ class Method:
     name: str
     title: str
     paper: str
-    statistics: frozenset[Statistic]
-    more: Callable[[dict[str, Any]], set[Statistic]]
+    statistics: frozenset[str]
+    extra_statistics: Callable[[dict[str, Any]], set[str]]
     function: Callable[..., Solution]
     schema: Parameters
     learner: type[Learner] | None = None
@@ -52,9 +53,9 @@ class Method:
         """The hyper-parameters and their defaults."""
         return self.schema.check({})
 
-    def needs(self, parameters: dict[str, Any]) -> frozenset[Statistic]:
-        """The statistics that it reads with these hyper-parameters."""
-        return self.statistics | self.more(parameters)
+    def needs(self, parameters: dict[str, Any]) -> frozenset[str]:
+        """The names of the statistics that it reads with these hyper-parameters."""
+        return self.statistics | self.extra_statistics(parameters)
 
     def make_learner(self, parameters: dict[str, Any]) -> Learner | None:
         """The rules by which scores are learned, where the method has such."""
@@ -68,7 +69,8 @@ class Method:
         return self.function(weight.double(), statistics, rank, **own)
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method", "svdserve.methods", Method)
+"""By name; an installed package adds one by the entry point ``svdserve.methods``."""
 
 
 def method(
@@ -76,19 +78,34 @@ def method(
     *,
     title: str,
     paper: str,
-    statistics: set[Statistic],
-    more: Callable[[dict[str, Any]], set[Statistic]] = lambda _parameters: set(),
+    statistics: set[str],
+    extra_statistics: Callable[[dict[str, Any]], set[str]] = lambda _parameters: set(),
     learner: type[Learner] | None = None,
 ) -> Callable[[Callable[..., Solution]], Callable[..., Solution]]:
     """Register a function as the method ``name``.
 
-    ``more`` tells which statistics some hyper-parameters need besides ``statistics``.
+    Args:
+        name: on the command line and in recipes.
+        title, paper: for the README.
+        statistics: the names of what it reads (statistics/moments.py).
+        extra_statistics: the names of what some hyper-parameters need besides.
+        learner: the rules of a learned method.
+
+    Raises:
+        UserError: there is no statistic of such a name.
     """
+    if unknown := sorted(statistics - STATISTICS.keys()):
+        raise UserError(
+            f"method {name}: unknown statistic {unknown[0]!r}; allowed: "
+            f"{', '.join(sorted(STATISTICS))}"
+        )
 
     def register(function: Callable[..., Solution]) -> Callable[..., Solution]:
         schema = Parameters(f"method {name}", function, *([learner] if learner else []))
         needs = frozenset(statistics)
-        METHODS[name] = Method(name, title, paper, needs, more, function, schema, learner)
+        METHODS.add(
+            name, Method(name, title, paper, needs, extra_statistics, function, schema, learner)
+        )
         return function
 
     return register
@@ -98,7 +115,7 @@ def markdown_table() -> str:
     """All methods, for the README."""
     lines = ["| `--method` | paper | calibration statistics | parameters |", "|---|---|---|---|"]
     for name, entry in sorted(METHODS.items()):
-        wanted = [DESCRIPTIONS[key] for key in sorted(entry.statistics)]
+        wanted = [STATISTICS[key].description for key in sorted(entry.statistics)]
         wanted += ["the tokens themselves, to learn on"] if entry.learner else []
         needs = "; ".join(wanted) or "none"
         takes = ", ".join(f"`{key}={value}`" for key, value in entry.parameters.items()) or "none"
@@ -107,7 +124,9 @@ def markdown_table() -> str:
 
 
 def get_method(name: str) -> Method:
-    """Look a method up; UserError lists the known ones."""
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; allowed: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    """The method of that name.
+
+    Raises:
+        UserError: there is none; lists those that there are.
+    """
+    return METHODS.get_known(name)

@@ -19,7 +19,7 @@ from torch import Tensor
 from svdserve.compression.format.layouts import Factors
 from svdserve.compression.methods.registry import Ridge, Solution, method
 from svdserve.compression.statistics.linalg import left_subspace, whiten
-from svdserve.compression.statistics.moments import Statistic, Statistics
+from svdserve.compression.statistics.moments import Statistics
 
 _GRID = 6
 
@@ -35,8 +35,8 @@ Range = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 Beta = Share | Literal["aces", "exact", "held-out"]
 
 
-def beta_needs(parameters: dict[str, Any]) -> set[Statistic]:
-    """The statistics that the choice of β reads besides H and Δ."""
+def beta_needs(parameters: dict[str, Any]) -> set[str]:
+    """The names of what the choice of β reads besides H and Δ."""
     return {"held_out"} if parameters["beta"] == "held-out" else set()
 
 
@@ -45,7 +45,7 @@ def beta_needs(parameters: dict[str, Any]) -> set[Statistic]:
     title="SAES-SVD",
     paper="https://arxiv.org/abs/2602.03051",
     statistics={"gram", "shift"},
-    more=beta_needs,
+    extra_statistics=beta_needs,
 )
 def saes_svd(
     weight: Tensor,

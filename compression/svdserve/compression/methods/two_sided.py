@@ -57,7 +57,7 @@ def kfac_svd(
     title="SAES-SVD in a two-sided metric",
     paper="https://arxiv.org/abs/2602.03051",
     statistics={"gram", "shift", "gradient_gram"},
-    more=beta_needs,
+    extra_statistics=beta_needs,
 )
 def saes_kfac(
     weight: Tensor,

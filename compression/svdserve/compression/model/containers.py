@@ -1,34 +1,33 @@
 """Running a block piecewise: stop it at a linear, or replay a container from a stored output.
 
-A container is the module that holds o_proj (attention) or down_proj (MLP). Its output must be the
-output of that linear, alone or in a tuple beside things that the block does not use, such as the
-weights of eager attention; ``learn_containers`` proves this, and the order of the calls, by runs on
-the meta device before any real work.
+A container's output must be that of its closing linear, alone or in a tuple beside things that the
+block does not use, such as the weights of eager attention; ``learn_containers`` proves this by runs
+on the meta device before any real work.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from svdserve.compression.format.legacy import GROUPS
-from svdserve.compression.model.building import foreign_code
-from svdserve.compression.model.skeleton import Call, Group, Skeleton
+from svdserve.compression.model.architecture import Call, Group, LinearCall, Trace
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.system.errors import UserError
-
-CLOSING = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Container:
-    """Where a container is in the block, and how its output wraps that of its closing linear."""
+    """Where a container is in the block, and how its output wraps that of its closing linear.
+
+    ``closing`` is the closing linear's path in the block.
+    """
 
     path: str
+    closing: str
     # None: a bare tensor. Otherwise the tuple, with None where tensors were.
     wrapped: tuple[Any, ...] | None = None
     position: int = 0
@@ -58,7 +57,7 @@ class Reached(Exception):
         self.value = value
 
 
-def input_of(linear: nn.Module, run: Any) -> Tensor:
+def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor:
     """Call ``run`` until it calls ``linear``, and return what it calls it with."""
 
     def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -71,7 +70,7 @@ def input_of(linear: nn.Module, run: Any) -> Tensor:
         return reached.value
     finally:
         hook.remove()
-    raise RuntimeError("the linear was not called")  # learn_containers has seen the call
+    raise RuntimeError("the linear was not called")  # the trace of the block has seen the call
 
 
 @contextmanager
@@ -87,68 +86,47 @@ def inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
 
 def learn_containers(
     block: nn.Module, groups: tuple[Group, ...], call: Call, shape: torch.Size, name: str
-) -> Mapping[str, Container]:
-    """The containers of a block, by their closing linear, from one run on the meta device.
+) -> Mapping[Group, Container]:
+    """The containers of a block by the groups that close them, from runs on the meta device.
 
     Args:
         block: the block; its parameters may be on meta.
-        groups: its groups, in the order that the walk will take.
+        groups: the groups that the walk will advance through, in its order.
         call: the arguments besides the hidden states.
         shape: of the hidden states, [B, L, d].
         name: of the block, for messages.
 
     Raises:
-        UserError: the linears of a group do not share their input, are called in another order, or
-            a container does more after its closing linear than return it.
+        UserError: the linears are called in another order, or a container does more after its
+            closing linear than return its output.
     """
-    block = copy.deepcopy(block).to("meta")
-    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), call)
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Any] = {}
-
-    def watch(key: str) -> Any:
-        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Any) -> None:
-            if given:
-                inputs[key] = given[0]
-            outputs[key] = output
-
-        return hook
-
-    parents = {group.name: group.parent for group in groups}
-    for group in groups:
-        for member in group.members:
-            linear = block.get_submodule(group.parent).get_submodule(member)
-            linear.register_forward_hook(watch(member))
-    for closing in CLOSING:
-        block.get_submodule(parents[closing]).register_forward_hook(watch(f"container {closing}"))
-    hidden = torch.empty(shape, device="meta")
-    with foreign_code(name, "one of its blocks was run"), torch.no_grad():
-        block(hidden, *args, **kwargs)
-
-    expected = [member for members in GROUPS.values() for member in members]
-    called = [key for key in outputs if key in expected]
-    order = {m: i for i, members in enumerate(GROUPS.values()) for m in members}
-    if len(called) != len(expected) or [order[m] for m in called] != sorted(order.values()):
+    trace = Trace(block, call, shape, name)
+    calls = {linear.path: linear for linear in trace.linears}
+    expected = [path for group in groups for path in _paths(group)]
+    place = {path: index for index, group in enumerate(groups) for path in _paths(group)}
+    called = [path for path in calls if path in place]
+    if [place[path] for path in called] != sorted(place.values()):
         raise UserError(f"{name}: linears are called as {called}; expected {expected}")
-    for members in GROUPS.values():
-        if any(inputs[member] is not inputs[members[0]] for member in members):
-            raise UserError(f"{name}: {', '.join(members)} do not read the same input")
     containers = {
-        key: _container(parents[key], outputs[f"container {key}"], outputs[key], name)
-        for key in CLOSING
+        group: _container(trace, group, [calls[path] for path in _paths(group)])
+        for group in groups
+        if group.closes
     }
-    with ExitStack() as stack, torch.no_grad():
-        step = "it was run with its attention and MLP left out"
-        stack.enter_context(foreign_code(name, step))
-        for key, container in containers.items():
-            stack.enter_context(container.replayed(block, outputs[key]))
-        result = block(hidden, *args, **kwargs)
+    with ExitStack() as stack:
+        for container in containers.values():
+            output = calls[container.closing].output
+            stack.enter_context(container.replayed(trace.block, output))
+        result = trace.run("it was run with its attention and MLP left out")
     result = result[0] if isinstance(result, tuple) else result
     if not isinstance(result, Tensor) or result.shape != shape:
         raise UserError(
             f"{name}: does not return hidden states [B, L, d]; this architecture is not supported"
         )
     return containers
+
+
+def _paths(group: Group) -> list[str]:
+    return [f"{group.parent}.{member}" if group.parent else member for member in group.members]
 
 
 def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
@@ -171,15 +149,18 @@ def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
         learn_containers(block, groups, call, hidden.shape, name)
 
 
-def _container(path: str, output: Any, tensor: Tensor, name: str) -> Container:
-    if output is tensor and path:
-        return Container(path)
-    if isinstance(output, tuple) and path:
-        places = [i for i, item in enumerate(output) if item is tensor]
-        if len(places) == 1:
-            wrapped = tuple(None if isinstance(item, Tensor) else item for item in output)
-            return Container(path, wrapped, places[0])
+def _container(trace: Trace, group: Group, linears: list[LinearCall]) -> Container:
+    for linear in linears:
+        path = trace.container(linear)
+        if path is None:
+            continue
+        output = trace.outputs[path]
+        if not isinstance(output, tuple):
+            return Container(path, linear.path)
+        wrapped = tuple(None if isinstance(item, Tensor) else item for item in output)
+        place = next(i for i, item in enumerate(output) if item is linear.output)
+        return Container(path, linear.path, wrapped, place)
     raise UserError(
-        f"{name}: {path or 'the block'} does more than return its last linear's output; "
-        "this architecture is not supported"
+        f"{trace.name}: {group.parent or 'the block'} does more than return its last linear's "
+        "output; this architecture is not supported"
     )

@@ -8,7 +8,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from svdserve.compression.format.legacy import GROUPS, role_of
-from svdserve.compression.format.roles import Role
 from svdserve.compression.format.tensors import TensorFiles, check_sizes
 from svdserve.compression.format.untrusted import read_json
+from svdserve.compression.model.architecture import (
+    Call,
+    Group,
+    Trace,
+    find_groups,
+    not_taken,
+    taken,
+)
 from svdserve.compression.model.building import (
     build,
     foreign_code,
@@ -30,30 +35,6 @@ from svdserve.compression.model.building import (
 from svdserve.compression.system.errors import UserError
 
 TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The linears of one block that read the same input."""
-
-    name: str  # a key of GROUPS
-    parent: str  # path of the module that holds the linears, inside the block
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return GROUPS[self.name]
-
-    @property
-    def role(self) -> Role:
-        return role_of(self.name)
-
-    @property
-    def path(self) -> str:
-        """Name of the group's module inside the block, such as ``self_attn.qkv_proj``."""
-        return f"{self.parent}.{self.name}" if self.parent else self.name
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Skeleton:
@@ -80,10 +61,13 @@ class Skeleton:
         self.model_type = str(self.config.model_type)
         self.layers_name, self.layers = self._find_layers()
         self.blocks = len(self.layers)
-        self.groups = [self._find_groups(i, block) for i, block in enumerate(self.layers)]
+        for index, block in enumerate(self.layers):
+            if (reason := not_taken(block)) is not None:
+                raise self._unsupported(f"block {index} {reason}")
         self._name_as_in_memory()
         self._require_weights()
         require_language_head(directory, self.config)
+        self.groups = self._find_groups()
 
     def _name_as_in_memory(self) -> None:
         """Give the tensors of a directory that was saved from the base model their full names."""
@@ -142,21 +126,15 @@ class Skeleton:
             "its model holds no list of as many blocks as config.json has num_hidden_layers"
         )
 
-    def _find_groups(self, index: int, block: nn.Module) -> tuple[Group, ...]:
-        found: list[Group] = []
-        for name, members in GROUPS.items():
-            parents = [
-                path
-                for path, module in block.named_modules()
-                if all(isinstance(getattr(module, member, None), nn.Linear) for member in members)
-            ]
-            if len(parents) != 1:
-                raise self._unsupported(
-                    f"block {index} has {len(parents)} modules with the linears "
-                    f"{', '.join(members)}, and exactly one is needed"
-                )
-            found.append(Group(name, parents[0]))
-        return tuple(found)
+    def _find_groups(self) -> list[tuple[Group, ...]]:
+        """The groups of every block, from how the decoder calls it."""
+        two, cpu = torch.tensor([[0, 1]]), torch.device("cpu")
+        ((hidden, calls),) = self.embed([two], cpu, weights=False)
+        found: list[tuple[Group, ...]] = []
+        for index, (block, call) in enumerate(zip(self.layers, calls, strict=True)):
+            name = self.block_name(index)
+            found.append(taken(find_groups(Trace(block, call, hidden.shape, name)), name))
+        return found
 
     def _unsupported(self, reason: str) -> UserError:
         return UserError(
@@ -203,22 +181,24 @@ class Skeleton:
         module.to(device)
 
     def embed(
-        self, batches: list[Tensor], device: torch.device
+        self, batches: list[Tensor], device: torch.device, *, weights: bool = True
     ) -> Iterator[tuple[Tensor, list[Call]]]:
         """What the decoder itself hands to its blocks, batch by batch.
 
         Yields the first block's hidden states [B, L, d] in float32 and, for every block, the other
         arguments of its call (rotary embedding, mask, positions). They do not depend on the tokens.
+        Without ``weights`` no file is read: the shapes are right, and the values are not.
         """
+        fill = self._fill if weights else _fill_with_zeros
         decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         attribute = self.layers_name.rpartition(".")[2]
         # Before the first call, since decoders put the tokens where it lies (Llama 4).
         embedding = decoder.get_input_embeddings()
         name = next(path for path, module in self.model.named_modules() if module is embedding)
-        self._fill(embedding, name, device, None)
+        fill(embedding, name, device, None)
         filled: list[nn.Module] = [embedding]
         hooks = [
-            module.register_forward_pre_hook(self._filler(path, device, filled))
+            module.register_forward_pre_hook(_filler(fill, path, device, filled))
             for path, module in self._outside()
         ]
         # In float32 from here on: the rotary embedding takes its dtype from the hidden states.
@@ -257,22 +237,6 @@ class Skeleton:
             and any(True for _ in module.parameters(recurse=False))
         ]
 
-    def _filler(
-        self, path: str, device: torch.device, filled: list[nn.Module]
-    ) -> Callable[[nn.Module, Any], None]:
-        """A hook that reads a module's weights when the decoder first calls it."""
-
-        def fill(module: nn.Module, given: Any) -> None:
-            if any(isinstance(value, Tensor) and value.is_meta for value in given):
-                raise RuntimeError(f"{path} is called with tensors that have no values")
-            if module not in filled:
-                # Of a large table of embeddings only a few rows are wanted.
-                dtype = None if isinstance(module, nn.Embedding) else torch.float32
-                self._fill(module, path, device, dtype)
-                filled.append(module)
-
-        return fill
-
     @contextmanager
     def head(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
         """While inside: the model's own way from the last block's output to the logits.
@@ -304,6 +268,39 @@ class Skeleton:
             setattr(decoder, attribute, self.layers)
             for _, module in outside:
                 _empty(module)
+
+
+_Fill = Callable[[nn.Module, str, torch.device, torch.dtype | None], None]
+"""Gives a module of this name its weights, on a device and in a dtype; None is the stored one."""
+
+
+def _filler(
+    fill: _Fill, path: str, device: torch.device, filled: list[nn.Module]
+) -> Callable[[nn.Module, Any], None]:
+    """A hook that gives a module its weights when the decoder first calls it."""
+
+    def hook(module: nn.Module, given: Any) -> None:
+        if any(isinstance(value, Tensor) and value.is_meta for value in given):
+            raise RuntimeError(f"{path} is called with tensors that have no values")
+        if module not in filled:
+            # Of a large table of embeddings only a few rows are wanted.
+            dtype = None if isinstance(module, nn.Embedding) else torch.float32
+            fill(module, path, device, dtype)
+            filled.append(module)
+
+    return hook
+
+
+def _fill_with_zeros(
+    module: nn.Module, _name: str, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Zeros that take no memory, whatever their shape."""
+    for owner in module.modules():
+        for key, parameter in owner.named_parameters(recurse=False):
+            zero = torch.zeros((), dtype=dtype or parameter.dtype, device=device)
+            value = zero.expand(parameter.shape)
+            owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+    module.to(device)
 
 
 def _empty(module: nn.Module) -> None:

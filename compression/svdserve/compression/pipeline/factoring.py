@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdserve.compression.allocation.registry import Ranks
+from svdserve.compression.allocation import Ranks
 from svdserve.compression.format.codecs import get_codec
 from svdserve.compression.format.layouts import get_layout
 from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.format.stored import store
 from svdserve.compression.methods import Solution, get_method
-from svdserve.compression.model.skeleton import Group
+from svdserve.compression.model.architecture import Group
 from svdserve.compression.pipeline.assembly import dense_in_block
 from svdserve.compression.pipeline.block_refinement import refine_block
 from svdserve.compression.pipeline.modules import ModulePlan, whole_linears
@@ -32,7 +32,7 @@ from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.statistics.cache import TeacherStatistics
 from svdserve.compression.statistics.gradients import BoundaryGradients
 from svdserve.compression.statistics.linalg import relative_error
-from svdserve.compression.statistics.moments import OF_TEACHER, Statistics
+from svdserve.compression.statistics.moments import Statistics, of_teacher_alone
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.memory import peak_bytes, release
 
@@ -82,7 +82,7 @@ def factor(
 ) -> dict[str, ModuleSpec]:
     """Factor every block that is not finished; the specs of all, by module."""
     kept = None
-    if plan.run.cache is not None and plan.statistics and plan.statistics <= OF_TEACHER:
+    if plan.run.cache is not None and plan.statistics and of_teacher_alone(plan.statistics):
         folder = shared_folder(plan, tokens, work.path)
         kept = TeacherStatistics(folder, plan.skeleton, plan.statistics)
     walk = Walk(

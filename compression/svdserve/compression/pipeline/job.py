@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svdserve.compression.allocation.registry import Ranks
+from svdserve.compression.allocation import Ranks
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.model.hub import resolve_model

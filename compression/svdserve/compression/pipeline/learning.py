@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.allocation.registry import Ranks
+from svdserve.compression.allocation import Ranks
 from svdserve.compression.format.codecs import FLOAT, Storage
 from svdserve.compression.format.layouts import Factors, Layout, get_layout
 from svdserve.compression.format.tensors import TensorFiles

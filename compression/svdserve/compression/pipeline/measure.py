@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.model.skeleton import Call
+from svdserve.compression.model.architecture import Call
 from svdserve.compression.system.machine import float32_products
 
 _TOKENS = 4096

@@ -10,7 +10,8 @@ import torch
 from svdserve.compression.format.codecs import Storage, get_codec
 from svdserve.compression.format.codecs.base import FLOAT_DTYPES
 from svdserve.compression.format.schema import LinearSpec, ModuleSpec, parameters_of
-from svdserve.compression.model.skeleton import Group, Skeleton
+from svdserve.compression.model.architecture import Group
+from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.recipe import Grouping, Recipe
 from svdserve.compression.system.errors import UserError
 

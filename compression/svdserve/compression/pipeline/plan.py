@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdserve.compression.allocation.registry import get_allocator
+from svdserve.compression.allocation import get_allocator
 from svdserve.compression.format.codecs import Storage
 from svdserve.compression.format.tensors import check_finite_tensors
 from svdserve.compression.methods import get_method
@@ -24,7 +24,7 @@ from svdserve.compression.pipeline.progress import bar
 from svdserve.compression.pipeline.ranks import check_reachable, is_searched, plan_ranks
 from svdserve.compression.pipeline.recipe import Recipe, Run
 from svdserve.compression.pipeline.workdir import Signature, WorkDirectory, execution_fingerprint
-from svdserve.compression.statistics.moments import OF_GRADIENTS, Statistic
+from svdserve.compression.statistics.moments import needing_gradients, without_gradients
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_folder
 from svdserve.compression.system.machine import usable_device
@@ -56,14 +56,14 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     base_model: str
-    statistics: frozenset[Statistic]
+    statistics: frozenset[str]
     learner: Learner | None
     needs_spectra: bool
     measures: bool = False
 
     @property
     def needs_gradients(self) -> bool:
-        return bool(self.statistics & OF_GRADIENTS) or self.needs_spectra
+        return bool(needing_gradients(self.statistics)) or self.needs_spectra
 
     @property
     def signature(self) -> Signature:
@@ -122,9 +122,9 @@ def _planned(
 ) -> Plan:
     modules = plan_modules(skeleton, recipe.grouping)
     statistics = get_method(recipe.method).needs(recipe.parameters)
-    needs_spectra = get_allocator(recipe.allocator).profile
+    needs_spectra = get_allocator(recipe.allocator).needs_spectra
     if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
-        statistics, needs_spectra = statistics - OF_GRADIENTS, False
+        statistics, needs_spectra = without_gradients(statistics), False
     return Plan(
         recipe=recipe,
         run=run,

@@ -5,9 +5,8 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from svdserve.compression.allocation.registry import Budget, Module, Ranks, get_allocator
+from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
 from svdserve.compression.format.layouts import get_layout
-from svdserve.compression.format.roles import ATTENTION
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.modules import Modules, every, plan_modules
 from svdserve.compression.pipeline.recipe import Recipe, make_recipe
@@ -65,7 +64,7 @@ def _sizes(modules: Modules, known: Mapping[str, Tensor]) -> dict[str, Module]:
                 out_features=module.out_features,
                 in_features=module.in_features,
                 block=index,
-                attention=module.group.role in ATTENTION,
+                attention=module.group.attends,
                 energies=known.get(f"{module.name}.energies"),
                 curvature=None if curvature is None else float(curvature),
                 losses=known.get(f"{module.name}.losses"),

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from svdserve.compression.allocation.registry import get_allocator
+from svdserve.compression.allocation import get_allocator
 from svdserve.compression.format.codecs import get_codec
 from svdserve.compression.format.layouts import get_layout
 from svdserve.compression.methods import METHODS, get_method
@@ -185,9 +185,9 @@ class Recipe(BaseModel):
     def calibrated(self) -> bool:
         """Whether the method or a training reads this recipe's calibration tokens."""
         trained = any(text == self for _, text in self.trainings)
-        profiled = get_allocator(self.allocator).profile
+        compared = get_allocator(self.allocator).needs_spectra
         method = get_method(self.method)
-        return trained or profiled or method.learner is not None or bool(method.statistics)
+        return trained or compared or method.learner is not None or bool(method.statistics)
 
     @property
     def text_files(self) -> list[Path]:

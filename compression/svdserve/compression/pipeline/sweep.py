@@ -10,7 +10,7 @@ from svdserve.compression.pipeline.plan import Plan, not_finite
 from svdserve.compression.pipeline.progress import Progress
 from svdserve.compression.statistics.cache import cache_folder, sweeping
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
-from svdserve.compression.statistics.spectra import Profile
+from svdserve.compression.statistics.spectra import Spectra
 from svdserve.compression.system.memory import release
 
 
@@ -55,12 +55,12 @@ def sweep(plan: Plan, tokens: Tensor, own: Path, progress: Progress) -> Sweep:
         if plan.needs_spectra:
             groups = [
                 {
-                    group.name: [(m.name, m.rows) for m in block if m.group == group]
+                    group.path: [(m.name, m.rows) for m in block if m.group == group]
                     for group in skeleton.groups[index]
                 }
                 for index, block in enumerate(plan.modules)
             ]
-            spectra = Profile(folder / plan.recipe.grouping, groups)
+            spectra = Spectra(folder / plan.recipe.grouping, groups)
 
         def done(index: int, block: nn.Module) -> None:
             begun = time.perf_counter()

@@ -1,7 +1,7 @@
 """What depends on the teacher and the calibration tokens alone, kept for other compressions.
 
 Methods, keep ratios, layouts and allocators that are compared on one model share its gradients at
-the block boundaries, its profile, and the statistics of its inputs and gradients. The statistics of
+the block boundaries, its spectra, and the statistics of its inputs and gradients. The statistics of
 the student, and of the teacher beside it, do not keep: they are those of one student.
 
 Several processes may share a cache. One sweeps the teacher while the others wait for its files;
@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdserve.compression.format.tensors import save_tensors
-from svdserve.compression.model.skeleton import Group, Skeleton
-from svdserve.compression.statistics.moments import OF_TEACHER, Statistic, Statistics
+from svdserve.compression.model.architecture import Group
+from svdserve.compression.model.skeleton import Skeleton
+from svdserve.compression.statistics.moments import Statistics, of_teacher_alone
 from svdserve.compression.system.files import exclusive, remove_temporaries
 
 
@@ -45,7 +46,7 @@ def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[
 def sweeping(folder: Path) -> Iterator[None]:
     """While inside, no other process carries gradients through the teacher into this folder."""
     with exclusive(folder / "sweep", wait=True):
-        for kind in ("gradient", "hidden", "profile"):
+        for kind in ("gradient", "hidden", "spectra"):
             remove_temporaries(folder, f"{kind}-*")
         yield
 
@@ -56,14 +57,14 @@ class TeacherStatistics:
     Args:
         folder: of ``cache_folder``.
         skeleton: the teacher.
-        wanted: what is read and written; only statistics of the teacher.
+        wanted: names of what is read and written; only statistics of the teacher.
 
     ``ready`` tells whether all of them were there from the start, so that no pass over the tokens
     is needed.
     """
 
-    def __init__(self, folder: Path, skeleton: Skeleton, wanted: frozenset[Statistic]) -> None:
-        assert wanted <= OF_TEACHER
+    def __init__(self, folder: Path, skeleton: Skeleton, wanted: frozenset[str]) -> None:
+        assert of_teacher_alone(wanted)
         self._folder, self._wanted = folder, wanted
         with self._writing():
             remove_temporaries(folder, "statistics-*")
@@ -75,7 +76,7 @@ class TeacherStatistics:
 
     def _file(self, block: int, group: Group) -> Path:
         names = "+".join(sorted(self._wanted))
-        return self._folder / f"statistics-{block:05d}-{group.name}-{names}.safetensors"
+        return self._folder / f"statistics-{block:05d}-{group.path}-{names}.safetensors"
 
     def read(self, block: int, group: Group, device: torch.device) -> Statistics:
         tensors = load_file(self._file(block, group), device=str(device))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from svdserve.compression.format.tensors import save_tensors
-from svdserve.compression.model.skeleton import Call, Group, Skeleton
+from svdserve.compression.model.architecture import Call, Group
+from svdserve.compression.model.skeleton import Skeleton
 
 _HEAD_SLICE = 128  # positions whose logits are in memory at the same time
 
@@ -31,7 +32,7 @@ class Flow:
 
 
 Watch = Callable[[int, dict[str, Flow]], None]
-"""Called for every block and sequence of a sweep, with the flow of each group by its name."""
+"""Called for every block and sequence of a sweep, with the flow of each group by its path."""
 
 
 def back_through(
@@ -47,24 +48,22 @@ def back_through(
         gradient: of the loss by the block's output [B, L, d].
 
     Returns:
-        The flow of each group (members stacked) and the gradient by ``hidden``.
+        The flow of each group by its path (members stacked), and the gradient by ``hidden``.
     """
     inputs: dict[str, Tensor] = {}
-    outputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    outputs: dict[tuple[str, str], Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def keep(path: str, member: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name] = given[0].detach()
-            outputs[name].append(output)
+            inputs[path] = given[0].detach()
+            outputs[path, member] = output
 
         return hook
 
+    linears = [(group, member) for group in groups for member in group.members]
     hooks = [
-        block.get_submodule(group.parent)
-        .get_submodule(member)
-        .register_forward_hook(keep(group.name))
-        for group in groups
-        for member in group.members
+        group.linear(block, member).register_forward_hook(keep(group.path, member))
+        for group, member in linears
     ]
     args, kwargs = call
     hidden = hidden.detach().requires_grad_(True)
@@ -72,16 +71,16 @@ def back_through(
         with torch.enable_grad():
             result = block(hidden, *args, **kwargs)
             result = result[0] if isinstance(result, tuple) else result
-            wanted = [output for group in groups for output in outputs[group.name]]
+            wanted = [outputs[group.path, member] for group, member in linears]
             grads = torch.autograd.grad(result, [hidden, *wanted], gradient)
     finally:
         for hook in hooks:
             hook.remove()
     rest = iter(grads[1:])
-    stacked = {g.name: torch.cat([next(rest) for _ in g.members], dim=-1) for g in groups}
+    stacked = {g.path: torch.cat([next(rest) for _ in g.members], dim=-1) for g in groups}
     flows = {
-        name: Flow(_in_sequences(inputs[name], hidden), _in_sequences(gradients, hidden))
-        for name, gradients in stacked.items()
+        path: Flow(_in_sequences(inputs[path], hidden), _in_sequences(gradients, hidden))
+        for path, gradients in stacked.items()
     }
     return flows, grads[0]
 
@@ -92,13 +91,10 @@ def _in_sequences(value: Tensor, hidden: Tensor) -> Tensor:
 
 
 def stacked_weights(block: nn.Module, groups: tuple[Group, ...]) -> dict[str, Tensor]:
-    """The stacked weight [m, n] of each group, by its name."""
+    """The stacked weight [m, n] of each group, by its path."""
     return {
-        group.name: torch.cat(
-            [
-                block.get_submodule(group.parent).get_submodule(member).get_parameter("weight")
-                for member in group.members
-            ]
+        group.path: torch.cat(
+            [group.linear(block, member).get_parameter("weight") for member in group.members]
         )
         for group in groups
     }

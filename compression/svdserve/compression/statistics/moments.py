@@ -1,60 +1,25 @@
-"""Streaming second moments of a group's inputs.
+"""Statistics of one group, summed over the calibration tokens.
 
-With x the student's and x_f the teacher's inputs of the same tokens (columns of X and X_f):
-
-* gram  H  = X Xᵀ / T             [n, n], symmetric
-* shift Δ  = (X_f − X) Xᵀ / T     [n, n], not symmetric
-* teacher gram  X_f X_fᵀ / T      [n, n], symmetric
-* teacher magnitude  mean |x_f|   [n]
-
-and with g the gradients of the loss by the group's stacked outputs in the teacher, [m] for a token:
-
-* gradient gram  mean g gᵀ        [m, m], symmetric
-* row Fisher  Σ_j mean (∂L/∂W_ij)²  [m], of the loss of a sequence, over its tokens
-
-SAES-SVD, arXiv 2602.03051, Algorithm 1, without its constant factor 2. Products are taken in
-float32 per batch and summed over batches in float64.
+A statistic is a class: it says which streams it needs, adds batches and finishes (of_inputs.py and
+of_gradients.py hold one each for the inputs and for the gradients of a group). A method names those
+that it wants, and the walk asks them what must run.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from svdserve.compression.statistics.linalg import lower_products, mirrored
-
-Statistic = Literal[
-    "gram",
-    "shift",
-    "held_out",
-    "teacher_gram",
-    "teacher_magnitude",
-    "gradient_gram",
-    "row_fisher",
-]
-OF_GRADIENTS: frozenset[Statistic] = frozenset({"gradient_gram", "row_fisher"})
-OF_TEACHER: frozenset[Statistic] = OF_GRADIENTS | {"teacher_gram", "teacher_magnitude"}
-
-DESCRIPTIONS: dict[Statistic, str] = {
-    "gram": "Gram matrix of the student's inputs",
-    "shift": "shift of the teacher's inputs against the student's",
-    "held_out": "the first two of sequences that are held out",
-    "teacher_gram": "Gram matrix of the teacher's inputs",
-    "teacher_magnitude": "mean magnitude of the teacher's inputs",
-    "gradient_gram": "Gram matrix of the loss gradients at the teacher's outputs",
-    "row_fisher": "Fisher information of the teacher's weights, summed over each row",
-}
-# Shares of the mean norm of a sequence that a token's gradient is clipped to.
-_CLIP = (0.1, 10.0)
-
 
 @dataclass(frozen=True)
 class Statistics:
-    """Finished statistics of one group, float64, divided by the number of tokens.
+    """The finished statistics of one group, divided by the number of tokens.
 
-    A field is None where the method did not ask for it. ``held_out`` has the Gram matrix and the
-    shift of calibration sequences that are in none of the others.
+    Those of inputs are float64, those of gradients float32. A field is None where the method did
+    not ask for it. The names of the fields are those of the classes.
     """
 
     tokens: int
@@ -68,115 +33,141 @@ class Statistics:
 
     def of_rows(self, rows: slice) -> "Statistics":
         """What belongs to some rows of the stacked weight, such as one linear of the group."""
-        gram, fisher = self.gradient_gram, self.row_fisher
-        return replace(
-            self,
-            gradient_gram=None if gram is None else gram[rows, rows],
-            row_fisher=None if fisher is None else fisher[rows],
-        )
+        values = {name: getattr(self, name) for name in STATISTICS}
+        cut = {n: STATISTICS[n].of_rows(v, rows) for n, v in values.items() if v is not None}
+        return replace(self, **cut)
 
 
-class Accumulator:
-    """Sums the asked statistics over batches; ``add`` takes [..., n] inputs, ``finish`` divides."""
+@dataclass(frozen=True)
+class Batch:
+    """What passed through the linears of a group; None where that did not run.
 
-    def __init__(self, features: int, wanted: frozenset[Statistic], device: torch.device) -> None:
-        self._sums = {
-            name: torch.zeros(
-                [features] if name == "teacher_magnitude" else [features, features],
-                dtype=torch.float64,
-                device=device,
-            )
-            for name in sorted(wanted)
-        }
-        self._tokens = 0
-
-    def add(self, student: Tensor | None, teacher: Tensor | None) -> None:
-        """Add one batch; a stream that no wanted statistic reads may be None.
-
-        Raises:
-            FloatingPointError: an input is NaN or infinite.
-        """
-        x, x_f = _rows(student), _rows(teacher)
-        self._tokens += (x if x is not None else _given(x_f)).shape[0]
-        for name, total in self._sums.items():
-            if name == "gram":
-                _add_gram(total, _given(x))
-            elif name == "teacher_gram":
-                _add_gram(total, _given(x_f))
-            elif name == "teacher_magnitude":
-                total += _given(x_f).abs().sum(dim=0)
-            elif x is not x_f:
-                total += (_given(x_f) - _given(x)).T @ _given(x)
-
-    def finish(self) -> Statistics:
-        done: dict[str, Any] = {}
-        for name, total in self._sums.items():
-            if name in ("gram", "teacher_gram"):
-                mirrored(total)
-            if not bool(total.sum().isfinite()):  # NaN and infinity survive every sum
-                raise FloatingPointError(
-                    f"{name}: the calibration inputs are not finite, or their squares are not"
-                )
-            done[name] = total.div_(max(self._tokens, 1))
-        return Statistics(self._tokens, **done)
-
-
-class GradientAccumulator:
-    """Sums the gradient statistics of one group of stacked outputs m.
-
-    The norm of a token's gradient is clipped to [0.1, 10] times the mean of its sequence, so that
-    a few tokens do not decide the metric (LEMS / KFAC-SVD, ICML 2026).
+    Args:
+        student, teacher: the inputs x of the group in either stream, [..., n].
+        gradients: of the loss by the group's stacked outputs in the teacher, [B, L, m].
     """
 
-    def __init__(self, features: int, wanted: frozenset[Statistic], device: torch.device) -> None:
-        self._gram = self._fisher = None
-        if "gradient_gram" in wanted:
-            self._gram = torch.zeros(features, features, device=device)
-        if "row_fisher" in wanted:
-            self._fisher = torch.zeros(features, device=device)
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+    gradients: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        inputs = self.student if self.student is not None else self.teacher
+        assert inputs is not None
+        return inputs.numel() // inputs.shape[-1]
+
+
+class Statistic(ABC):
+    """One statistic of one group, while it is summed.
+
+    Args:
+        outputs: m of the group's stacked weight [m, n].
+        inputs: n.
+        device: where the sums are.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    student: ClassVar[bool] = False
+    """Whether it reads the student's inputs."""
+    teacher: ClassVar[bool] = False
+    """Whether it reads the teacher's inputs."""
+    gradients: ClassVar[bool] = False
+    """Whether it reads gradients, which are taken by running the teacher's block backward."""
+    held_out: ClassVar[bool] = False
+    """Whether it is of the held-out sequences: where one is wanted, no other statistic has them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            STATISTICS[cls.name] = cls
+
+    @abstractmethod
+    def __init__(self, outputs: int, inputs: int, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def add(self, batch: Batch) -> None:
+        """Add one batch.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite; ``finish`` may say so instead.
+        """
+
+    @abstractmethod
+    def finish(self) -> Any:
+        """The mean over the tokens that were added; the object is of no use any more.
+
+        Raises:
+            FloatingPointError: a value is NaN or infinite.
+        """
+
+    @staticmethod
+    def of_rows(value: Any, rows: slice) -> Any:  # noqa: ARG004
+        """What of a finished value belongs to some rows of the stacked weight."""
+        return value
+
+
+STATISTICS: dict[str, type[Statistic]] = {}
+"""Every statistic by its name."""
+
+
+def needing_gradients(names: Collection[str]) -> frozenset[str]:
+    """Those of some statistics that need gradients."""
+    return frozenset(name for name in names if STATISTICS[name].gradients)
+
+
+def without_gradients(names: Collection[str]) -> frozenset[str]:
+    """Those of some statistics that need none."""
+    return frozenset(name for name in names if not STATISTICS[name].gradients)
+
+
+def of_teacher_alone(names: Collection[str]) -> bool:
+    """Whether some statistics are the same for every student."""
+    return not any(STATISTICS[name].student for name in names)
+
+
+class Sums:
+    """Several statistics of one group, while they are summed.
+
+    Args:
+        names: which.
+        outputs, inputs: m and n of the group's stacked weight [m, n].
+        device: where the sums are.
+    """
+
+    def __init__(
+        self, names: Collection[str], outputs: int, inputs: int, device: torch.device
+    ) -> None:
+        self._sums = [STATISTICS[name](outputs, inputs, device) for name in sorted(names)]
+        self._parted = any(statistic.held_out for statistic in self._sums)
         self._tokens = 0
 
-    def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Add x [B, L, n] and g [B, L, m] of whole sequences.
+    def add(self, batch: Batch, *, held_out: bool = False) -> None:
+        """Add one batch; a stream that no statistic reads may be None.
+
+        Args:
+            batch: what passed through the linears.
+            held_out: it is for the statistics of held-out sequences, if there are any here.
 
         Raises:
-            FloatingPointError: a gradient is NaN or infinite.
+            FloatingPointError: as ``Statistic.add``.
         """
-        if not bool(gradients.sum().isfinite()):
-            raise FloatingPointError("the gradients of the loss are not finite")
-        for x, g in zip(inputs.float(), gradients.float(), strict=True):
-            if self._fisher is not None:
-                self._fisher += (g.T @ x).square().sum(dim=1)
-            if self._gram is not None:
-                norms = g.norm(dim=1, keepdim=True)
-                low, high = (share * norms.mean() for share in _CLIP)
-                scale = norms.clamp(low, high) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-                _add_gram(self._gram, g * scale)
-            self._tokens += x.shape[0]
+        held_out = held_out and self._parted
+        if not held_out:
+            self._tokens += batch.tokens
+        for statistic in self._sums:
+            if statistic.held_out == held_out:
+                statistic.add(batch)
+
+    def finish(self) -> Statistics:
+        """The means.
+
+        Raises:
+            FloatingPointError: as ``Statistic.finish``.
+        """
+        return self.into(Statistics(self._tokens))
 
     def into(self, statistics: Statistics) -> Statistics:
-        """``statistics`` with the means over the tokens that were added.
-
-        Raises:
-            FloatingPointError: squares of the gradients are beyond float32.
-        """
-        gram = None if self._gram is None else mirrored(self._gram).div_(self._tokens)
-        fisher = None if self._fisher is None else self._fisher.div_(self._tokens)
-        if any(t is not None and not bool(t.sum().isfinite()) for t in (gram, fisher)):
-            raise FloatingPointError("the squares of the gradients of the loss are not finite")
-        return replace(statistics, gradient_gram=gram, row_fisher=fisher)
-
-
-def _rows(inputs: Tensor | None) -> Tensor | None:
-    return None if inputs is None else inputs.reshape(-1, inputs.shape[-1]).float()
-
-
-def _given(inputs: Tensor | None) -> Tensor:
-    assert inputs is not None, "the walk must supply every stream that a statistic reads"
-    return inputs
-
-
-def _add_gram(total: Tensor, x: Tensor) -> None:
-    """total += xᵀ x, on and below the diagonal only."""
-    for rows, columns, values in lower_products(x.T):
-        total[rows, columns] += values
+        """``statistics`` with these beside it; otherwise as ``finish``."""
+        return replace(statistics, **{s.name: s.finish() for s in self._sums})

@@ -13,13 +13,14 @@ from torch import Tensor
 from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.statistics.gradients import Flow
 from svdserve.compression.statistics.linalg import shrunk, squared_singular_values, whiten
-from svdserve.compression.statistics.moments import Accumulator, GradientAccumulator, Statistics
+from svdserve.compression.statistics.moments import Batch, Statistics, Sums
 
 _RIDGE = 1e-3
 _SHRINKAGE = 0.3
+_SPANNED_BY = ("teacher_gram", "gradient_gram")
 
 
-class Profile:
+class Spectra:
     """Writes and reads the spectra of a model's modules.
 
     Args:
@@ -29,10 +30,10 @@ class Profile:
 
     def __init__(self, folder: Path, units: list[dict[str, list[tuple[str, slice]]]]) -> None:
         self._folder, self._units = folder, units
-        self._sums: dict[str, tuple[Accumulator, GradientAccumulator]] = {}
+        self._sums: dict[str, Sums] = {}
 
     def _file(self, block: int) -> Path:
-        return self._folder / f"profile-{block:05d}.safetensors"
+        return self._folder / f"spectra-{block:05d}.safetensors"
 
     @property
     def complete(self) -> bool:
@@ -44,14 +45,8 @@ class Profile:
         for group, flow in flows.items():
             if group not in self._sums:
                 n, m = flow.inputs.shape[-1], flow.gradients.shape[-1]
-                device = flow.inputs.device
-                self._sums[group] = (
-                    Accumulator(n, frozenset({"teacher_gram"}), device),
-                    GradientAccumulator(m, frozenset({"gradient_gram"}), device),
-                )
-            inputs, gradients = self._sums[group]
-            inputs.add(None, flow.inputs)
-            gradients.add(flow.inputs, flow.gradients)
+                self._sums[group] = Sums(_SPANNED_BY, m, n, flow.inputs.device)
+            self._sums[group].add(Batch(teacher=flow.inputs, gradients=flow.gradients))
 
     def finish(self, block: int, weights: dict[str, Tensor]) -> None:
         """Write the spectra of a block; ``weights`` are the stacked ones [m, n] of its groups.
@@ -60,9 +55,9 @@ class Profile:
             FloatingPointError: names the first module whose inputs or gradients are not finite.
         """
         tensors: dict[str, Tensor] = {}
-        for group, (inputs, gradients) in self._sums.items():
+        for group, sums in self._sums.items():
             try:
-                statistics = gradients.into(inputs.finish())
+                statistics = sums.finish()
             except FloatingPointError as error:
                 first = self._units[block][group][0][0]
                 raise FloatingPointError(f"{first}: {error}") from None

@@ -20,10 +20,11 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     Args:
         kind: what messages call a part, such as ``method``.
         group: of the entry points, such as ``svdserve.methods``.
+        part: what a part is an instance of.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
-        self._kind, self._group = kind, group
+    def __init__(self, kind: str, group: str, part: type[Entry]) -> None:
+        self._kind, self._group, self._part = kind, group, part
         self._known: dict[str, Entry] = {}
         self._loaded = False
 
@@ -77,6 +78,12 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
                     f"{self._kind} {point.name!r} of the package {_package(point)} cannot be "
                     f"loaded ({type(error).__name__}: {error}); repair or uninstall that package"
                 ) from None
+            if point.name not in self._known and not isinstance(found, self._part):
+                raise UserError(
+                    f"{self._kind} {point.name!r} of the package {_package(point)}: the entry "
+                    f"point leads to a {type(found).__name__}, and its module has no {self._kind} "
+                    "of that name; repair or uninstall that package"
+                )
             if point.name not in self._known:
                 self.add(point.name, found)
 

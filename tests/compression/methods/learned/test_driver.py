@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from models import save_model
-from svdserve.compression.allocation.registry import Budget, Module, Ranks, scores
+from svdserve.compression.allocation.registry import Budget, Module, Ranks
+from svdserve.compression.allocation.scores import scores
 from svdserve.compression.format.codecs import FLOAT, Storage
 from svdserve.compression.format.layouts import PAIR, Layout, get_layout
 from svdserve.compression.format.log import LOG_FILE
@@ -53,9 +54,9 @@ def grouped(weight: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> nn.Mo
 
 
 def allocate(sizes: dict[str, tuple[int, int]], keep: float, layout: Layout):
-    def ranks(profile: dict[str, Tensor]) -> Ranks:
+    def ranks(learned: dict[str, Tensor]) -> Ranks:
         modules = {
-            n: Module(*size, block=0, attention=True, scores=profile[f"{n}.scores"])
+            n: Module(*size, block=0, attention=True, scores=learned[f"{n}.scores"])
             for n, size in sizes.items()
         }
         return scores(modules, Budget(keep, layout))

@@ -8,7 +8,7 @@ from svdserve.compression.format.codecs.floating import Float
 from svdserve.compression.format.codecs.int8 import Int8
 from svdserve.compression.system.registry import Registry
 
-CODECS: Registry[Codec] = Registry("codec", "svdserve.codecs")
+CODECS: Registry[Codec] = Registry("codec", "svdserve.codecs", Codec)  # type: ignore[type-abstract]
 FLOAT, INT8 = Float(), Int8()
 for _codec in (FLOAT, INT8):
     CODECS.add(_codec.name, _codec)

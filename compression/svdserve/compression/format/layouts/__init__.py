@@ -8,7 +8,7 @@ from svdserve.compression.format.layouts.interpolative import Interpolative
 from svdserve.compression.format.layouts.pair import Pair
 from svdserve.compression.system.registry import Registry
 
-LAYOUTS: Registry[Layout] = Registry("layout", "svdserve.layouts")
+LAYOUTS: Registry[Layout] = Registry("layout", "svdserve.layouts", Layout)  # type: ignore[type-abstract]
 PAIR, INTERPOLATIVE = Pair(), Interpolative()
 for _layout in (PAIR, INTERPOLATIVE):
     LAYOUTS.add(_layout.name, _layout)

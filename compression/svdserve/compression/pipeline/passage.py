@@ -1,0 +1,159 @@
+"""The two copies of a block on their way through its groups.
+
+A block's own forward is run for each group, stopped at the group, with the containers that are
+closed already (attention, MLP) replayed from their stored outputs: attention and every linear are
+computed once for each stream. Only norms, residual additions and the student's linears between the
+opening and the closing of the last container are repeated.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+
+from svdserve.compression.model.architecture import Call, Group
+from svdserve.compression.model.containers import Container, input_of, inputs_of
+from svdserve.compression.pipeline.streams import Streams
+from svdserve.compression.statistics.moments import Batch
+
+
+class Passage:
+    """Runs the teacher's and the student's copy of a block on their streams.
+
+    Args:
+        blocks: the two copies, by the names of their streams: ``teacher`` and ``student``.
+        groups: those of the block, in the order of their calls.
+        containers: by the groups that close them.
+        streams: the hidden states at the input of the block; those at its output replace them.
+        call: the other arguments of the block, for a number of sequences.
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        groups: tuple[Group, ...],
+        containers: Mapping[Group, Container],
+        streams: Streams,
+        call: Callable[[int], Call],
+    ) -> None:
+        self._blocks, self._groups, self._containers = blocks, groups, containers
+        self._streams, self._call = streams, call
+
+    # What a later step needs is stored on the way.
+
+    def inputs(self, group: Group, rows: slice, *, teacher: bool) -> Batch:
+        """The inputs of a group for a batch; ``teacher`` is whether that stream runs as well.
+
+        Containers are stored as they close, but for the last one: behind it the teacher's block is
+        run to its end.
+        """
+        last = group == self._groups[-1]
+        closes = group in self._containers and not last
+        student = self._input("student", group, rows, self._student_outputs(group, rows))
+        if closes:
+            self._streams.write(_entering("student", group), rows, student)
+        if not teacher:
+            return Batch(student)
+        replay = self._outputs("teacher", self._closed(group), rows)
+        if last:
+            with inputs_of(first_linear(self._blocks["teacher"], group)) as seen:
+                self._streams.write("teacher", rows, self.run("teacher", rows, replay))
+            return Batch(student, seen[0])
+        own = self._input("teacher", group, rows, replay)
+        if closes:
+            output = self._closing("teacher", group)(own)
+            self._streams.write(_leaving("teacher", group), rows, output)
+        return Batch(student, own)
+
+    def leave(self, group: Group) -> None:
+        """Give up what only the batches of a group have needed."""
+        if (before := self._before(group)) is not None:
+            self._streams.drop(_entering("student", before))
+
+    def finish(self, rows: slice, *, refined: bool) -> None:
+        """Carry the student's stream over the block.
+
+        ``refined``: factors have changed on the way, so nothing stored is used.
+        """
+        # The last container is run again, as the widest activations, those at its closing linear,
+        # would be the largest stream.
+        replay = self._outputs("student", [] if refined else self._closed(self._groups[-1]), rows)
+        self._streams.write("student", rows, self.run("student", rows, replay))
+
+    def drop(self) -> None:
+        """Give up all that was stored on the way."""
+        for group in self._closed(self._groups[-1]):
+            self._streams.drop(*(_leaving(stream, group) for stream in self._blocks))
+
+    def teacher_inputs(self, rows: slice) -> dict[Group, Tensor]:
+        """Carry the teacher's stream over the whole block; the inputs of its groups on the way."""
+        block = self._blocks["teacher"]
+        with ExitStack() as stack:
+            seen = {g: stack.enter_context(inputs_of(first_linear(block, g))) for g in self._groups}
+            output = self.run("teacher", rows, {})
+        self._streams.write("teacher", rows, output)
+        return {group: inputs.pop() for group, inputs in seen.items()}
+
+    def _student_outputs(self, group: Group, rows: slice) -> dict[Group, Tensor]:
+        """The student's outputs of the containers that are closed before a group.
+
+        That of the group just before this one is computed here, since it is replaced by now.
+        """
+        before, closed = self._before(group), self._closed(group)
+        if before not in closed:
+            return self._outputs("student", closed, rows)
+        entering = self._streams.read(_entering("student", before), rows)
+        output = self._closing("student", before)(entering)
+        self._streams.write(_leaving("student", before), rows, output)
+        return self._outputs("student", closed[:-1], rows) | {before: output}
+
+    def _outputs(self, stream: str, closed: list[Group], rows: slice) -> dict[Group, Tensor]:
+        """What containers have returned, by the groups that close them."""
+        return {group: self._streams.read(_leaving(stream, group), rows) for group in closed}
+
+    def _before(self, group: Group) -> Group | None:
+        place = self._groups.index(group)
+        return self._groups[place - 1] if place else None
+
+    def _closed(self, group: Group) -> list[Group]:
+        """The groups before this one that close a container."""
+        before = self._groups[: self._groups.index(group)]
+        return [other for other in before if other in self._containers]
+
+    def _closing(self, stream: str, group: Group) -> nn.Module:
+        """The linear whose output is that of the container that a group closes."""
+        return self._blocks[stream].get_submodule(self._containers[group].closing)
+
+    def _input(
+        self, stream: str, group: Group, rows: slice, replay: Mapping[Group, Tensor]
+    ) -> Tensor:
+        """Run a block up to the first linear of ``group`` and return that linear's input."""
+        linear = first_linear(self._blocks[stream], group)
+        return input_of(linear, lambda: self.run(stream, rows, replay))
+
+    def run(self, stream: str, rows: slice | Tensor, replay: Mapping[Group, Tensor]) -> Tensor:
+        """Run a block on rows of its stream with the containers of ``replay`` left out."""
+        hidden, block = self._streams.read(stream, rows), self._blocks[stream]
+        args, kwargs = self._call(len(hidden))
+        with ExitStack() as stack:
+            for closing, value in replay.items():
+                stack.enter_context(self._containers[closing].replayed(block, value))
+            output = block(hidden, *args, **kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+
+def first_linear(block: nn.Module, group: Group) -> nn.Module:
+    """The first linear of a group, dense or factored."""
+    return group.linear(block, group.members[0])
+
+
+def _entering(stream: str, group: Group) -> str:
+    """Name of the stream of what goes into the closing linear of a container."""
+    return f"{stream}-into-{group.path}"
+
+
+def _leaving(stream: str, group: Group) -> str:
+    """Name of the stream of what comes out of the closing linear of a container."""
+    return f"{stream}-from-{group.path}"

@@ -1,0 +1,57 @@
+"""The activations of all calibration tokens, in memory or in files."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdserve.compression.system.files import reserve
+
+
+class Streams:
+    """Named activations [N, L, width] of all calibration tokens, in memory or in files.
+
+    Rows are read in float32 on the run's device and stored in the recipe's dtype.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, folder: Path | None
+    ) -> None:
+        self.rows, self.length = shape
+        self._dtype, self._device, self._folder = dtype, device, folder
+        self._tensors: dict[str, Tensor] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str, rows: slice | Tensor) -> Tensor:
+        return self._tensors[name][rows].to(device=self._device, dtype=torch.float32)
+
+    def write(self, name: str, rows: slice, value: Tensor) -> None:
+        if name not in self._tensors:
+            self._tensors[name] = self._allocate(name, value.shape[-1])
+        self._tensors[name][rows] = value.to(device="cpu", dtype=self._dtype)
+
+    def _allocate(self, name: str, width: int) -> Tensor:
+        shape = (self.rows, self.length, width)
+        if self._folder is None:
+            return torch.empty(shape, dtype=self._dtype)
+        # Without a name once it is open: a kill leaves nothing, and no other job can meet it.
+        descriptor, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".bin", dir=self._folder)
+        size = self.rows * self.length * width
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                # A sparse file would end the process with SIGBUS where the disk is full.
+                reserve(file, size * self._dtype.itemsize)
+            stream = torch.from_file(path, shared=True, size=size, dtype=self._dtype)
+        finally:
+            os.unlink(path)
+        return stream.view(shape)
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self._tensors.pop(name, None)
