@@ -17,7 +17,7 @@ from svdserve.compression.statistics.moments import Batch, Statistics, Sums
 
 _RIDGE = 1e-3
 _SHRINKAGE = 0.3
-_SPANNED_BY = ("teacher_gram", "gradient_gram")
+_STATISTICS = ("teacher_gram", "gradient_gram")
 
 
 class Spectra:
@@ -45,7 +45,7 @@ class Spectra:
         for group, flow in flows.items():
             if group not in self._sums:
                 n, m = flow.inputs.shape[-1], flow.gradients.shape[-1]
-                self._sums[group] = Sums(_SPANNED_BY, m, n, flow.inputs.device)
+                self._sums[group] = Sums(_STATISTICS, m, n, flow.inputs.device)
             self._sums[group].add(Batch(teacher=flow.inputs, gradients=flow.gradients))
 
     def finish(self, block: int, weights: dict[str, Tensor]) -> None:
