@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from svdserve.bench.engine import BenchOptions, BenchResult, print_bench, run_bench
 from svdserve.compression.format.layouts import INTERPOLATIVE
-from svdserve.compression.format.legacy import GROUPS
+from svdserve.compression.format.legacy import GROUPS, role_of
 from svdserve.compression.format.schema import CheckpointConfig, ModuleSpec
 from svdserve.compression.format.tensors import SINGLE_FILE
 
@@ -121,8 +121,9 @@ def _specs(prefix: str, keep: float) -> Iterator[tuple[str, ModuleSpec]]:
         shapes = [SHAPES[f"{parent}.{member}"] for member in GROUPS[group]]
         out, inputs = tuple(rows for rows, _ in shapes), shapes[0][1]
         rank = INTERPOLATIVE.rank_for_keep(sum(out), inputs, keep)
-        spec = {"members": GROUPS[group], "layout": "interpolative", "rank": rank}
-        yield f"{prefix}.{module}", ModuleSpec.model_validate(spec | {"in": inputs, "out": out})
+        spec = {"role": role_of(module), "members": GROUPS[group], "layout": "interpolative"}
+        sizes = {"rank": rank, "in": inputs, "out": out}
+        yield f"{prefix}.{module}", ModuleSpec.model_validate(spec | sizes)
 
 
 def write_tokenizer(directory: Path) -> None:

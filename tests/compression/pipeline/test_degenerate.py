@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import save_model
-from svdserve.compression.allocation.registry import ALLOCATORS, Budget, Module
+from svdserve.compression.allocation import ALLOCATORS, Budget, Module
 from svdserve.compression.format.codecs import FLOAT, INT8
 from svdserve.compression.format.layouts import INTERPOLATIVE, PAIR, Factors, get_layout
 from svdserve.compression.format.log import LOG_FILE, read_log
