@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from svdserve.compression.format.reader import open_checkpoint
     from svdserve.compression.pipeline.job import compress
     from svdserve.compression.pipeline.recipe import Recipe, Run
-    from svdserve.compression.pipeline.refine import refine
+    from svdserve.compression.pipeline.stages.refine import refine
 
     __version__: str
 
@@ -33,7 +33,7 @@ _PLACES = {
     "compress": "pipeline.job",
     "evaluate": "evaluation.evaluate",
     "open_checkpoint": "format.reader",
-    "refine": "pipeline.refine",
+    "refine": "pipeline.stages.refine",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from svdserve.cli import (
+from svdserve.cli.commands import (
     bench,
     compare,
     compress,

@@ -16,8 +16,8 @@ from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.passage import Passage
 from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.pipeline.walk.passage import Passage
 from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1)

@@ -19,7 +19,7 @@ from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import make_recipe, make_run
-from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.pipeline.walk.walk import Walk
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

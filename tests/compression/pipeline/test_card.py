@@ -15,7 +15,7 @@ from svdserve.compression.model.hub import hub_name
 from svdserve.compression.pipeline.card import add_results
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
-from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.pipeline.stages.refine import refine
 
 SOURCE_CARD = """---
 license: other

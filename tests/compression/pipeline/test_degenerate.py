@@ -18,9 +18,9 @@ from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.stored import StoredFactors, store
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.methods import METHODS
-from svdserve.compression.pipeline import factoring
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.compression.pipeline.stages import factoring
 from svdserve.compression.statistics.linalg import relative_error
 from svdserve.compression.statistics.moments import Statistics
 from svdserve.compression.system.errors import UserError

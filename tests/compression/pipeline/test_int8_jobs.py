@@ -15,7 +15,7 @@ from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
-from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.pipeline.stages.refine import refine
 from svdserve.compression.pipeline.workdir import WorkDirectory
 
 RUN = Run(progress=False, threads=1)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from models import ARCHITECTURES, random_tokens, save_model
 from svdserve.compression.model.skeleton import Skeleton
-from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.pipeline.walk.walk import Walk
 from svdserve.compression.statistics.gradients import BoundaryGradients, stacked_weights
 from svdserve.compression.statistics.moments import Batch, Statistics, Sums, needing_gradients
 

@@ -15,8 +15,8 @@ from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.pipeline.card import CARD_FILE
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Refinement, Run, make_recipe
-from svdserve.compression.pipeline.refine import refine
-from svdserve.compression.pipeline.walk import Streams
+from svdserve.compression.pipeline.stages.refine import refine
+from svdserve.compression.pipeline.walk.walk import Streams
 from svdserve.compression.statistics.cache import sweeping
 from svdserve.compression.system import files, memory
 from svdserve.compression.system.errors import UserError

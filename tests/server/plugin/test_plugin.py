@@ -121,7 +121,7 @@ def test_a_vllm_that_does_not_fit_serves_all_other_models(tmp_path: Path) -> Non
 def test_ray_platform_leaves_other_platforms_alone() -> None:
     """Where vLLM lacks what it is made of, and where a vendor's platform is installed."""
     code = (
-        "import sys; from svdserve.server.plugin.ray_platform import platform;"
+        "import sys; from svdserve.server.plugin.ray.platform import platform;"
         "assert 'vllm' not in sys.modules;"
         "sys.modules['vllm.platforms.cpu'] = None; print(platform())"
     )

@@ -12,7 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from svdserve.compression.format.layouts import Factors
-from svdserve.compression.system.machine import Precision
+from svdserve.compression.system.precision import Precision
 from svdserve.compression.training.trainer import Training
 
 _EVALUATIONS = 8

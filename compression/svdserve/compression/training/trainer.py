@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from svdserve.compression.format.codecs import Storage
 from svdserve.compression.format.tensors import save_tensors
 from svdserve.compression.system.errors import UserError
-from svdserve.compression.system.machine import Precision
+from svdserve.compression.system.precision import Precision
 
 LOG = "training.jsonl"
 _STATE = "training.safetensors"

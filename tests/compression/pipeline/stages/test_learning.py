@@ -26,8 +26,8 @@ from svdserve.compression.methods.soco import Soco
 from svdserve.compression.model.modules import FactoredWeight, replace_group
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
-from svdserve.compression.pipeline.learning import Components, ScoreObjective
 from svdserve.compression.pipeline.recipe import Recipe, Run, make_recipe
+from svdserve.compression.pipeline.stages.learning import Components, ScoreObjective
 from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.statistics.moments import Statistics
 from svdserve.compression.system.errors import UserError

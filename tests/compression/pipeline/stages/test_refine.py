@@ -14,7 +14,7 @@ from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Refinement, Run, load_recipe, make_recipe
-from svdserve.compression.pipeline.refine import check_own_calibration, refine
+from svdserve.compression.pipeline.stages.refine import check_own_calibration, refine
 from svdserve.compression.statistics.moments import Statistics
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.training.distillation import Distillation

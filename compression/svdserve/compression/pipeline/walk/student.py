@@ -14,7 +14,7 @@ from svdserve.compression.format.codecs.base import decoded
 from svdserve.compression.format.schema import LinearSpec, ModuleSpec
 from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.pipeline.modules import ModulePlan
-from svdserve.compression.pipeline.walk import BlockPass
+from svdserve.compression.pipeline.walk.walk import BlockPass
 
 
 def put_factors(

@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from svdserve.compression.format.codecs import Storage
 from svdserve.compression.model.modules import trainable_factors
-from svdserve.compression.pipeline.walk import BlockPass
+from svdserve.compression.pipeline.walk.walk import BlockPass
 from svdserve.compression.training.trainer import State, Trainer, Training
 
 

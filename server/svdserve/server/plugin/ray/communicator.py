@@ -1,4 +1,4 @@
-"""Sums and sends between the workers of Ray nodes without a GPU (see ray_platform.py)."""
+"""Sums and sends between the workers of Ray nodes without a GPU (see platform.py)."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""vLLM's CPU platform for its Ray executor; ray_platform.py says when it is chosen."""
+"""vLLM's CPU platform for its Ray executor; platform.py says when it is chosen."""
 
 from vllm.platforms.cpu import CpuPlatform
 
@@ -12,4 +12,4 @@ class RayCpuPlatform(CpuPlatform):  # type: ignore[misc]
     def get_device_communicator_cls(cls) -> str:
         """vLLM's hook: the class that sums and sends tensors between workers."""
         # By name: its module needs the platform that is being chosen now.
-        return "svdserve.server.plugin.ray_communicator.RayCpuCommunicator"
+        return "svdserve.server.plugin.ray.communicator.RayCpuCommunicator"

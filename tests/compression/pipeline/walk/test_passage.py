@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models import random_tokens
 from svdserve.compression.model.architecture import Trace, find_groups
-from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.pipeline.walk.walk import Walk
 
 CPU, D, LENGTH = torch.device("cpu"), 8, 6
 

@@ -42,8 +42,8 @@ def refine(
     with resumable(out):
         from svdserve.compression.model.hub import resolve_model
         from svdserve.compression.pipeline.recipe import Refinement, Run, make_run
-        from svdserve.compression.pipeline.refine import check_own_calibration
-        from svdserve.compression.pipeline.refine import refine as run_refinement
+        from svdserve.compression.pipeline.stages.refine import check_own_calibration
+        from svdserve.compression.pipeline.stages.refine import refine as run_refinement
 
         settings, run = given.make(Refinement), make_run(**given.of(Run))
         directory = resolve_model(student)

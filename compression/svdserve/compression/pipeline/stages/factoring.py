@@ -20,14 +20,14 @@ from svdserve.compression.format.schema import ModuleSpec
 from svdserve.compression.format.stored import store
 from svdserve.compression.methods import Solution, get_method
 from svdserve.compression.model.architecture import Group
-from svdserve.compression.pipeline.assembly import dense_in_block
-from svdserve.compression.pipeline.block_refinement import refine_block
 from svdserve.compression.pipeline.modules import ModulePlan, whole_linears
 from svdserve.compression.pipeline.plan import Plan, not_finite
 from svdserve.compression.pipeline.progress import Progress
-from svdserve.compression.pipeline.student import put_factors, put_whole, replay
-from svdserve.compression.pipeline.sweep import shared_folder
-from svdserve.compression.pipeline.walk import BlockPass, Walk
+from svdserve.compression.pipeline.stages.assembly import dense_in_block
+from svdserve.compression.pipeline.stages.block_refinement import refine_block
+from svdserve.compression.pipeline.stages.sweep import shared_folder
+from svdserve.compression.pipeline.walk.student import put_factors, put_whole, replay
+from svdserve.compression.pipeline.walk.walk import BlockPass, Walk
 from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.statistics.cache import TeacherStatistics
 from svdserve.compression.statistics.gradients import BoundaryGradients

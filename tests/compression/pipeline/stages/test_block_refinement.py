@@ -12,7 +12,6 @@ from svdserve.compression.format.log import LOG_FILE
 from svdserve.compression.format.reader import check_finite, open_checkpoint
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.model.loading import load_model
-from svdserve.compression.pipeline import block_refinement
 from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import (
@@ -22,7 +21,8 @@ from svdserve.compression.pipeline.recipe import (
     Run,
     make_recipe,
 )
-from svdserve.compression.pipeline.refine import refine
+from svdserve.compression.pipeline.stages import block_refinement
+from svdserve.compression.pipeline.stages.refine import refine
 from svdserve.compression.system.errors import UserError
 
 RUN = Run(progress=False, threads=1, batch_size=3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdserve.compression.model.architecture import Call, Group
 from svdserve.compression.model.containers import Container, input_of, inputs_of
-from svdserve.compression.pipeline.streams import Streams
+from svdserve.compression.pipeline.walk.streams import Streams
 from svdserve.compression.statistics.moments import Batch
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdserve.compression.model.architecture import Call
-from svdserve.compression.system.machine import float32_products
+from svdserve.compression.system.precision import float32_products
 
 _TOKENS = 4096
 

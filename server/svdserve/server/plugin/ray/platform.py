@@ -30,7 +30,7 @@ def platform() -> str | None:
 
         if cpu_platform_plugin() != _REPLACED:
             return None  # a GPU, or a vendor's own CPU platform
-        from svdserve.server.plugin.ray_cpu_platform import RayCpuPlatform
+        from svdserve.server.plugin.ray.cpu_platform import RayCpuPlatform
     except Exception:
         return None  # a vLLM that svdserve does not fit, which plugin.py tells
     return f"{RayCpuPlatform.__module__}.{RayCpuPlatform.__qualname__}"

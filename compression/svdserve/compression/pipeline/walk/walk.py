@@ -23,9 +23,9 @@ from svdserve.compression.model.architecture import Call, Group
 from svdserve.compression.model.containers import Container, learn_containers
 from svdserve.compression.model.modules import replace_group
 from svdserve.compression.model.skeleton import Skeleton
-from svdserve.compression.pipeline.measure import Measured, measured_rows
-from svdserve.compression.pipeline.passage import Passage
-from svdserve.compression.pipeline.streams import Streams
+from svdserve.compression.pipeline.walk.measure import Measured, measured_rows
+from svdserve.compression.pipeline.walk.passage import Passage
+from svdserve.compression.pipeline.walk.streams import Streams
 from svdserve.compression.statistics.gradients import BoundaryGradients, back_through
 from svdserve.compression.statistics.moments import (
     STATISTICS,
@@ -35,7 +35,7 @@ from svdserve.compression.statistics.moments import (
     needing_gradients,
     without_gradients,
 )
-from svdserve.compression.system.machine import Precision, forward_precision
+from svdserve.compression.system.precision import Precision, forward_precision
 
 
 class Walk:

@@ -17,8 +17,8 @@ from svdserve.compression.format.stored import store
 from svdserve.compression.model.architecture import Trace, find_groups
 from svdserve.compression.model.containers import learn_containers
 from svdserve.compression.model.skeleton import Skeleton
-from svdserve.compression.pipeline.measure import measured_rows
-from svdserve.compression.pipeline.walk import Walk
+from svdserve.compression.pipeline.walk.measure import measured_rows
+from svdserve.compression.pipeline.walk.walk import Walk
 from svdserve.compression.system.errors import UserError
 
 CPU = torch.device("cpu")

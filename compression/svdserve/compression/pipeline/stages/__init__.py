@@ -1,0 +1,1 @@
+"""The stages of a compression, each of which returns values."""

@@ -1,0 +1,1 @@
+"""The two-stream walk through the blocks of a model."""

@@ -1,0 +1,1 @@
+"""What vLLM needs of svdserve for CPU workers on several machines with Ray."""
