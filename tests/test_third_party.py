@@ -1,6 +1,6 @@
 """A package of somebody else adds a method, an allocator, a layout and a codec, one file each.
 
-It is installed into a folder of its own, and svdserve finds it by its entry points: the recipe names
+It is installed into a folder of its own, and svdserve finds it by its entry points. A recipe names
 its parts, and compression, evaluation, transformers and vLLM work with what they wrote.
 """
 
