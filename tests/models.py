@@ -95,3 +95,19 @@ def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids [rows, length] that avoid the special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, VOCABULARY, (rows, length), generator=generator)
+
+
+def hidden_states(model: torch.nn.Module, layers: str, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Output of every block in the model's own forward pass."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in model.get_submodule(layers)
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_walk import hidden_states
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -14,7 +13,7 @@ from transformers import (
     VaultGemmaConfig,
 )
 
-from models import VOCABULARY, random_tokens, save_tokenizer
+from models import VOCABULARY, hidden_states, random_tokens, save_tokenizer
 from svdserve.compression.model.loading import load_model
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.job import compress

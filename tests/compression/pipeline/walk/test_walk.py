@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from models import ARCHITECTURES, build_model, random_tokens, save_model
+from models import ARCHITECTURES, build_model, hidden_states, random_tokens, save_model
 from svdserve.compression.format.codecs import FLOAT
 from svdserve.compression.format.layouts import INTERPOLATIVE, Factors
 from svdserve.compression.format.schema import ModuleSpec
@@ -29,22 +29,6 @@ ROWS, LENGTH = 5, 40  # longer than the sliding window, and a last batch that is
 
 def walk_of(directory: Path, tokens: Tensor, wanted=ALL, **options) -> Walk:
     return Walk(Skeleton(directory), tokens, wanted, torch.float32, CPU, batch_size=2, **options)
-
-
-def hidden_states(model: nn.Module, layers: str, tokens: Tensor) -> list[Tensor]:
-    """Output of every block in the model's own forward pass."""
-    seen: list[Tensor] = []
-    hooks = [
-        block.register_forward_hook(
-            lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for block in model.get_submodule(layers)
-    ]
-    with torch.no_grad():
-        model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def linear_inputs(model: nn.Module, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
