@@ -1,4 +1,4 @@
-"""kill -9 at random moments, and what is left; for the tests and benchmarks/reliability_kill.py."""
+"""kill -9 at random moments, and what is left; for tests and for reliability_kill.py."""
 
 import os
 import random

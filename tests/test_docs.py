@@ -226,13 +226,13 @@ def test_wrong_commands_are_noticed() -> None:
         "make demmo",
         "python -m svdserve.nothing",
         "python benchmarks/nothing.py",
-        "python benchmarks/reliability_load.py --models m",
+        "python benchmarks/reliability/reliability_load.py --models m",
         "pip install -e '.[cpus]'",
     ):
         (words,) = Block(ROOT / "README.md", 1, "bash", line).commands()
         assert list(objections(words)), line
     for line in (
-        "python benchmarks/reliability_load.py --model m -- --enforce-eager",
+        "python benchmarks/reliability/reliability_load.py --model m -- --enforce-eager",
         "svdserve serve m --port 1 -tp 2 --compilation-config.mode 3 --no-enable-log-requests",
     ):
         (words,) = Block(ROOT / "README.md", 1, "bash", line).commands()
@@ -321,7 +321,7 @@ def test_the_tables_are_those_of_the_results() -> None:
 def test_every_number_can_be_had_again() -> None:
     """docs/reproducing.md names each results file, or the script whose default it is."""
     page = (ROOT / "docs" / "reproducing.md").read_text()
-    scripts = {Path(name).stem for name in re.findall(r"benchmarks/\w+\.py", page)}
+    scripts = {Path(name).stem for name in re.findall(r"benchmarks/[\w/]+\.py", page)}
     names = {path.stem for path in (ROOT / "results").glob("*.json")}
     missing = {name for name in names - scripts if f"{name}.json" not in page}
     assert not missing

@@ -57,13 +57,13 @@ def server(model: Path) -> Iterator[Server]:
 
 
 def test_generated_requests_get_no_5xx(server: Server, model: Path, tmp_path: Path) -> None:
-    """A few of what benchmarks/reliability_fuzz.py sends by thousands."""
+    """A few of what benchmarks/reliability/reliability_fuzz.py sends by thousands."""
     pytest.importorskip("schemathesis")
     result = tmp_path / "fuzz.json"
     documents = ["--openai", OPENAI] if OPENAI.exists() else []
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "reliability_fuzz.py", "--model", model),
+            *(sys.executable, ROOT / "benchmarks" / "reliability" / "reliability_fuzz.py", "--model", model),
             *("--url", server.url, "--cases", "200", "--json", result, *documents),
         ],
         capture_output=True,
@@ -111,14 +111,14 @@ def test_the_engine_is_killed(server: Server) -> None:
 
 
 def test_load_with_cancelled_and_bad_requests(model: Path, tmp_path: Path) -> None:
-    """benchmarks/reliability_load.py in small; a fresh server, so also what a supervisor restarts.
+    """reliability_load.py in small; a fresh server, so also what a supervisor restarts.
 
     Its bar for memory is for a long run: a pico server's first requests still fill its caches.
     """
     result = tmp_path / "load.json"
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "reliability_load.py", "--model", model),
+            *(sys.executable, ROOT / "benchmarks" / "reliability" / "reliability_load.py", "--model", model),
             *("--requests", "100", "--concurrency", "16", "--json", result, "--", *FLAGS),
         ],
         capture_output=True,

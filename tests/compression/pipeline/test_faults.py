@@ -64,7 +64,7 @@ def expected(root: Path, svdserve: Zygote) -> dict[str, bytes]:
 def test_kills_at_random_moments(
     name: str, kills: int, root: Path, svdserve: Zygote, tmp_path: Path
 ) -> None:
-    """benchmarks/reliability_kill.py does more of them."""
+    """benchmarks/reliability/reliability_kill.py does more of them."""
     record = kill_and_resume(svdserve, commands(root)[name], tmp_path / "out", kills, seed=1)
     assert len(record["kills"]) == kills
     assert SUMS_FILE in record["files"]

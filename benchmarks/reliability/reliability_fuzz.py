@@ -1,6 +1,6 @@
 """Thousands of generated requests, valid and invalid, against the real server: not one 5xx.
 
-    python benchmarks/reliability_fuzz.py --model DIR --openai openapi.json
+    python benchmarks/reliability/reliability_fuzz.py --model DIR --openai openapi.json
 
 Schemathesis generates the cases from two documents: the one that the server publishes, every route;
 and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. About

@@ -1,6 +1,6 @@
 """1,000 requests at concurrency 64, with cancelled, malformed and over-long ones among them.
 
-    python benchmarks/reliability_load.py --model COMPRESSED --dense DENSE
+    python benchmarks/reliability/reliability_load.py --model COMPRESSED --dense DENSE
 
 What must hold: no 5xx; every accepted request is answered, or was cut off by us; what cannot be
 answered is refused with 4xx; the server's memory returns to its level within 2 %; and greedy

@@ -1,6 +1,6 @@
 """Twenty minutes of steady load: is memory flat, is latency flat?
 
-    python benchmarks/reliability_soak.py --model DIR
+    python benchmarks/reliability/reliability_soak.py --model DIR
 
 So many clients ask one request after another. The run is cut into windows; after the first quarter,
 which warms up (the KV cache fills), the median window of the last quarter is compared with that of

@@ -5,7 +5,7 @@ change of the file system; resumptions are killed too. After each the output is 
 complete, and in the end its files are those of an uninterrupted run, byte for byte (the log, which
 has times in it, apart). The first difference ends the command with exit code 1.
 
-    python benchmarks/reliability_kill.py --kills 20 --seed 0
+    python benchmarks/reliability/reliability_kill.py --kills 20 --seed 0
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from kills import kill_and_resume
 from models import CONFIGS, save_model
 from svdserve.compression.system.files import write_json

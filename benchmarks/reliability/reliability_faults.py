@@ -1,6 +1,6 @@
 """A server under load that is told to end, and one whose engine is killed: what clients see.
 
-    python benchmarks/reliability_faults.py --model DIR
+    python benchmarks/reliability/reliability_faults.py --model DIR
 
 In every round so many streams are under way. On SIGTERM they must end in full, whoever comes later
 must be told 503 and when to try again, and the server must exit with 0. When the engine is killed,

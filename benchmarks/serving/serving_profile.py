@@ -1,6 +1,6 @@
 """Where the time of a step goes, dense and compressed, and what perfect products would gain.
 
-    python benchmarks/serving_profile.py [DENSE SMALL ...]
+    python benchmarks/serving/serving_profile.py [DENSE SMALL ...]
 
 The models are those of serving_1b.py unless named. Every engine records the operations of the same
 workloads in turn, A B C, C B A, ...; of the rounds the median. `allowed` is the ratio to dense that

@@ -1,6 +1,6 @@
 """From starting a server to its first token, compressed over dense.
 
-    python benchmarks/serving_start.py MODEL SMALL [SMALL ...]
+    python benchmarks/serving/serving_start.py MODEL SMALL [SMALL ...]
 
 One server runs at a time; they are started in turn, A B C, C B A, ..., all by `svdserve serve`.
 The first round, which may read files from disk, does not count.

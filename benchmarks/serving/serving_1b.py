@@ -1,4 +1,4 @@
-"""Throughput of a 1B Llama shape, dense and factored: ``python benchmarks/serving_1b.py``.
+"""Throughput of a 1B Llama shape, dense and factored: ``python benchmarks/serving/serving_1b.py``.
 
 Weights are random, since speed and memory do not depend on their values, and the factored models
 are written directly in the checkpoint format. The bars say what this project promises, above all a

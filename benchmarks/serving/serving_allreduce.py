@@ -1,6 +1,6 @@
 """Bytes that tensor parallelism sums over the ranks for each token, beside the dense model's.
 
-    python benchmarks/serving_allreduce.py MODEL SMALL [SMALL ...]
+    python benchmarks/serving/serving_allreduce.py MODEL SMALL [SMALL ...]
 
 Every model generates from one prompt in vLLM's own engine while rank 0 notes what goes into the
 all-reduces of its groups. Beside it stands the arithmetic: the embedding and every row-parallel

@@ -1,6 +1,6 @@
 """What `svdserve serve` costs over plain `vllm serve` of the same directory.
 
-    python benchmarks/serving_overhead.py MODEL
+    python benchmarks/serving/serving_overhead.py MODEL
 
 Both servers run at once and are loaded in turn. A bar judges the median over all rounds, workloads
 and numbers of clients: the difference is one of the API process, and so the same in all.

@@ -1,6 +1,6 @@
-"""Decoding of SmolLM2, whose small layers are bound by calls: ``benchmarks/serving_smollm2.py``.
+"""Decoding of SmolLM2, whose small layers are bound by calls: ``benchmarks/serving/serving_smollm2.py``.
 
-    python benchmarks/serving_smollm2.py MODEL SMALL
+    python benchmarks/serving/serving_smollm2.py MODEL SMALL
 
 SMALL is MODEL compressed to a keep ratio of 0.8. Both run eager, in interleaved rounds.
 """
