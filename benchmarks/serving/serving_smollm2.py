@@ -1,4 +1,4 @@
-"""Decoding of SmolLM2, whose small layers are bound by calls: ``benchmarks/serving/serving_smollm2.py``.
+"""Decoding of SmolLM2, whose small layers are bound by calls.
 
     python benchmarks/serving/serving_smollm2.py MODEL SMALL
 

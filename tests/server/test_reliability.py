@@ -63,7 +63,12 @@ def test_generated_requests_get_no_5xx(server: Server, model: Path, tmp_path: Pa
     documents = ["--openai", OPENAI] if OPENAI.exists() else []
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "reliability" / "reliability_fuzz.py", "--model", model),
+            *(
+                sys.executable,
+                ROOT / "benchmarks" / "reliability" / "reliability_fuzz.py",
+                "--model",
+                model,
+            ),
             *("--url", server.url, "--cases", "200", "--json", result, *documents),
         ],
         capture_output=True,
@@ -118,7 +123,12 @@ def test_load_with_cancelled_and_bad_requests(model: Path, tmp_path: Path) -> No
     result = tmp_path / "load.json"
     done = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks" / "reliability" / "reliability_load.py", "--model", model),
+            *(
+                sys.executable,
+                ROOT / "benchmarks" / "reliability" / "reliability_load.py",
+                "--model",
+                model,
+            ),
             *("--requests", "100", "--concurrency", "16", "--json", result, "--", *FLAGS),
         ],
         capture_output=True,
