@@ -9,7 +9,13 @@ from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.registry import Registry
 
 GROUP = "svdserve.tests"
-FOUND = object()
+
+
+class Thing:
+    """A part of the kind."""
+
+
+FOUND, FIRST, SECOND, ELSE = Thing(), Thing(), Thing(), "not a part"
 
 
 class Package:
@@ -34,23 +40,23 @@ class Points:
 
 
 @pytest.fixture
-def registry() -> Registry[object]:
-    found: Registry[object] = Registry("thing", GROUP)
-    for name in ("second", "first"):
-        found.add(name, name.upper())
+def registry() -> Registry[Thing]:
+    found: Registry[Thing] = Registry("thing", GROUP, Thing)
+    found.add("second", SECOND)
+    found.add("first", FIRST)
     return found
 
 
-def test_what_is_added_is_found_by_name(registry: Registry[object]) -> None:
-    assert registry["first"] == registry.get_known("first") == "FIRST"
+def test_what_is_added_is_found_by_name(registry: Registry[Thing]) -> None:
+    assert registry["first"] is registry.get_known("first") is FIRST
     assert list(registry) == ["second", "first"]
     assert len(registry) == 2
     assert ("first" in registry, "third" in registry) == (True, False)
-    assert dict(registry) == {"second": "SECOND", "first": "FIRST"}
+    assert dict(registry) == {"second": SECOND, "first": FIRST}
     assert registry.get("third") is None
 
 
-def test_unknown_names_are_refused_with_those_that_there_are(registry: Registry[object]) -> None:
+def test_unknown_names_are_refused_with_those_that_there_are(registry: Registry[Thing]) -> None:
     with pytest.raises(UserError, match=r"^unknown thing 'third'; allowed: first, second$"):
         registry.get_known("third")
     with pytest.raises(KeyError, match="third"):
@@ -59,16 +65,16 @@ def test_unknown_names_are_refused_with_those_that_there_are(registry: Registry[
         registry.get_known("\x1b[31m")
 
 
-def test_two_parts_of_one_name_are_refused(registry: Registry[object]) -> None:
+def test_two_parts_of_one_name_are_refused(registry: Registry[Thing]) -> None:
     registry.add("first", registry["first"])  # a module that is imported twice
     with pytest.raises(ValueError, match=r"two entries of svdserve.tests are called 'first'"):
-        registry.add("first", object())
-    assert registry["first"] == "FIRST"
+        registry.add("first", Thing())
+    assert registry["first"] is FIRST
 
 
-def test_packages_add_parts(registry: Registry[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_add_parts(registry: Registry[Thing], monkeypatch: pytest.MonkeyPatch) -> None:
     points = Points(monkeypatch, third=f"{__name__}:FOUND")
-    assert registry["first"] == "FIRST"
+    assert registry["first"] is FIRST
     assert points.asked == []  # nothing is imported for a name of svdserve's own
     assert registry["third"] is FOUND
     assert list(registry) == ["second", "first", "third"]
@@ -80,27 +86,27 @@ def test_packages_add_parts(registry: Registry[object], monkeypatch: pytest.Monk
 
 
 def test_a_listing_has_what_packages_add(
-    registry: Registry[object], monkeypatch: pytest.MonkeyPatch
+    registry: Registry[Thing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Points(monkeypatch, third=f"{__name__}:FOUND")
     assert sorted(registry) == ["first", "second", "third"]
 
 
 def test_a_function_whose_decorator_adds_it_is_not_replaced(
-    registry: Registry[object], monkeypatch: pytest.MonkeyPatch
+    registry: Registry[Thing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its entry point leads to the function, and the decorator has added something else."""
     Points(monkeypatch, third=f"{__name__}:FOUND")
-    added = object()
-    monkeypatch.setattr(EntryPoint, "load", lambda point: registry.add(point.name, added) or FOUND)
+    added = Thing()
+    monkeypatch.setattr(EntryPoint, "load", lambda point: registry.add(point.name, added) or ELSE)
     assert registry["third"] is added
 
 
 def test_a_package_cannot_replace_what_svdserve_has(
-    registry: Registry[object], monkeypatch: pytest.MonkeyPatch
+    registry: Registry[Thing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Points(monkeypatch, first=f"{__name__}:FOUND")
-    assert dict(registry)["first"] == "FIRST"
+    assert dict(registry)["first"] is FIRST
 
 
 @pytest.mark.parametrize(
@@ -108,15 +114,16 @@ def test_a_package_cannot_replace_what_svdserve_has(
     [
         ("no_such_module_at_all:x", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         (f"{__name__}:no_such_thing", "AttributeError: .*no_such_thing"),
+        (f"{__name__}:ELSE", "leads to a str, and its module has no thing of that name"),
     ],
 )
 def test_a_broken_package_is_named(
-    target: str, message: str, registry: Registry[object], monkeypatch: pytest.MonkeyPatch
+    target: str, message: str, registry: Registry[Thing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Points(monkeypatch, third=target)
     with pytest.raises(UserError, match=message) as caught:
         registry.get_known("third")
-    assert str(caught.value).startswith("thing 'third' of the package svdserve-extra cannot be")
+    assert str(caught.value).startswith("thing 'third' of the package svdserve-extra")
     assert "repair or uninstall that package" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert registry["first"] == "FIRST"
+    assert registry["first"] is FIRST
