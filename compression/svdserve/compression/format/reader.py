@@ -240,7 +240,7 @@ def _check_linear(files: TensorFiles, name: str, spec: LinearSpec) -> set[str]:
     shape = files.info[weight].shape
     if not codec.plain:
         if len(shape) != 2:
-            raise UserError(f"{where}: {WEIGHT} has shape {list(shape)}, expected two axes")
+            raise UserError(f"{where}: {WEIGHT} is {list(shape)}, expected two axes")
         for suffix, size in codec.shapes(shape).items():
             allowed = codec.dtypes(suffix)
             _check_tensor(files, name, f"{WEIGHT}{suffix}", size, allowed, where)
@@ -259,9 +259,9 @@ def _check_tensor(
     if info is None:
         raise UserError(f"{where}: tensor {name}.{suffix} is missing")
     if info.shape != shape:
-        raise UserError(f"{where}: {suffix} has shape {list(info.shape)}, expected {list(shape)}")
+        raise UserError(f"{where}: {suffix} is {list(info.shape)}, expected {list(shape)}")
     if info.dtype not in allowed:
-        raise UserError(f"{where}: {suffix} is {info.dtype}; allowed: {list(allowed)}")
+        raise UserError(f"{where}: {suffix} is {info.dtype}, allowed: {list(allowed)}")
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
