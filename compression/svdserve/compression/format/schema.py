@@ -78,7 +78,7 @@ class ModuleSpec(LinearSpec):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.members) != len(self.out_features):
-            raise ValueError(f"{len(self.members)} members but {len(self.out_features)} out sizes")
+            raise ValueError(f"{len(self.members)} members but {len(self.out_features)} sizes")
         limit = min(sum(self.out_features), self.in_features)
         if self.rank > limit:
             raise ValueError(f"rank {self.rank} is above min(out, in) = {limit}")
