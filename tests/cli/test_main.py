@@ -58,10 +58,10 @@ def test_the_server_does_not_import_the_command_line() -> None:
             ("compress", "MODEL", "--out", "OUT", "--recipe", "bst"),
             "recipe bst: No such file or directory; give a YAML file or one of: default, best",
         ),
-        (("refine", "MODEL", "MODEL", "--out", "OUT"), "not a svdserve model"),
+        (("refine", "MODEL", "MODEL", "--out", "OUT"), "this is no svdserve checkpoint"),
         (("eval", "MODEL", "--text", "NOWHERE"), "NOWHERE: cannot be read (No such file"),
         (("eval", "MODEL"), "nothing to evaluate"),
-        (("inspect", "MODEL"), "not a svdserve model"),
+        (("inspect", "MODEL"), "this is no svdserve checkpoint"),
         (("serve", "NOWHERE"), "no such directory"),
         (
             ("serve", "MODEL", "--max-model-len", "999999"),

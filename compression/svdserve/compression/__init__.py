@@ -5,10 +5,10 @@
     compress("model", Path("small"), Recipe(keep=0.8))
     evaluate(["model", "small"], texts=[Path("text.txt")])
 
-Importing this package makes transformers know its checkpoints: ``from_pretrained`` then loads them.
-Nothing heavy is imported for that. transformers has no entry points for quantizers, so an object on
-sys.meta_path waits for the module that holds transformers' table of them. The names of the API are
-imported when they are asked for.
+Importing this package registers its checkpoints with transformers: ``from_pretrained`` then loads
+them. The import loads neither torch nor transformers. transformers has no entry points for
+quantizers, so a finder on sys.meta_path waits for the module that holds transformers' table of
+quantizers. Each name of the API is imported at its first use.
 """
 
 from importlib import import_module

@@ -32,7 +32,7 @@ def test_worked_example() -> None:
     assert torch.equal(INTERPOLATIVE.dense(factors), value["weight"])
     assert torch.equal(value["weight"] @ value["x"], value["y"])
     part = INTERPOLATIVE.part(factors)
-    assert torch.equal(project(value["x"], part.factor_in, part.pivots), value["projection"])
+    assert torch.equal(project(value["x"], part.factor_in, part.pivots), value["latent"])
     assert torch.equal(lowrank_linear(value["x"], *part), value["y"])
     assert {name: tuple(t.shape) for name, t in factors.items()} == INTERPOLATIVE.shapes(4, 4, 2)
     assert INTERPOLATIVE.parameters(4, 4, 2) == 12

@@ -101,7 +101,10 @@ def test_broken_configurations(directory: Path, changes: dict[str, Any], message
         ({"members": ["q_proj", "k_proj"]}, "2 members but 3 sizes"),
         ({"members": ["q_proj", "k_proj", "w[x]"]}, f"{MODULE}.members.2: .*pattern"),
         ({"members": []}, f"{MODULE}.members: .*at least 1"),
-        ({"members": ["q_proj"], "out": [256]}, "its one member is q_proj; it must be itself"),
+        (
+            {"members": ["q_proj"], "out": [256]},
+            "its one member is q_proj; it must have the same name",
+        ),
         ({"members": ["q_proj", "q_proj", "v_proj"]}, f"q_proj is factored by {MODULE} and by"),
         ({"members": ["q_proj", "k_proj", "o_proj"]}, "o_proj is factored by .* and by"),
         ({"in": 127}, f"module {MODULE}: factor_in is"),

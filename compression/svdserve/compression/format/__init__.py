@@ -1,1 +1,1 @@
-"""What lies on disk: schema, factors, reader, writer, checks. FORMAT.md says it in prose."""
+"""The checkpoint on disk: schema, layouts, codecs, reader, writer, checks; see FORMAT.md."""

@@ -1,8 +1,9 @@
 """SHA256SUMS: the digests of a checkpoint's files, in the format of ``sha256sum``.
 
-Headers tell a truncated file; a flipped bit in a weight only a digest tells. Written when a
-checkpoint is finished, read by ``svdserve inspect --verify`` or ``sha256sum --check``. Left out is
-what people may edit afterwards: the log and the model card.
+Headers reveal a truncated file, but only a digest reveals a flipped bit in a weight. svdserve
+writes the digests when a checkpoint is finished; ``svdserve inspect --verify`` and
+``sha256sum --check`` read them. The log and the model card have no digest, since users may edit
+them.
 """
 
 import hashlib
@@ -19,16 +20,16 @@ _EDITABLE = ("README.md", "svdserve_log.jsonl", SUMS_FILE)
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Hex digest of the files' names and sizes and of pages spread evenly over each.
+    """SHA-256 of names, sizes and evenly spaced samples of files, in hexadecimal.
 
-    Tells a model from another one, or from its own fine-tune, without reading all of it; it does
-    not tell a file from one that was forged, or whose single bits have flipped.
+    It distinguishes a model from another model or from its own fine-tune without reading all of it.
+    It does not detect forged files or flipped bits.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -42,7 +43,7 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def write_sums(directory: Path) -> None:
-    """Write the digests of all files of ``directory``, and see every one on the disk."""
+    """Write the digests of all files of ``directory``, and sync every file to disk."""
     lines = []
     for name in _names(directory):
         with (directory / name).open("rb") as file:
@@ -57,7 +58,7 @@ def write_sums(directory: Path) -> None:
 
 
 def _names(directory: Path) -> list[str]:
-    """The files of a directory and of the folders in it that are not hidden, with slashes."""
+    """Relative paths of the files of a directory and of its folders that are not hidden."""
     paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
     hidden = [path for path in paths if any(part.startswith(".") for part in path.parts[:-1])]
     return sorted(path.as_posix() for path in set(paths) - set(hidden))
@@ -67,20 +68,25 @@ def verify(directory: Path) -> int:
     """Compare the files of a checkpoint with its digests.
 
     Returns:
-        How many files agree.
+        The number of files, all of which have their digest.
 
     Raises:
-        UserError: there are no digests, or names the file that is missing or has changed.
+        UserError: there are no digests, or a file is missing, changed or not listed; the message
+            names the file.
     """
     check_entries(directory)
     sums = directory / SUMS_FILE
     if not sums.is_file():
-        raise UserError(f"{directory}: has no {SUMS_FILE}, so nothing tells whether it is intact")
+        raise UserError(
+            f"{directory}: has no {SUMS_FILE}, so it cannot be verified; copy the whole checkpoint"
+        )
     entries = [line.partition("  ") for line in sums.read_text(errors="replace").splitlines()]
     present = set(_names(directory))
     for digest, _, name in entries:
         if name not in present:
-            raise UserError(f"{sums}: {name or 'a line'} names no file of the directory")
+            raise UserError(
+                f"{sums}: {name or 'a line'} names no file of the directory; copy it again"
+            )
         if file_sha256(directory / name) != digest:
             raise UserError(
                 f"{directory / name}: does not have the digest of {SUMS_FILE}; it is damaged or "
@@ -89,5 +95,5 @@ def verify(directory: Path) -> int:
     listed = {name for _, _, name in entries}
     for name in sorted(present - listed):
         if "/" not in name and name.endswith((".safetensors", ".json")):
-            raise UserError(f"{directory / name}: is not listed in {SUMS_FILE}")
+            raise UserError(f"{directory / name}: is not listed in {SUMS_FILE}; remove the file")
     return len(entries)

@@ -1,6 +1,6 @@
-"""Versions 1 and 2 of the format, which this svdserve reads and no longer writes.
+"""Versions 1 and 2 of the format, which svdserve still reads but no longer writes.
 
-They knew one architecture: q, k, v; o; gate, up; down. Version 2 added int8.
+They support one kind of block, with the groups of ``GROUPS``. Version 2 added int8.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
-"""Members of the modules that had several; a module of any other name had itself."""
+"""Members of each stacked module; a module of another name is its own only member."""
 _ROLES: dict[str, Role] = {
     "qkv_proj": "attention_in",
     "o_proj": "attention_out",
@@ -49,17 +49,17 @@ class _Block(BaseModel):
 
 
 def role_of(name: str) -> Role:
-    """The role of a linear or module of these versions, by the last part of its name."""
+    """The role of a linear or module of version 1 or 2, from the last part of its name."""
     last = name.rpartition(".")[2]
     group = next((group for group, members in GROUPS.items() if last in (group, *members)), last)
     return _ROLES.get(group, "other")
 
 
 def upgraded(block: dict[str, Any]) -> dict[str, Any]:
-    """A block of version 1 or 2 as one of version 3.
+    """Convert a ``quantization_config`` block of version 1 or 2 to version 3.
 
     Raises:
-        ValueError: it is malformed; pydantic's ValidationError is one.
+        ValueError: the block is malformed (pydantic's ValidationError is a ValueError).
     """
     old = _Block.model_validate(block)
     int8 = [name for name, module in old.modules.items() if module.weights == "int8"]

@@ -1,4 +1,4 @@
-"""The log of a checkpoint, ``svdserve_log.jsonl``: one JSON object for each event of its making."""
+"""The log of a checkpoint, ``svdserve_log.jsonl``: one JSON object a line for each event."""
 
 import json
 import time
@@ -12,15 +12,15 @@ LOG_FILE = "svdserve_log.jsonl"
 
 
 def log_event(path: Path, kind: str, **fields: Any) -> None:
-    """Append one line to a log."""
+    """Append one event to a log, with the time in seconds since 1970."""
     with path.open("a") as log:
         log.write(json.dumps({"event": kind, "time": round(time.time(), 3), **fields}) + "\n")
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a log, from wherever it came; lines that are cut off or foreign are left out.
+    """The events of a log, which may be untrusted.
 
-    So is what comes after more bytes than any real log has.
+    Lines that are not JSON objects, and all lines beyond the first 100 MB, are ignored.
     """
     if not path.exists():
         return

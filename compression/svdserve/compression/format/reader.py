@@ -1,8 +1,8 @@
 """Reading and checking an svdserve checkpoint (FORMAT.md).
 
 A checkpoint is a Hugging Face directory whose config.json carries a ``quantization_config`` block
-(schema.py) and whose safetensors hold the tensors of every module, ``<module>.<suffix>``, as its
-layout and its codec name them. Everything else keeps its original name.
+(schema.py). Its safetensors hold the tensors of every module under names ``<module>.<suffix>``; the
+layout and the codec of the module define the suffixes. All other tensors keep their names.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 
 WEIGHT = "weight"
-"""Suffix of a linear's weight, and of its tensors where a codec encodes it."""
+"""Suffix of a linear's weight; a codec adds its own suffixes to it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked svdserve directory: its configuration and the headers of its tensors."""
+    """A validated checkpoint: its configuration and the headers of its tensors."""
 
     directory: Path
     config: CheckpointConfig
@@ -50,7 +50,7 @@ class Checkpoint:
         )
 
     def weight(self, linear: str, dtype: torch.dtype) -> Tensor:
-        """The weight [m, n] of a linear that is stored whole."""
+        """The weight [m, n] of a linear that is not factored, in ``dtype``."""
         spec = self.config.linears.get(linear, LinearSpec())
         names = [f"{linear}.{suffix}" for suffix in linear_tensors(spec)]
         return decoded(get_codec(spec.codec), f"{linear}.{WEIGHT}", self.files.load(names), dtype)
@@ -62,18 +62,19 @@ class Checkpoint:
         rows: slice = slice(None),
         columns: slice = slice(None),
     ) -> Tensor:
-        """A block of one tensor of a module or of a linear, its values checked.
+        """Rows and columns of one tensor of a module or of a linear, with checked values.
 
         Raises:
-            UserError: a value is not finite, or none that the codec writes.
+            UserError: a value is not finite, or the codec never writes such a value.
         """
         tensor = self.files.block(f"{module}.{suffix}", rows, columns)
         if not tensor.is_floating_point() or not tensor.numel():
             return tensor
         where = f"{self.directory}: module {module}: {suffix}"
-        low, high = tensor.aminmax()  # both are NaN if one value is; several times cheaper
+        # Several times cheaper than isfinite().all(); both are NaN if any value is.
+        low, high = tensor.aminmax()
         if not bool(low.isfinite() & high.isfinite()):
-            raise UserError(f"{where} is not finite")
+            raise UserError(f"{where} is not finite; copy or compress the checkpoint again")
         spec = self.config.modules.get(module) or self.config.linears.get(module)
         if spec is not None and (own := _encoded_suffixes(spec).get(suffix)) is not None:
             try:
@@ -83,11 +84,11 @@ class Checkpoint:
         return tensor
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes by kind: ``lowrank`` factors, ``dense`` rest, ``dense_equivalent`` of the whole.
+        """Bytes of the factors (``lowrank``), of the rest (``dense``) and of the dense model.
 
-        What a codec adds to a matrix, such as scales, counts as bytes of the matrix. The dense
-        equivalent is what the log says of the dense files. Without a log it counts each factored
-        weight in the dtype of its factors, and what is encoded in the dtype of the model.
+        Tensors that a codec adds to a matrix, such as scales, count as bytes of the matrix. The
+        size of the dense model, ``dense_equivalent``, comes from the log. Without a log, a factored
+        weight counts in the dtype of its factors, and an encoded one in the dtype of the model.
         """
         rows = [self.bytes_of(name) for name in self.config.modules]
         lowrank = sum(stored for stored, _ in rows)
@@ -99,7 +100,7 @@ class Checkpoint:
         return {"lowrank": lowrank, "dense": dense, "dense_equivalent": equivalent}
 
     def bytes_of(self, name: str) -> tuple[int, int]:
-        """Bytes of a module, or of a linear that is stored whole: stored, and were it dense."""
+        """Bytes of a module or of an unfactored linear: as stored, and in the dense model."""
         module = self.config.modules.get(name)
         spec = module or self.config.linears.get(name, LinearSpec())
         suffixes = list(module.tensors() if module else linear_tensors(spec))
@@ -115,7 +116,7 @@ class Checkpoint:
 
     @cached_property
     def _dense_bytes(self) -> dict[str, int]:
-        """Bytes of the dense model's linears by name, and of all its tensors under ''."""
+        """From the log: bytes of the dense model's linears by name, and of all tensors under ''."""
         found: dict[str, int] = {}
         for event in read_log(self.directory / LOG_FILE):
             linears = event.get("linears")
@@ -126,30 +127,35 @@ class Checkpoint:
 
     @cached_property
     def model_dtype(self) -> torch.dtype:
-        """The floating dtype that config.json names; float32, as in transformers, if none."""
+        """The dtype that config.json names; float32, transformers' default, if it names none."""
         config = read_json(self.directory / "config.json")
         known = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
         return known.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether config.json selects svdserve; says nothing about validity."""
+    """Whether config.json names svdserve as its quantization method; checks nothing else."""
     path = directory / "config.json"
     block = read_json(path).get("quantization_config") if path.exists() else None
     return isinstance(block, dict) and block.get("quant_method") == "svdserve"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Check config.json and every safetensors header; reads the indices, no other data.
+    """Open a checkpoint and check its config.json, safetensors headers and indices.
+
+    The values of the matrices are not read; ``check_finite`` checks them.
 
     Raises:
-        UserError: names the module and tensor that is missing, surplus, or of a wrong shape, dtype
-            or value. Call ``check_finite`` for the values of matrices.
+        UserError: config.json is malformed, or a tensor is missing, surplus, or of a wrong shape,
+            dtype or value; the message names the module and the tensor.
     """
     whole = read_json(directory / "config.json")
     block = whole.get("quantization_config")
     if not isinstance(block, dict):
-        raise UserError(f"{directory}/config.json: no quantization_config; not a svdserve model")
+        raise UserError(
+            f"{directory}/config.json: has no quantization_config, so this is no svdserve "
+            "checkpoint; compress the model with `svdserve compress` first"
+        )
     config = parse_config(block, f"{directory}/config.json")
     files = TensorFiles(directory)
     _check_no_others(files)
@@ -168,12 +174,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def linear_tensors(spec: LinearSpec) -> list[str]:
-    """Suffixes of the tensors of a linear that is stored whole, its bias left out."""
+    """Suffixes of the tensors of an unfactored linear's weight."""
     return [f"{WEIGHT}{suffix}" for suffix in get_codec(spec.codec).shapes((0, 0))]
 
 
 def _encoded_suffixes(spec: LinearSpec) -> dict[str, str]:
-    """The codec's own suffix of every tensor that it writes for a module or a linear."""
+    """The codec's part of each suffix of the encoded matrices of a module or a linear."""
     codec = get_codec(spec.codec)
     layout = get_layout(spec.layout) if isinstance(spec, ModuleSpec) else None
     matrices = (WEIGHT,) if layout is None else layout.matrices
@@ -181,7 +187,7 @@ def _encoded_suffixes(spec: LinearSpec) -> dict[str, str]:
 
 
 def _known_suffixes() -> set[str]:
-    """Last parts of names that only svdserve gives to tensors."""
+    """Suffixes that occur only in tensor names that svdserve writes."""
     found = {name for layout in LAYOUTS.values() for name in layout.indices}
     matrices = {name for layout in LAYOUTS.values() for name in layout.matrices} | {WEIGHT}
     for codec in CODECS.values():
@@ -190,10 +196,15 @@ def _known_suffixes() -> set[str]:
 
 
 def _check_no_others(files: TensorFiles) -> None:
-    """vLLM reads every safetensors file where there is no index, transformers the single one."""
+    """Refuse safetensors files that do not belong to the checkpoint.
+
+    Without an index, vLLM reads every safetensors file, but transformers only model.safetensors.
+    """
     directory, known = files.directory, set(files.paths)
     if not (directory / INDEX_FILE).exists() and known != {directory / SINGLE_FILE}:
-        raise UserError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise UserError(
+            f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; copy the whole checkpoint"
+        )
     for file in sorted(directory.glob("*.safetensors")):
         if file not in known:
             raise UserError(f"{file}: does not belong to the checkpoint; remove it")
@@ -221,7 +232,7 @@ def _check_module(files: TensorFiles, name: str, spec: ModuleSpec) -> set[str]:
 
 
 def _check_linear(files: TensorFiles, name: str, spec: LinearSpec) -> set[str]:
-    """A linear that is stored whole, with the shape that its own weight has."""
+    """Check the tensors of an unfactored linear; its weight's header defines the shape."""
     codec, weight = get_codec(spec.codec), f"{name}.{WEIGHT}"
     where = f"{files.directory}: {spec.codec} linear {name}"
     if weight not in files:
@@ -254,12 +265,12 @@ def _check_tensor(
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Refuse matrices with NaN or infinite numbers, or that no codec has written.
+    """Refuse matrices with NaN or infinite values, or with values that their codec never writes.
 
-    One tensor is in memory at a time.
+    Reads one tensor at a time.
 
     Raises:
-        UserError: names the first module with such a value.
+        UserError: a matrix has such a value; the message names the first module.
     """
     config = checkpoint.config
     tensors = [(name, suffix) for name, spec in config.modules.items() for suffix in spec.tensors()]

@@ -33,10 +33,10 @@ MemberName = Annotated[
 
 
 class LinearSpec(BaseModel):
-    """A linear of a group that is stored whole.
+    """A linear of a group that is not factored.
 
     Attributes:
-        role: what its group is in the block.
+        role: the role of its group in the block.
         codec: how its weight is encoded.
     """
 
@@ -55,10 +55,11 @@ class ModuleSpec(LinearSpec):
     """One factored module: a single linear, or the stacked linears of a group.
 
     Attributes:
-        members: the linears that it stands for, in stacking order, below the module's parent.
+        members: names of the linears that it replaces, in stacking order, relative to the module's
+            parent.
         layout: how the weight of rank ``rank`` is stored; ``codec`` encodes its matrices.
-        in_features: n.
-        out_features: rows of each member; they add up to m.
+        in_features: input channels n.
+        out_features: output channels of each member; their sum is m.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -89,11 +90,11 @@ class ModuleSpec(LinearSpec):
         return sum(self.out_features)
 
     def layout_and_codec(self) -> tuple[Layout, Codec]:
-        """The objects that the names stand for."""
+        """The layout and the codec of this module."""
         return get_layout(self.layout), get_codec(self.codec)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of this module, by its suffix."""
+        """Shape of each tensor of this module, by suffix."""
         layout, codec = self.layout_and_codec()
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in layout.shapes(self.stacked, self.in_features, self.rank).items():
@@ -115,8 +116,8 @@ class CheckpointConfig(BaseModel):
 
     Attributes:
         modules: the factored modules by their full names.
-        linears: the linears of the model's groups that are stored whole, by their full names. A
-            linear that is missing here and in ``modules`` is stored as in the dense model.
+        linears: the linears of the model's groups that are not factored, by their full names. A
+            linear that is in neither ``linears`` nor ``modules`` is stored as in the dense model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -134,7 +135,9 @@ class CheckpointConfig(BaseModel):
         owner: dict[str, str] = {}
         for name, spec in self.modules.items():
             if len(spec.members) == 1 and linears_of(name, spec) != [name]:
-                raise ValueError(f"{name}: its one member is {spec.members[0]}; it must be itself")
+                raise ValueError(
+                    f"{name}: its one member is {spec.members[0]}; it must have the same name"
+                )
             for linear in linears_of(name, spec):
                 if linear in owner:
                     raise ValueError(f"{linear} is factored by {owner[linear]} and by {name}")
@@ -146,12 +149,12 @@ class CheckpointConfig(BaseModel):
 
     @property
     def owners(self) -> dict[str, str]:
-        """Factored module of each factored linear, by the linear's full name."""
+        """Name of the factored module that replaces each factored linear, by the linear's name."""
         return {li: name for name, spec in self.modules.items() for li in linears_of(name, spec)}
 
     @property
     def encoded_linears(self) -> dict[str, LinearSpec]:
-        """The linears whose weights are stored whole and not as plain floating-point numbers."""
+        """The unfactored linears whose codec is not a plain floating-point one."""
         return {
             name: spec for name, spec in self.linears.items() if not get_codec(spec.codec).plain
         }
@@ -168,16 +171,17 @@ def parameters_of(modules: Mapping[str, ModuleSpec]) -> tuple[int, int]:
 
 
 def linears_of(module: str, spec: ModuleSpec) -> list[str]:
-    """Full names of the linears that ``module`` stands for, in stacking order."""
+    """Full names of the linears that ``module`` replaces, in stacking order."""
     parent = module.rpartition(".")[0]
     return [f"{parent}.{member}" if parent else member for member in spec.members]
 
 
 def parse_config(block: dict[str, Any], source: str = "config.json") -> CheckpointConfig:
-    """Check a ``quantization_config`` block of any version; it becomes one of version 3.
+    """Validate a ``quantization_config`` block of any version and convert it to version 3.
 
     Raises:
-        UserError: it is no svdserve block, of an unknown version, or malformed; names the module.
+        UserError: the block is not of svdserve, of an unknown version, or malformed; the message
+            names the module.
     """
     version = block.get("format_version")
     if block.get("quant_method") != QUANT_METHOD:

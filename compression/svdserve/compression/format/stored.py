@@ -1,4 +1,4 @@
-"""The tensors that store one module, with the layout and the codec that say what they mean."""
+"""The tensors that store one module, with the layout and the codec that decode them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class StoredFactors:
     """A weight [m, n] of rank r as it is stored.
 
     Attributes:
-        layout, codec: what the tensors mean.
-        tensors: by suffix, as ``ModuleSpec.tensors`` names them.
+        layout, codec: decode the tensors.
+        tensors: the tensors by suffix, as ``ModuleSpec.tensors`` names them.
     """
 
     layout: Layout
@@ -25,14 +25,14 @@ class StoredFactors:
     tensors: Mapping[str, Tensor]
 
     def decoded(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Matrices in a floating-point ``dtype``, and indices, by suffix."""
+        """The matrices in a floating-point ``dtype`` and the indices, by suffix."""
         found = {
             name: decoded(self.codec, name, self.tensors, dtype) for name in self.layout.matrices
         }
         return found | {name: self.tensors[name] for name in self.layout.indices}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [m, n] that the factors stand for, multiplied out in ``dtype``."""
+        """The weight [m, n], the product of the factors, computed in ``dtype``."""
         return self.layout.dense(self.decoded(dtype))
 
     @property
@@ -41,12 +41,12 @@ class StoredFactors:
 
 
 def store(factors: Factors, layout: Layout, codec: Codec, dtype: torch.dtype) -> StoredFactors:
-    """Float64 factors as they are stored, of a model in ``dtype``.
+    """Encode float64 factors for a model in ``dtype``.
 
-    Where that is not finite, the matrices are balanced first.
+    If a value overflows, the matrices are balanced and encoded again.
 
     Raises:
-        FloatingPointError: not even then is every number finite.
+        FloatingPointError: a value overflows even after balancing.
     """
     matrices = layout.encode(factors)
     for given in (matrices, layout.balanced(matrices)):
@@ -60,5 +60,5 @@ def store(factors: Factors, layout: Layout, codec: Codec, dtype: torch.dtype) ->
             return found
     kind = str(dtype).removeprefix("torch.")
     raise FloatingPointError(
-        f"its factors are beyond {torch.finfo(dtype).max:.3g}, all that {kind} can hold"
+        f"its factors exceed {torch.finfo(dtype).max:.3g}, the largest value of {kind}"
     )

@@ -43,12 +43,12 @@ _DIMENSIONS = (
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _COUNTS = ("num_attention_heads", "num_key_value_heads", *_EXPERTS)
 _MAX_EXPERTS = 1 << 16
-_MAX_POSITIONS = 1 << 24  # of the rotary embedding's table; no tensor tells
+_MAX_POSITIONS = 1 << 24  # bounds the rotary embedding's table, which no tensor's shape does
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor."""
+    """File, shape and dtype of one tensor, from the safetensors header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -63,15 +63,15 @@ class TensorInfo:
 
 
 class TensorFiles:
-    """The tensors of a model directory, by name; headers are read at once, data on demand.
+    """The tensors of a model directory by name; the constructor reads headers only.
 
     Attributes:
-        info: what the headers say of each tensor.
-        bytes_read: of tensors and blocks that were asked for so far.
+        info: file, shape and dtype of each tensor.
+        bytes_read: bytes of all tensors and blocks loaded so far.
 
     Raises:
-        UserError: no safetensors, a broken header, a tensor that is stored twice, an index that
-            disagrees with the files, or an entry that leads out of the directory.
+        UserError: there are no safetensors, a header is broken, a tensor is stored twice, the index
+            disagrees with the files, or an entry leads out of the directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,23 +83,32 @@ class TensorFiles:
         weight_map = _weight_map(directory)
         for file in _files(directory, weight_map):
             try:
-                file.open("rb").close()  # safetensors calls a file missing that it may not read
+                file.open("rb").close()  # safetensors reports an unreadable file as missing
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (no mapping)
                         piece = handle.get_slice(name)
                         dtype = _DTYPES.get(piece.get_dtype())
                         if dtype is None:
-                            raise UserError(f"{file}: {name} has dtype {piece.get_dtype()}")
+                            raise UserError(
+                                f"{file}: {name} has dtype {piece.get_dtype()}; allowed: "
+                                f"{', '.join(_DTYPES)}"
+                            )
                         if name in self.info:
                             other = self.info[name].file.name
-                            raise UserError(f"{file}: {name} is stored in {other} as well")
+                            raise UserError(
+                                f"{file}: {name} is stored in {other} as well; copy the model again"
+                            )
                         self.info[name] = TensorInfo(file, tuple(piece.get_shape()), dtype)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+                raise UserError(
+                    f"{file}: not a readable safetensors file ({error}); copy it again"
+                ) from None
         if weight_map is not None:
             for name, target in weight_map.items():
                 if name not in self.info or self.info[name].file.name != target:
-                    raise UserError(f"{directory / INDEX_FILE}: {name} is not in {target}")
+                    raise UserError(
+                        f"{directory / INDEX_FILE}: {name} is not in {target}; copy the model again"
+                    )
 
     def __contains__(self, name: object) -> bool:
         return name in self.info
@@ -116,11 +125,11 @@ class TensorFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of config.json and the tensors, as integrity.py takes it: which model this is."""
+        """``integrity.fingerprint`` of config.json and the tensors, which identifies the model."""
         return fingerprint([self.directory / "config.json", *self.paths])
 
     def load(self, names: list[str], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """The named tensors, each file opened once."""
+        """The named tensors; each file is opened once."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.info[name].file, []).append(name)
@@ -133,9 +142,9 @@ class TensorFiles:
         return tensors
 
     def block(self, name: str, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Rows of one tensor, and of a matrix the given columns; nothing else of it is read."""
+        """The given rows, and for a matrix columns, of one tensor; reads nothing else."""
         index = (rows, columns) if len(self.info[name].shape) > 1 else rows
-        # Not where a caller makes its tensors: transformers loads inside the meta device.
+        # transformers calls this while its default device is meta.
         with safe_open(self.info[name].file, framework="pt") as handle, torch.device("cpu"):
             block = handle.get_slice(name.removeprefix(self._prefix))[index]
         assert isinstance(block, Tensor)
@@ -165,17 +174,17 @@ def _files(directory: Path, weight_map: dict[str, str] | None) -> list[Path]:
     present = {file.name for file in directory.iterdir() if file.is_file()}
     for name in weight_map.values():
         if name not in present:
-            raise UserError(f"{directory / INDEX_FILE}: {name} is missing")
+            raise UserError(f"{directory / INDEX_FILE}: {name} is missing; copy the model again")
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
 def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
-    """Refuse a config.json of a model that is larger than what the files hold.
+    """Refuse a config.json that describes a larger model than the files hold.
 
-    transformers and vLLM build the model that config.json describes before they look at weights.
+    transformers and vLLM allocate the model that config.json describes before they read weights.
 
     Raises:
-        UserError: names the field, and the largest value that the tensors allow.
+        UserError: a field is too large; the message names it and the largest allowed value.
     """
     tensors = len(files.info)
     largest = max((size for info in files.info.values() for size in info.shape), default=0)
@@ -185,7 +194,7 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
     for part in (config, text) if isinstance(text, dict) else (config,):
         values = {key: part.get(key) for key in limits}
         if not any("expert" in name for name in files.info):
-            # Configurations of dense models have a number of experts that nobody reads.
+            # A dense model's configuration may have a number of experts, which nothing uses.
             limits |= dict.fromkeys(_EXPERTS, max(tensors, largest, _MAX_EXPERTS))
         heads, width = values["num_attention_heads"], values["head_dim"]
         if isinstance(heads, int) and isinstance(width, int):
@@ -193,18 +202,19 @@ def check_sizes(files: TensorFiles, config: dict[str, Any]) -> None:
         for key, value in values.items():
             if isinstance(value, int | float) and not 0 <= value <= limits[key]:
                 raise UserError(
-                    f"{files.directory}/config.json: {key} makes {value}, and its tensors allow "
+                    f"{files.directory}/config.json: {key} makes {value}, but its tensors allow "
                     f"at most {limits[key]}; config.json does not belong to these weights"
                 )
 
 
 def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> None:
-    """Refuse a dense model with NaN or infinite weights; one tensor is in memory at a time.
+    """Refuse a dense model with NaN or infinite weights; reads one tensor at a time.
 
-    ``notify`` gets the bytes that are read.
+    Args:
+        notify: called with the bytes read so far.
 
     Raises:
-        UserError: names the first such tensor.
+        UserError: a weight is NaN or infinite; the message names the first such tensor.
     """
     done = 0
     for name, info in files.info.items():
@@ -220,6 +230,6 @@ def check_finite_tensors(files: TensorFiles, notify: Callable[[int], None]) -> N
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors so that ``path`` is either whole or not there."""
+    """Write a safetensors file in one step."""
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

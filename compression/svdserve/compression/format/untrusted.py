@@ -1,9 +1,8 @@
-"""Model directories come from strangers: what may be opened there, and how much is read as text.
+"""Checks of model directories from untrusted sources.
 
 Three things are refused before a byte of them is read: an entry that is neither a file nor a
-folder (a pipe blocks its reader for ever), a link that leads out of the directory, and JSON that is
-larger than any real one. A snapshot of the Hub's cache links to the blobs beside it; those count as
-inside.
+folder (a pipe blocks its reader forever), a link that leads out of the directory, and a JSON file
+above 100 MB. A snapshot in the Hub's cache links to the blobs beside it, which are allowed.
 """
 
 import json
@@ -23,27 +22,28 @@ _MAX_ENTRIES = 100_000
 
 
 def check_entries(directory: Path) -> None:
-    """Check every entry of a model directory, folders in it included.
+    """Check every entry of a model directory and of its folders.
 
     Raises:
-        UserError: names the entry that leads out of the directory or is no file.
+        UserError: an entry leads out of the directory or is neither a file nor a folder, or there
+            are more than 100,000 entries.
     """
     seen = 0
     for folder, folders, files in os.walk(directory):
-        # Nobody reads hidden folders, such as .git and the downloader's .cache.
+        # svdserve reads no hidden folders, such as .git and the downloader's .cache.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *files):
             check_entry(Path(folder, name), directory)
             seen += 1
             if seen > _MAX_ENTRIES:
                 raise UserError(
-                    f"{directory}: more than {_MAX_ENTRIES:,} entries; give a directory that "
+                    f"{directory}: has more than {_MAX_ENTRIES:,} entries; give a directory that "
                     "holds one model and nothing else"
                 )
 
 
 def check_entry(path: Path, directory: Path) -> None:
-    """Raise UserError unless ``path`` is a file or folder that lies in ``directory``."""
+    """Raise UserError unless ``path`` is a file or folder inside ``directory``."""
     try:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
@@ -52,7 +52,7 @@ def check_entry(path: Path, directory: Path) -> None:
             if not inside and not links_allowed():
                 raise UserError(
                     f"{path}: is a link out of its directory; put the file itself there, or add "
-                    "--allow-links if you trust where it leads"
+                    "--allow-links if you trust its target"
                 )
             mode = target.stat().st_mode
     except (OSError, ValueError, RuntimeError) as error:
@@ -64,12 +64,12 @@ def check_entry(path: Path, directory: Path) -> None:
 
 
 def _roots(directory: Path) -> list[Path]:
-    """Where links of ``directory`` may lead: into itself and, in the Hub's cache, to its blobs."""
+    """Folders that links may lead to: ``directory`` and, in the Hub's cache, its blobs."""
     real = directory.resolve()
     if real.parent.name != "snapshots":
         return [real]
     blobs = real.parent.parent / "blobs"
-    # Resolved in the user's own cache only: a stranger's "blobs" may be a link to anywhere.
+    # Only in the user's own cache may "blobs" be a link; elsewhere it could lead anywhere.
     own = real.is_relative_to(Path(HF_HUB_CACHE).resolve())
     return [real, blobs.resolve() if own else blobs]
 
@@ -78,7 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: it is missing, too large, no JSON or no object, or a link out of its directory.
+        UserError: the file is missing, too large, not a JSON object, or a link out of its
+            directory.
     """
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file; give a Hugging Face model directory")
@@ -94,8 +95,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({reason(error)}); give a model directory that you may read"
         ) from None
-    except (ValueError, RecursionError) as error:  # numbers may be too long, lists too deep
-        raise UserError(f"{path}: not JSON ({error}); copy it again") from None
+    except (ValueError, RecursionError) as error:  # also for long numbers and deep nesting
+        raise UserError(f"{path}: is not JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object; copy it again")
     return value

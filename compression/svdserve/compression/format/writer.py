@@ -1,4 +1,4 @@
-"""Writing a checkpoint's safetensors from the files of its parts."""
+"""Merging safetensors files, one for each block and so on, into a checkpoint's shards."""
 
 import json
 import os
@@ -13,10 +13,10 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def merge_shards(parts: list[Path], target: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Concatenate safetensors files into ``target``, in order and without loading a tensor.
+    """Concatenate safetensors files into the folder ``target``, without loading a tensor.
 
-    Writes one model.safetensors, or shards of at most ``max_bytes`` and an index. A part is never
-    split, so a single part above the limit makes a shard of its own size.
+    Writes one model.safetensors, or shards of at most ``max_bytes`` and an index. A file of
+    ``parts`` is never split: one that is larger than ``max_bytes`` becomes a shard of its own.
     """
     headers = [_read_header(part) for part in parts]
     shards: list[list[int]] = [[]]
@@ -60,7 +60,7 @@ def merge_shards(parts: list[Path], target: Path, max_bytes: int = MAX_SHARD_BYT
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Tensor entries, offset of the data and its length."""
+    """Tensor entries of a safetensors file, and offset and length of its data in bytes."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

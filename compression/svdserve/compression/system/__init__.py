@@ -1,1 +1,1 @@
-"""What everything stands on: errors, the machine, memory, files, permissions."""
+"""Tools that every other folder uses: errors, files, memory, precision, registries, permissions."""

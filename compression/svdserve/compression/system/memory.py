@@ -1,4 +1,4 @@
-"""Memory of this process: what it has used, and giving back what it does not use."""
+"""Memory of this process: its peak, and ways to keep the peak low."""
 
 import ctypes
 import os
@@ -12,8 +12,8 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 def peak_bytes() -> int:
     """Peak resident memory of this process so far.
 
-    Linux counts it anew for every program; the portable ru_maxrss, in KiB, would also count the
-    process that started this one, up to that moment.
+    Linux resets VmHWM when a program starts. The portable ru_maxrss also covers the memory that the
+    parent process had when it started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -29,17 +29,17 @@ def peak_bytes() -> int:
 def release() -> None:
     """Return freed heap pages to the system.
 
-    The allocator keeps the many tensors of a few megabytes that each block leaves behind, in
-    fragments that the next block cannot always use; without this the peak grows with the depth.
+    Each block frees many tensors of a few megabytes, and the allocator keeps them in fragments that
+    the next block cannot always reuse. Without this call the peak grows with the number of blocks.
     """
     if _TRIM is not None:
         _TRIM(0)
 
 
 def bound_kernel_cache() -> None:
-    """Keep compiled kernels of few shapes; effective before the first product of the process.
+    """Limit oneDNN's cache of compiled kernels; call it before the first matrix product.
 
-    oneDNN keeps those of 1,024, and every rank is a shape of its own: without this the peak grows
-    with the depth.
+    By default oneDNN caches kernels for 1,024 shapes, and every rank r is a new shape. Without the
+    limit the peak grows with the number of blocks.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")

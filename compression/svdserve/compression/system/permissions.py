@@ -1,7 +1,7 @@
-"""What the user has allowed beyond the strict defaults.
+"""Permissions that the user has granted beyond the strict defaults.
 
-Environment variables, so that the processes below a command (vLLM's workers) are told too. The
-command line sets them by ``--trust-remote-code`` and ``--allow-links``.
+They are environment variables, so that child processes such as vLLM's workers inherit them. The
+command line sets them with ``--trust-remote-code`` and ``--allow-links``.
 """
 
 import os
@@ -17,13 +17,13 @@ def allow(variable: str) -> None:
 
 
 def links_allowed() -> bool:
-    """Whether links may lead out of a model directory."""
+    """Whether links in a model directory may point outside it."""
     return os.environ.get(LINKS) == "1"
 
 
 def remote_code() -> dict[str, Any]:
-    """The argument of transformers' ``from_pretrained`` functions: True, or False.
+    """``trust_remote_code`` for transformers' ``from_pretrained``, always set explicitly.
 
-    Where it is left out transformers asks on the terminal.
+    If the argument is missing, transformers asks on the terminal.
     """
     return {"trust_remote_code": os.environ.get(REMOTE_CODE) == "1"}

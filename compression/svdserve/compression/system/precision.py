@@ -1,4 +1,4 @@
-"""In which precision matrix products are taken, while a caller asks for it."""
+"""Context managers that set the precision of matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16")
 
 @contextmanager
 def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While inside: how products of float32 matrices are taken; sums are float32 in any case.
+    """Set the precision of products of float32 matrices inside the block; sums stay float32.
 
-    ``bfloat16`` rounds the factors of a product to bfloat16 on a CPU, and to TensorFloat-32 on a
-    GPU, where the processor has units for it.
+    ``bfloat16`` rounds both operands to bfloat16 on a CPU and to TensorFloat-32 on a GPU, if the
+    processor has units for that. ``float32`` rounds nothing.
     """
     before = torch.get_float32_matmul_precision()
     reduced = "high" if device.type == "cuda" else "medium"
@@ -28,11 +28,12 @@ def float32_products(precision: Precision, device: torch.device) -> Iterator[Non
 
 @contextmanager
 def forward_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """While inside, no gradients, and a block's forward pass in ``precision``.
+    """Run a forward pass in ``precision`` inside the block, without gradients.
 
-    On a CPU that multiplies bfloat16, ``bfloat16`` is torch's autocast: linears and attention read
-    and write bfloat16, norms and the residual stream stay float32. Elsewhere it is what
-    ``float32_products`` makes of it. No place for sums over tokens, which autocast would round.
+    On a CPU with bfloat16 units, ``bfloat16`` turns on torch's autocast: linears and attention read
+    and write bfloat16, while norms and the residual stream stay float32. On other devices products
+    keep the precision that ``float32_products`` has set. Sums over tokens must stay outside the
+    block, because autocast would round them.
     """
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     cast = precision == "bfloat16" and any(units.get(unit, False) for unit in _BFLOAT16_UNITS)

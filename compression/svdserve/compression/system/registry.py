@@ -1,4 +1,4 @@
-"""Named parts of svdserve that other packages may add to, through Python's entry points."""
+"""Registries of methods, layouts and so on, which other packages extend through entry points."""
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
@@ -10,17 +10,17 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
-    """The known parts of one kind, by name: those of svdserve, and those of installed packages.
+    """All entries of one kind by name, from svdserve and from installed packages.
 
-    A package adds a part by an entry point of ``group`` whose name is the part's. The entry point
-    leads to the part itself, or to a function whose decorator adds it when its module is imported.
-    They are loaded when a name is looked for that svdserve itself does not have, or when all names
-    are listed.
+    A package adds an entry by an entry point of ``group`` with the entry's name. The entry point
+    refers to the entry itself, or to a function whose decorator adds the entry when its module is
+    imported. Entry points are loaded when a name is requested that svdserve itself does not have,
+    or when all names are listed.
 
     Args:
-        kind: what messages call a part, such as ``method``.
-        group: of the entry points, such as ``svdserve.methods``.
-        part: what a part is an instance of.
+        kind: the word for an entry in messages, such as ``method``.
+        group: the group of the entry points, such as ``svdserve.methods``.
+        part: the class of the entries.
     """
 
     def __init__(self, kind: str, group: str, part: type[Entry]) -> None:
@@ -32,17 +32,17 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """Make ``entry`` known as ``name``.
 
         Raises:
-            ValueError: another part has this name.
+            ValueError: another entry has this name.
         """
         if self._known.get(name, entry) is not entry:
             raise ValueError(f"two entries of {self._group} are called {name!r}")
         self._known[name] = entry
 
     def get_known(self, name: str) -> Entry:
-        """The part of this name.
+        """The entry of this name.
 
         Raises:
-            UserError: there is none; lists those that there are.
+            UserError: no entry has this name; the message lists all names.
         """
         if name not in self._known:
             self._load()
@@ -66,7 +66,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(self._known)
 
     def _load(self) -> None:
-        """Import what installed packages add; once in a process."""
+        """Import the entries that installed packages add, once in a process."""
         if self._loaded:
             return
         self._loaded = True

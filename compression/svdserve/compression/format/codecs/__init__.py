@@ -1,6 +1,7 @@
-"""Codecs: how one matrix of a module is encoded in tensors, one file each.
+"""Codecs define how a matrix of a module is encoded in tensors; each has its own file.
 
-``CODECS`` has them by name. An installed package adds one by the entry point ``svdserve.codecs``.
+``CODECS`` holds them by name. An installed package adds a codec by an entry point of the group
+``svdserve.codecs``.
 """
 
 from svdserve.compression.format.codecs.base import Codec, Storage
@@ -18,7 +19,7 @@ def get_codec(name: str) -> Codec:
     """The codec of that name.
 
     Raises:
-        UserError: there is none; lists those that there are.
+        UserError: no codec has this name; the message lists all names.
     """
     return CODECS.get_known(name)
 

@@ -1,8 +1,8 @@
-"""What a codec is: a matrix [m, n] to the tensors that store it, and back.
+"""Codecs: how a matrix [m, n] becomes the tensors that store it, and back.
 
-A tensor's name is that of its matrix with a suffix: ``""`` for the values themselves, ``_scale``
-for scales. Everything that reads or writes matrices asks the codec for suffixes, shapes, dtypes and
-values, and never looks at a dtype to guess the codec.
+A tensor's name is the name of its matrix plus a suffix: ``""`` for the values, ``_scale`` for the
+scales. Code that reads or writes matrices asks the codec for suffixes, shapes, dtypes and values,
+and never guesses the codec from a dtype.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +20,14 @@ class Codec(ABC):
     """One way to encode a matrix.
 
     Attributes:
-        name: in recipes and checkpoints.
+        name: the name in recipes and checkpoints.
         plain: whether a matrix is one floating-point tensor under its own name, as torch and vLLM
-            keep dense weights. Such a matrix can be trained where it lies.
-        product: which product a server multiplies encoded matrices with. ``float`` decodes them
-            when they are loaded; another name is that of a product in server/plugin/products.py.
-        axes: for each suffix, which axes of the matrix its tensor has: 0 for rows, 1 for columns.
-            By them a TP rank reads its part of a matrix only. None where a matrix cannot be cut
-            before it is decoded.
+            keep dense weights. Such a matrix can be trained in place.
+        product: the server's matrix product for encoded matrices. ``float`` decodes them when they
+            are loaded; other names refer to the products in server/plugin/products.py.
+        axes: the axes of the matrix that each suffix's tensor has: 0 for rows, 1 for columns. A TP
+            rank uses them to read only its share of a matrix. None if a matrix must be decoded
+            before it can be split.
     """
 
     name: ClassVar[str]
@@ -41,15 +41,15 @@ class Codec(ABC):
 
     @abstractmethod
     def dtypes(self, suffix: str) -> tuple[torch.dtype, ...]:
-        """What the tensor of that suffix may be stored in."""
+        """The dtypes that the tensor of that suffix may be stored in."""
 
     @abstractmethod
     def encode(self, matrix: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a matrix [m, n], by suffix.
 
         Args:
-            matrix: floating-point.
-            dtype: of the model; the dtype of the values where the codec is ``plain``.
+            matrix: a floating-point matrix.
+            dtype: the dtype of the model, in which a ``plain`` codec stores the values.
         """
 
     @abstractmethod
@@ -57,22 +57,22 @@ class Codec(ABC):
         """The matrix [m, n] in a floating-point ``dtype`` from its tensors by suffix."""
 
     def check(self, suffix: str, tensor: Tensor) -> None:  # noqa: B027 (most have no rule)
-        """Refuse values that no encoder writes; that they are finite is checked elsewhere.
+        """Refuse values that ``encode`` never writes; callers check that values are finite.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: the rest of a sentence that starts with the tensor's name.
         """
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What a trained matrix is stored in: a codec, and the dtype for it."""
+    """How a trained matrix is stored: its codec, and the dtype of the model."""
 
     codec: Codec
     dtype: torch.dtype
 
     def rounded(self, matrix: Tensor) -> Tensor:
-        """The matrix with the error that storing leaves, in its own dtype."""
+        """The matrix after encoding and decoding, in its own dtype."""
         return self.codec.decode(self.codec.encode(matrix, self.dtype), matrix.dtype)
 
     def encode(self, name: str, matrix: Tensor) -> dict[str, Tensor]:
@@ -83,11 +83,11 @@ class Storage:
     def decode(
         self, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The matrix of that name from what ``encode`` gave."""
+        """The matrix of that name from the tensors that ``encode`` returned."""
         return decoded(self.codec, name, tensors, dtype)
 
 
 def decoded(codec: Codec, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The matrix ``name`` [m, n] from tensors that have its name and suffixes."""
+    """The matrix ``name`` [m, n], decoded from the tensors called ``name`` plus suffix."""
     suffixes = codec.shapes((0, 0))
     return codec.decode({suffix: tensors[f"{name}{suffix}"] for suffix in suffixes}, dtype)

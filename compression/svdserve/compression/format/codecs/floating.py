@@ -1,4 +1,4 @@
-"""The codec ``float``: a matrix as it is, in float32, float16 or bfloat16."""
+"""The codec ``float``: a matrix in float32, float16 or bfloat16."""
 
 from collections.abc import Mapping
 from typing import ClassVar

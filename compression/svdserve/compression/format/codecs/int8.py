@@ -1,6 +1,6 @@
 """The codec ``int8``: a matrix W [m, n] as integers Q in -127..127 and scales s [m], W ≈ s Q.
 
-It is what the W8A8 kernels of vLLM take: int8 weights with one float32 scale for each output.
+vLLM's W8A8 kernels take this form: int8 weights with one float32 scale for each output channel.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _LARGEST = 127
 
 
 class Int8(Codec):
-    """Symmetric int8 with a scale for each row."""
+    """Symmetric int8 with one scale for each row."""
 
     name = "int8"
     product = "int8"
@@ -42,16 +42,16 @@ class Int8(Codec):
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (int8 [m, n]) and s (float32 [m], positive), s from the greatest magnitude of each row."""
+    """Q (int8 [m, n]) and s (float32 [m], positive): s is each row's largest magnitude / 127."""
     weight = weight.double()
     peak = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(len(weight))
-    # A row of zeros needs a scale above 0 as well.
+    # A row of zeros also needs a positive scale.
     scale = (peak / _LARGEST).float().clamp_min(torch.finfo(torch.float32).tiny)
     levels = (weight / scale.double()[:, None]).round().clamp(-_LARGEST, _LARGEST)
     return levels.to(torch.int8), scale
 
 
 def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """s Q [m, n], multiplied in float32, or in float64 where that is ``dtype``."""
+    """s Q [m, n], multiplied in float32, or in float64 if ``dtype`` is float64."""
     exact = torch.promote_types(dtype, torch.float32)
     return (values.to(exact) * scale.to(exact)[:, None]).to(dtype)

@@ -1,6 +1,7 @@
-"""Layouts: how a weight of rank r is stored in matrices and indices, one file each.
+"""Layouts define how a weight of rank r is stored in matrices and indices; each has its own file.
 
-``LAYOUTS`` has them by name. An installed package adds one by the entry point ``svdserve.layouts``.
+``LAYOUTS`` holds them by name. An installed package adds a layout by an entry point of the group
+``svdserve.layouts``.
 """
 
 from svdserve.compression.format.layouts.base import Factors, InputShare, Layout
@@ -18,7 +19,7 @@ def get_layout(name: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        UserError: there is none; lists those that there are.
+        UserError: no layout has this name; the message lists all names.
     """
     return LAYOUTS.get_known(name)
 

@@ -1,9 +1,9 @@
-"""What a layout is: a weight of rank r to the matrices and indices that store it, and back.
+"""Layouts: how a weight of rank r becomes the matrices and indices that store it, and back.
 
-Shapes: a weight W is [m, n] = [out, in], y = W x, and the latent z is the rank-r vector between the
-two factors of W. A layout says which tensors there are, how many parameters they hold, and how they
-become what svdserve.kernels multiplies (``Part``): z = V x, or z = x[pivots] + Z x[rest], and
-y = factor_out z. A codec encodes the matrices; indices are int32 and stay as they are.
+A weight W is [m, n] = [out, in] and y = W x. The latent z [r] is the vector between the two factors
+of W. A layout defines the tensors, their number of parameters, and the form that svdserve.kernels
+multiplies (``Part``): z = V x or z = x[pivots] + Z x[rest], and y = factor_out z. A codec encodes
+the matrices; indices are int32 and are stored unchanged.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Factors:
-    """W = factor_out · factor_in, [m, r] · [r, n]: what a method returns, whatever the layout."""
+    """W = factor_out · factor_in, [m, r] · [r, n]: the result of a method, for every layout."""
 
     factor_in: Tensor
     factor_out: Tensor
@@ -42,17 +42,18 @@ class Factors:
 
 @dataclass(frozen=True)
 class InputShare:
-    """How a TP rank computes its part of the latent from its input channels.
+    """How a TP rank computes its summand of the latent from its input channels.
 
-    With x the rank's channels in ``order``, the first ``len(slots)`` of them are added to the
-    latent at ``slots``, and the others are multiplied with ``columns`` of factor_in.
+    Let x be the TP rank's channels in ``order``. The first ``len(slots)`` of them are added to the
+    latent at ``slots``; the others are multiplied with ``columns`` of factor_in.
 
     Attributes:
-        slots: places in z of the channels that pass as they are; empty for ``pair``.
-        columns: of factor_in, for the rank's other channels.
-        order: of the rank's channels (int64), counted from its first; None for as they come.
-        latent: order in which factor_in's rows and factor_out's columns are to be taken (int64),
-            where it is not the stored one.
+        slots: positions in z of the channels that are added unchanged; empty for ``pair``.
+        columns: columns of factor_in for the TP rank's other channels.
+        order: order of the TP rank's channels (int64), counted from its first channel; None for
+            the original order.
+        latent: order in which to take the rows of factor_in and the columns of factor_out (int64);
+            None for the stored order.
     """
 
     slots: range
@@ -65,12 +66,12 @@ class Layout(ABC):
     """One way to store a weight of rank r.
 
     Attributes:
-        name: in recipes and checkpoints.
-        matrices: suffixes of the matrices. A layout with others than ``factor_in`` and
-            ``factor_out`` must give ``part``.
+        name: the name in recipes and checkpoints.
+        matrices: suffixes of the matrices. A layout whose matrices are not ``factor_in`` and
+            ``factor_out`` must define ``part``.
         indices: suffixes of the int32 vectors.
-        decoded_when_served: whether a server must compute ``part`` when it loads a module. Where
-            not, the stored matrices are those of ``part``, and each TP rank reads only its own.
+        decoded_when_served: whether a server must compute ``part`` when it loads a module. If
+            False, the stored matrices are those of ``part``, and each TP rank reads only its share.
     """
 
     name: ClassVar[str]
@@ -84,10 +85,10 @@ class Layout(ABC):
 
     @abstractmethod
     def encode(self, factors: Factors) -> dict[str, Tensor]:
-        """Matrices and indices of a pair, equal to it up to rounding; the rank may fall."""
+        """Matrices and indices by suffix, equal to the pair up to rounding; the rank may fall."""
 
     def passing(self, r: int) -> int:  # noqa: ARG002 (none in most layouts)
-        """How many input channels enter the latent as they are; 0 or r."""
+        """Number of input channels that are added to the latent unchanged: 0 or r."""
         return 0
 
     def rank(self, tensors: Tensors) -> int:
@@ -95,15 +96,15 @@ class Layout(ABC):
         return tensors["factor_out"].shape[1]
 
     def parameters(self, m: int, n: int, r: int) -> int:
-        """Numbers in the matrices; indices are no parameters."""
+        """Number of elements in the matrices; indices do not count."""
         shapes = self.shapes(m, n, r)
         return sum(torch.Size(shapes[suffix]).numel() for suffix in self.matrices)
 
     def rank_for_keep(self, m: int, n: int, keep: float) -> int | None:
-        """The largest rank that stores at most ``keep`` of the dense parameters, at least 1.
+        """The largest rank, at least 1, that stores at most ``keep`` of the dense parameters.
 
-        None where the weight is better left dense: the keep ratio is 1, or factors of that rank
-        would store as much as the weight itself.
+        None if the weight should stay dense: the keep ratio is 1, or the factors of that rank would
+        have as many parameters as the weight itself.
         """
         if keep >= 1:
             return None
@@ -121,18 +122,18 @@ class Layout(ABC):
         return low
 
     def balanced(self, tensors: Tensors) -> Tensors:
-        """The same weight from matrices whose numbers a narrower dtype can rather hold."""
+        """Matrices of the same weight, scaled so that they overflow a narrow dtype less easily."""
         return tensors
 
     def check_indices(self, tensors: Tensors, n: int) -> None:  # noqa: B027 (most have none)
         """Refuse indices that do not fit ``n`` input channels.
 
         Raises:
-            ValueError: says what is wrong.
+            ValueError: the indices do not fit; the message says why.
         """
 
     def part(self, tensors: Tensors) -> Part:
-        """What svdserve.kernels multiplies."""
+        """The tensors in the form that svdserve.kernels multiplies."""
         return Part(tensors["factor_in"], tensors["factor_out"], tensors.get("pivots"))
 
     def latent(self, x: Tensor, tensors: Tensors) -> Tensor:
@@ -152,10 +153,10 @@ class Layout(ABC):
         return weight
 
     def input_share(self, indices: Tensors, n: int, channels: range) -> InputShare:
-        """What a TP rank with these of n input channels needs of factor_in, and what it adds to z.
+        """How a TP rank that holds ``channels`` of the n input channels computes its latent.
 
         Args:
-            indices: of the module, whole.
+            indices: all indices of the module, by suffix.
         """
         del indices, n
         return InputShare(range(0), slice(channels.start, channels.stop))

@@ -1,10 +1,11 @@
-"""The layout ``interpolative``: r columns of W themselves, and how the others follow from them.
+"""The layout ``interpolative``: r columns of W, and the coefficients of the others in them.
 
 W = C [I Z] Πᵀ with C = W[:, pivots] stored as factor_out [m, r] and Z as factor_in [r, n - r];
 y = C (x[pivots] + Z x[rest]), where ``rest`` are the other input channels in ascending order. It
-stores r² parameters fewer than a pair and is lossless: column interpolative decomposition, Cheng et
-al., "On the compression of low rank matrices", SIAM J. Sci. Comput. 2005. PIFA (arXiv 2501.19090)
-applies the row variant to language models, SkipCat (arXiv 2512.13494) this one.
+stores r² parameters fewer than ``pair`` and loses nothing. This is the column interpolative
+decomposition: Cheng et al., "On the compression of low rank matrices", SIAM J. Sci. Comput. 2005.
+PIFA (arXiv 2501.19090) applies the row variant to language models, and SkipCat (arXiv 2512.13494)
+applies this one.
 """
 
 import math
@@ -39,23 +40,24 @@ class Interpolative(Layout):
         return math.floor(((m + n) - math.sqrt((m + n) ** 2 - 4 * budget)) / 2)
 
     def encode(self, factors: Factors) -> dict[str, Tensor]:
-        """Pivots come from a column-pivoted QR (LAPACK geqp3) of factor_in in float64.
+        """Choose pivots by a column-pivoted QR (LAPACK geqp3) of factor_in V in float64.
 
-        With V Π = Q [R1 R2], Z = R1⁻¹ R2 and C = factor_out · V[:, pivots]. A factor_in of
-        numerical rank below r leaves a singular R1; its rank is then cut to the numerical one,
-        which loses nothing. A factor_in of zeros keeps one pivot, whose column is zero.
+        With V Π = Q [R1 R2], Z = R1⁻¹ R2 and C = factor_out · V[:, pivots]. If the numerical rank
+        of V is below r, R1 is singular; r is then cut to the numerical rank, which loses nothing.
+        If V is zero, one pivot remains, whose column is zero.
         """
         inner = factors.factor_in.double().cpu()
-        # Half of a pivoted QR is matrix times vector. OpenBLAS splits each into threads that then
-        # wait for each other: ten times slower, and minutes where other work shares the cores.
+        # Half of the work of a pivoted QR is matrix-vector products. OpenBLAS splits each over
+        # threads that wait for each other, which is ten times slower, and takes minutes if other
+        # processes share the cores.
         with _POOLS.limit(limits=1, user_api="blas"):
             packed, order, *_ = lapack.dgeqp3(inner.numpy())
         upper = torch.from_numpy(packed[: factors.rank]).triu()
         diagonal = upper.diagonal().abs()
         rank = max(1, int((diagonal > diagonal[0] * 1e-12).sum()))
         if not bool(diagonal[0] > 0):
-            upper = torch.eye(*upper.shape, dtype=upper.dtype)  # Z = 0: zeros give nothing
-        # LAPACK counts from 1. Ascending pivots spare a server sorting the factors when it loads.
+            upper = torch.eye(*upper.shape, dtype=upper.dtype)  # V is zero: any R1 will do
+        # LAPACK counts from 1. With ascending pivots a server need not reorder the factors.
         pivots, rows = torch.from_numpy(order[:rank] - 1).sort()
         columns = torch.from_numpy(order[rank:] - 1).argsort()
         coefficients = torch.linalg.solve_triangular(
@@ -77,7 +79,7 @@ class Interpolative(Layout):
             raise ValueError("pivots are repeated")
 
     def input_share(self, indices: Tensors, n: int, channels: range) -> InputShare:
-        """Pivots ascend in the share, so that those of each rank stand side by side in z."""
+        """Pivots are taken in ascending order, so that each TP rank's are contiguous in z."""
         pivots, latent = indices["pivots"].long().sort()
         rest = other_channels(pivots, n)
         slots, columns = _within(pivots, channels), _within(rest, channels)
@@ -92,7 +94,7 @@ class Interpolative(Layout):
 
 
 def _within(ascending: Tensor, channels: range) -> range:
-    """The positions in an ascending list of channels that fall into ``channels``."""
+    """The positions in a sorted list of channels whose channel lies in ``channels``."""
     bounds = torch.tensor([channels.start, channels.stop])
     start, stop = torch.searchsorted(ascending, bounds).tolist()
     return range(start, stop)

@@ -24,9 +24,9 @@ class Pair(Layout):
         return math.floor(budget / (m + n))
 
     def balanced(self, tensors: Tensors) -> Tensors:
-        """Rows of V and columns of U get like norms."""
+        """Scale rows of V and columns of U so that each pair's norms differ at most by 2×."""
         inner, outer = tensors["factor_in"], tensors["factor_out"]
         exponents = torch.log2(outer.norm(dim=0) / inner.norm(dim=1)) / 2
-        # Powers of two round nothing.
+        # Scaling by a power of two does not round.
         scale = torch.exp2(exponents.nan_to_num(0.0, 0.0, 0.0).round())
         return {"factor_in": inner * scale[:, None], "factor_out": outer / scale}
