@@ -26,7 +26,7 @@ from svdserve.cli.commands import (
     serve,
     verify,
 )
-from svdserve.server.faults import EngineDied, to_mend
+from svdserve.server.faults import EngineDied, user_message
 
 app = typer.Typer(
     name="svdserve",
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if (message := to_mend(error)) is None:
+        if (message := user_message(error)) is None:
             raise
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
