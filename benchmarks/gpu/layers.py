@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from svdserve.bench.kernels import Layer, copies_that_no_cache_holds, llama_layers, rounds
+from svdserve.bench.kernels import Layer, copies_beyond_cache, llama_layers, rounds
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.kernels import Part, reference
 from svdserve.kernels.triton.configs import PRODUCTS, Config, Plan, Tile, single
@@ -47,7 +47,7 @@ class Weights:
         self.generator = torch.Generator(device).manual_seed(0)
         self.device = device
         stored = 2 * self.rank * (layer.outputs + layer.inputs - self.rank)
-        self.copies = 2 if dry else copies_that_no_cache_holds(stored)
+        self.copies = 2 if dry else copies_beyond_cache(stored)
         order = torch.randperm(layer.inputs, generator=self.generator, device=device)
         pivots = order[: self.rank].sort().values.to(torch.int32)
         self.parts = [

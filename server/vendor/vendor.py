@@ -23,7 +23,9 @@ FILES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if a file differs")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if a file differs"
+    )
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as folder:
         for name in ("package.json", "package-lock.json"):

@@ -7,7 +7,10 @@ from svdserve.bench.plots import Point, draw
 
 
 def test_the_picture_names_panels_models_and_ideals(tmp_path: Path) -> None:
-    points = [Point("batch 1", 1.3, 1.2, 1.5, ideal=1.4), Point("batch 8", 1.1, 0.9, 1.2, None)]
+    points = [
+        Point("batch 1", 1.3, 1.2, 1.5, work_ratio=1.4),
+        Point("batch 8", 1.1, 0.9, 1.2, None),
+    ]
     panels = {"decode": {"keep-0.8": points, "keep-0.6": points[:1]}}
     for name in ("one.svg", "two.svg"):
         draw(panels, tmp_path / name, "dense", "tokens/s over dense")

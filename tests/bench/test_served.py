@@ -81,7 +81,7 @@ def test_ratios_pair_the_rounds(result: LoadResult):
 def test_the_report_names_what_the_freed_memory_buys(result: LoadResult, tmp_path: Path):
     dense, low = result.servers
     tokens = (dense.stored_bytes - low.stored_bytes) // low.kv_token_bytes
-    assert result.kv_tokens_bought(low) == tokens > 0
+    assert result.kv_tokens_gained(low) == tokens > 0
     assert f"{tokens:,}" in markdown(result)
     plot(result, tmp_path / "speed.svg")
     assert (tmp_path / "speed.svg").read_text().count("<svg") == 1

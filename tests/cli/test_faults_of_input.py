@@ -131,7 +131,7 @@ def test_an_unreadable_model_is_one_line(
     monkeypatch.setattr("svdserve.compression.evaluation.perplexity.perplexity", denied)
     line = refused(capsys, "eval", root / "dense", "--text", root / "text.txt")
     assert line.endswith(
-        "config.json: Permission denied; give a path that is there and that you may use"
+        "config.json: Permission denied; give a path that exists and that you may use"
     )
 
 

@@ -1,6 +1,6 @@
 """Low-rank linear kernels. ``lowrank_linear`` is the one public operation.
 
-``prepare`` is the same for a layer: factors are packed once and multiplied many times.
+``prepare`` computes the same for a layer, whose factors are packed once and multiplied many times.
 """
 
 from svdserve.kernels.operation import lowrank_linear, prepare

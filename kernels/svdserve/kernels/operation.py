@@ -1,4 +1,4 @@
-"""The public operation, and its counterpart for factors that many calls share."""
+"""The public operation, and its counterpart for factors that are used in many calls."""
 
 from collections.abc import Sequence
 
@@ -33,24 +33,24 @@ def lowrank_linear(
 ) -> Tensor:
     """y = W x + b for a rank-r weight W [m, n]; reference.py is the definition.
 
-    One torch operation, ``svdserve::lowrank_linear``, that torch.compile and CUDA graphs take.
-    Where a gradient is wanted, and under autocast, it is the definition instead, whose products
-    torch differentiates and casts. A layer that is called many times is faster through ``prepare``.
+    This is one torch operation, ``svdserve::lowrank_linear``, which torch.compile and CUDA graphs
+    support. If a gradient is needed, and under autocast, it is the definition instead, whose
+    products torch differentiates and casts. ``prepare`` is faster for a layer that is called often.
 
     Args:
         x: [..., n], any strides.
         factor_in: [r, n], or [r, n - r] with pivots.
         factor_out: [m, r].
         pivots: [r] distinct channels of x (int32 or int64), or None for the pair layout. Their
-            values are not checked, as that would wait for the device; ``prepare`` does.
+            values are not checked, as that would wait for the device; ``prepare`` checks them.
         bias: [m] or None.
-        implementation: the name of one, to override the choice; see registry.py.
+        implementation: the name of the implementation to use; None lets registry.py choose.
 
     Returns:
         [..., m] in the dtype of x, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together.
         NoImplementation: the named implementation does not exist or cannot compute this.
     """
     part = Part(factor_in, factor_out, pivots)
@@ -75,22 +75,22 @@ def prepare(
     implementation: str | None = None,
     table: Table | None = None,
 ) -> PreparedFactors:
-    """The same operation for factors that many calls share: packed or padded once.
+    """The same operation as a module, which packs or pads its factors once for many calls.
 
-    Several parts read the same x, each with its own rank; their outputs stand side by side.
+    Several parts read the same x, each with its own rank; their outputs are concatenated.
 
     Args:
         parts: one or more, on one device and in one dtype.
-        activation: for the outputs gate and up of a gated MLP; see reference.gated.
-        implementation: the name of one, to override the choice; see registry.py.
-        table: what was measured, which decides; None for the table of the device, if it has one.
+        activation: None, or that of a gated MLP whose outputs are gate and up; see reference.gated.
+        implementation: the name of the implementation to use; None lets registry.py choose.
+        table: of measurements, by which to choose; None for the table of the device, if it has one.
 
     Returns:
-        A module of x and bias, for inference only.
+        A module called with x and bias, for inference only.
 
     Raises:
-        ValueError: shapes, dtypes, devices or pivots that do not fit together, or an activation of
-            an odd number of outputs.
+        ValueError: shapes, dtypes, devices or pivots do not fit together, or an activation is
+            wanted of an odd number of outputs.
         NoImplementation: the named implementation does not exist or cannot compute this.
     """
     for part in parts:
@@ -100,7 +100,7 @@ def prepare(
     same_inputs(parts)
     outputs = sum(part.outputs for part in parts)
     if activation and outputs % 2:
-        raise ValueError(f"an activation of {outputs} outputs; gate and up are as many each")
+        raise ValueError(f"an activation of {outputs} outputs; give as many rows of gate as of up")
     table = table or table_of(parts[0].factor_in.device.type)
     request = Request.of(parts, prepared=True, activation=activation)
     chosen = choose(request, implementation, table)
@@ -145,7 +145,7 @@ def _fake(
 def _operations(
     x: torch.Size, factor_in: torch.Size, factor_out: torch.Size, *_: object, **__: object
 ) -> int:
-    """Floating-point operations, for FlopCounterMode, which does not look into the operation."""
+    """Floating-point operations, for FlopCounterMode, which cannot see inside the operation."""
     return 2 * x[:-1].numel() * (factor_in.numel() + factor_out.numel())
 
 

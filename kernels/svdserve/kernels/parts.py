@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Of a gated MLP, whose outputs are gate and up, one above the other: act(gate) * up.
+# The activation of a gated MLP, act(gate) * up; its first layer's outputs are gate, then up.
 Activation = Literal["silu", "gelu_tanh"]
 
 
 class Part(NamedTuple):
-    """The factors of one low-rank linear W [m, n]; see reference.py for what they mean."""
+    """The factors of one low-rank linear W [m, n]; reference.py defines them."""
 
     factor_in: Tensor
     factor_out: Tensor
@@ -31,13 +31,14 @@ class Part(NamedTuple):
 
 
 class PreparedFactors(nn.Module):
-    """One or several low-rank linears of the same x, as one implementation likes their factors.
+    """One or several low-rank linears of the same x, with factors prepared for one implementation.
 
-    Called with x [..., n] and a bias [sum of m] or None, it gives y [..., sum of m], the outputs of
-    the parts side by side; prepared with an activation, act(gate) * up [..., sum of m / 2].
+    Called with x [..., n] and a bias [sum of m] or None, it returns y [..., sum of m], the outputs
+    of the parts one after the other. With an activation it returns act(gate) * up
+    [..., sum of m / 2].
 
     Attributes:
-        stored_bytes: of the factors as they were given.
+        stored_bytes: of the factors before they were prepared.
     """
 
     stored_bytes: int
@@ -49,15 +50,16 @@ def other_channels(pivots: Tensor, in_features: int) -> Tensor:
     taken[pivots.long()] = True
     if pivots.device.type == "cpu":
         return taken.logical_not().nonzero().squeeze(1)
-    # A stable sort knows its shape beforehand: no wait for the device, no break of a CUDA graph.
+    # The shape of a sort is known beforehand, so it needs no wait for the device and does not break
+    # a CUDA graph.
     return taken.to(torch.int8).argsort(stable=True)[: in_features - len(pivots)]
 
 
 def check_factors(part: Part) -> None:
-    """Shapes, dtypes and devices; values of pivots are checked by ``check_pivots``.
+    """Check shapes, dtypes and devices of a part; ``check_pivots`` checks the values of pivots.
 
     Raises:
-        ValueError: what does not fit together.
+        ValueError: they do not fit together.
     """
     inner, outer, pivots = part
     if inner.ndim != 2 or outer.ndim != 2 or (pivots is not None and pivots.ndim != 1):
@@ -77,10 +79,12 @@ def check_factors(part: Part) -> None:
 
 
 def check_pivots(pivots: Tensor, in_features: int) -> None:
-    """Pivots are distinct channels; waits for the device, so once for a layer, not for a call.
+    """Check that pivots are distinct channels.
+
+    This waits for the device, so it is done once for a layer, not in every call.
 
     Raises:
-        ValueError: they repeat or are out of range.
+        ValueError: pivots repeat or are out of range.
     """
     ascending = pivots.sort().values
     inside = int(ascending[0]) >= 0 and int(ascending[-1]) < in_features
@@ -89,13 +93,13 @@ def check_pivots(pivots: Tensor, in_features: int) -> None:
 
 
 def check_input(x: Tensor, in_features: int, like: Tensor) -> None:
-    """x [..., n] has the channels, dtype and device of the factors.
+    """Check that x [..., n] has the channels, dtype and device of the factors.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if x.ndim == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x is {list(x.shape)}; the factors take {in_features} channels")
+        raise ValueError(f"x is {list(x.shape)}; the factors expect [..., {in_features}]")
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
             f"x is {x.dtype} on {x.device}; the factors are {like.dtype} on {like.device}"
@@ -103,10 +107,10 @@ def check_input(x: Tensor, in_features: int, like: Tensor) -> None:
 
 
 def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:
-    """bias [m] has the dtype and device of x.
+    """Check that bias is None, or [m] with the dtype and device of x.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it is not.
     """
     if bias is None:
         return
@@ -117,10 +121,10 @@ def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:
 
 
 def same_inputs(parts: Sequence[Part]) -> None:
-    """Several parts read one x.
+    """Check that all parts can read the same x.
 
     Raises:
-        ValueError: they differ in channels, dtype or device, or there is none.
+        ValueError: they differ in channels, dtype or device, or there is no part.
     """
     found = {(p.in_features, p.factor_in.dtype, p.factor_in.device) for p in parts}
     if len(found) != 1:

@@ -10,13 +10,13 @@ from svdserve.kernels.parts import Part, PreparedFactors, check_bias, check_inpu
 
 
 class TwoProducts(PreparedFactors):
-    """See PreparedFactors; the factors as they are."""
+    """PreparedFactors that keep the factors as they are and use torch's products."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        """Keep the factors, without a copy; shapes as in ``lowrank_linear``, checked by the caller.
+        """Keep the factors without a copy; the caller has checked them.
 
         Args:
-            parts: each with its own rank.
+            parts: each with its own rank; shapes are those of ``lowrank_linear``.
         """
         super().__init__()
         self.parts = [
@@ -49,7 +49,7 @@ def _apply(x: Tensor, part: Part, order: Tensor | None, bias: Tensor | None) -> 
 
 
 def _order(part: Part) -> Tensor | None:
-    """The channels, pivots first (int64); None for the pair layout."""
+    """The channels (int64), pivots first; None for the pair layout."""
     if part.pivots is None:
         return None
     pivots = part.pivots.long()

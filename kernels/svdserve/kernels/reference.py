@@ -1,4 +1,4 @@
-"""The definition of a low-rank linear, in plain torch: used by tests and by any device."""
+"""The definition of a low-rank linear in plain torch, for tests, training and autocast."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ def lowrank_linear(
     pivots: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = W x for a rank-r weight W [m, n].
+    """y = W x + b for a rank-r weight W [m, n]: W = U V, or W x = C (x[pivots] + Z x[rest]).
 
     Args:
         x: [..., n].
-        factor_in: [r, n], or [r, n - r] with pivots.
-        factor_out: [m, r].
+        factor_in: V [r, n], or Z [r, n - r] with pivots.
+        factor_out: U [m, r], or C [m, r] with pivots.
         pivots: [r] distinct channels of x, or None for the pair layout.
         bias: [m] or None.
 
@@ -30,14 +30,14 @@ def lowrank_linear(
 
 
 def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tensor:
-    """The rank-r vector [..., r] between the two products: V x, or x[pivots] + Z x[rest]."""
+    """The latent z [..., r] between the two products: V x, or x[pivots] + Z x[rest]."""
     if pivots is None:
         return linear(x, factor_in)
     pivots = pivots.long()
     rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
     rest[pivots] = False
     if torch.is_grad_enabled() and factor_in.requires_grad:
-        # Training: the gradient of a gather costs more than the products that it saves.
+        # In training the gradient of a gather costs more than the products that the gather saves.
         identity = torch.eye(len(pivots), dtype=factor_in.dtype, device=x.device)
         whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
         return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
@@ -45,6 +45,6 @@ def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tenso
 
 
 def gated(y: Tensor, activation: Activation) -> Tensor:
-    """act(gate) * up [..., m / 2] of the outputs [..., m] of a gated MLP's first layer."""
+    """act(gate) * up [..., m / 2], from the outputs y [..., m] of a gated MLP's first layer."""
     gate, up = y.chunk(2, dim=-1)
     return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")) * up

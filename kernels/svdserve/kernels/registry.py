@@ -1,8 +1,9 @@
 """The implementations of the low-rank linear, and which of them a call or a layer gets.
 
-The first of ``IMPLEMENTATIONS`` that can compute it and was measured to be worth it on the device
-is taken; what was not measured there is taken only by name, which the environment variable
-SVDSERVE_KERNEL or the argument ``implementation`` gives. docs/kernels.md says how to add one.
+It gets the first of ``IMPLEMENTATIONS`` that can compute it and for which measurements on the
+device show a gain. An implementation without such measurements runs only if the environment
+variable SVDSERVE_KERNEL or the argument ``implementation`` names it. docs/kernels.md says how to
+add an implementation.
 """
 
 import os
@@ -22,7 +23,7 @@ OVERRIDE = "SVDSERVE_KERNEL"
 
 
 class NoImplementation(ValueError):
-    """None, or not the one asked for, can compute a call; the message lists all and why."""
+    """No implementation, or not the named one, can compute a call; the message says why of each."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Request:
     """What an implementation is asked to compute.
 
     Attributes:
-        device: type of device, such as "cuda", which is also AMD's.
+        device: the type of device, such as "cuda" (also for AMD's GPUs).
         dtype: of x and the factors.
-        columns: of every factor: n - r or n, and r, for each part.
-        prepared: whether the factors may be packed before, once for many calls.
-        activation: that of a gated MLP, to be applied to the outputs; None for the outputs.
-        rows: of x; None where factors are prepared for calls of any number.
+        columns: the number of columns of every factor: n - r or n, then r, for each part.
+        prepared: whether the factors may be packed once for many calls.
+        activation: the activation of a gated MLP to apply to the outputs; None for none.
+        rows: of x; None if factors are prepared for calls with any number of rows.
     """
 
     device: str
@@ -73,13 +74,13 @@ class Implementation:
     """One way to compute the low-rank linear.
 
     Attributes:
-        name: as SVDSERVE_KERNEL gives it.
-        devices: types of devices; empty for all.
-        dtypes: of x and the factors; empty for all.
-        why_not: the reason against a request on such a device and dtype, None if there is none.
-        prepare: packs parts that were checked, with ascending pivots where prepared, for outputs or
-            for an activation of them; by the table of the card, if it has one.
-        unmeasured: why nobody who did not ask for it gets it, by that table; None if they do.
+        name: the value of SVDSERVE_KERNEL that chooses it.
+        devices: the types of devices that it runs on; empty for all.
+        dtypes: the dtypes of x and the factors that it supports; empty for all.
+        why_not: why it cannot compute a request on such a device and dtype; None if it can.
+        prepare: makes PreparedFactors of checked parts, whose pivots ascend if they are packed, for
+            an activation or None, by the table of measurements of the GPU or None.
+        unmeasured: why it is used only if it is named, given that table; None if it needs no name.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Implementation:
     unmeasured: Callable[[Request, Table | None], str | None] = _nothing
 
     def reason_against(self, request: Request) -> str | None:
-        """Why it cannot compute the request; None if it can."""
+        """Why this implementation cannot compute the request; None if it can."""
         if self.devices and request.device not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtypes and request.dtype not in self.dtypes:
@@ -111,7 +112,7 @@ def _cpu(parts: Sequence[Part], activation: Activation | None, _: Table | None) 
 
 
 def _not_triton(request: Request) -> str | None:
-    # Decided without importing Triton, which takes long, where there is no GPU.
+    # Without a GPU this is decided before Triton is imported, which takes long.
     if request.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
         return "needs a GPU, or TRITON_INTERPRET=1 for its slow interpreter"
     if find_spec("triton") is None:
@@ -167,12 +168,12 @@ def choose(request: Request, name: str | None = None, table: Table | None = None
 
     Args:
         request: what is to be computed.
-        name: of the one to take; None for SVDSERVE_KERNEL, or, where that is unset, the first that
-            was measured to be worth it.
-        table: of what was measured; None for that of the device.
+        name: of the implementation; None for SVDSERVE_KERNEL, or, if that is unset, the first for
+            which measurements show a gain.
+        table: of measurements; None for the table of the device.
 
     Raises:
-        NoImplementation: the named one does not exist or cannot compute it.
+        NoImplementation: the named implementation does not exist or cannot compute the request.
         ValueError: the table of the device is damaged.
     """
     name, table = name or asked_for(), table or table_of(request.device)
@@ -196,9 +197,9 @@ def asked_for() -> str | None:
 def reasons_against(
     request: Request, name: str | None = None, table: Table | None = None
 ) -> dict[str, str]:
-    """By name, why implementations do not compute a request; those that would are not in it.
+    """The reason against each implementation that would not compute a request, by its name.
 
-    Arguments and errors are those of ``choose``. What is asked for by name needs no measurements.
+    Arguments and errors are those of ``choose``. A named implementation needs no measurements.
     """
     name, table = name or asked_for(), table or table_of(request.device)
     found = {i.name: _reason(i, request, name, table) for i in IMPLEMENTATIONS}
@@ -215,15 +216,15 @@ def _reason(
 
 
 def what_decides(device: str, dtype: torch.dtype) -> dict[str, object]:
-    """All that decides, beside a request, what runs: for keys of caches of compiled graphs.
+    """Everything besides a request that decides what runs, for keys of caches of compiled graphs.
 
     Args:
-        device: type of device.
+        device: the type of device.
         dtype: of x and the factors.
 
     Returns:
-        What was asked for, what can run here, the table of the card and the processor's
-        instructions, as JSON has them.
+        JSON values: the named implementation, the implementations that can run here, the table of
+        the GPU, and the processor's instructions.
 
     Raises:
         ValueError: the table of the device is damaged.

@@ -1,7 +1,7 @@
-"""Defines torch operations whose Python bodies torch.compile does not look into.
+"""Defines torch operations whose Python bodies torch.compile does not trace.
 
-torch.library.custom_op does the same with more checks at every call, which a decoding step pays for
-every layer.
+torch.library.custom_op does the same, but its extra checks at every call would slow down every
+layer of a decoding step.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def define(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor])
 
     Args:
         schema: name, arguments and result, in the language of torch's operators.
-        run: computes it; outside autograd.
-        fake: an empty tensor of the result's shape, dtype and strides.
+        run: computes the result, outside autograd.
+        fake: returns an empty tensor with the shape, dtype and strides of the result.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]

@@ -1,3 +1,3 @@
-"""What serving costs: engines, servers and single layers, measured and drawn."""
+"""Benchmarks of engines, servers and single layers, with tables and figures of the results."""
 
 import svdserve.server  # noqa: F401 (hides broken packages, which a spawned child must do first)

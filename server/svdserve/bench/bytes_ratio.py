@@ -1,8 +1,11 @@
-"""What one engine step must read and compute: the limit that a measured speed is compared with.
+"""The bytes that one engine step must read and its operations, which limit its speed.
 
-Decoding a small batch is bound by the bytes of a step: every weight of the blocks, the output head
-and the KV cache of every sequence, once. Prefill is bound by its operations. Both are counted from
-the configuration and the safetensors headers; activations, norms and sampling are left out.
+Decoding a small batch is limited by its bytes: a step reads every weight of the blocks, the output
+head and the KV cache of every sequence once. Prefill is limited by its operations. Both are counted
+from the configuration and the safetensors headers; activations, norms and sampling are left out.
+
+The ratio of the dense model's bytes, or operations, to the compressed model's is the ideal ratio of
+their speeds.
 """
 
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 
 @dataclass(frozen=True)
 class StepWork:
-    """Bytes that a step reads, and its floating point operations (a multiply-add counts two)."""
+    """Bytes that a step reads, and its floating-point operations (a multiply-add counts two)."""
 
     bytes: int
     operations: int
@@ -27,13 +30,13 @@ class StepWork:
 
 @dataclass(frozen=True)
 class ModelWork:
-    """What the steps of one model are made of.
+    """The sizes of one model that decide the work of its steps.
 
     Attributes:
         linear_bytes, linear_parameters: of the blocks' weights, factored or dense, biases included.
         head_bytes, head_parameters: of the output head, which may be the embedding.
-        kv_bytes: keys and values of one token in all layers.
-        attention_width: summed over the layers, query heads times head size.
+        kv_bytes: of the keys and values of one token in all layers.
+        attention_width: query heads times head size, summed over the layers.
     """
 
     linear_bytes: int
@@ -44,14 +47,14 @@ class ModelWork:
     attention_width: int
 
     def decode(self, batch: int, context: int) -> StepWork:
-        """One token for each of ``batch`` sequences that hold ``context`` tokens."""
+        """The work of decoding one token for each of ``batch`` sequences of ``context`` tokens."""
         read = self.linear_bytes + self.head_bytes + batch * context * self.kv_bytes
         products = self.linear_parameters + self.head_parameters
         attention = 2 * context * self.attention_width
         return StepWork(read, 2 * batch * (products + attention))
 
     def prefill(self, length: int) -> StepWork:
-        """One prompt of ``length`` tokens, and the logits of its last one."""
+        """The work of one prompt of ``length`` tokens, with the logits of its last token."""
         read = self.linear_bytes + self.head_bytes + length * self.kv_bytes
         attention = length * (length + 1) * self.attention_width  # causal: half of the square
         products = length * self.linear_parameters + self.head_parameters
@@ -59,11 +62,12 @@ class ModelWork:
 
 
 def model_work(directory: Path, dtype: torch.dtype | None = None) -> ModelWork:
-    """Count a model, dense or compressed.
+    """Measure a model, dense or compressed, from its files.
 
     Args:
         directory: of safetensors and config.json.
-        dtype: in which the engine holds floating point weights and the KV cache; None as stored.
+        dtype: in which the engine holds floating-point weights and the KV cache; None means the
+            dtype of the files.
 
     Raises:
         UserError: the directory cannot be read.

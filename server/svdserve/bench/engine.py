@@ -1,12 +1,11 @@
 """`svdserve bench`: how much faster compressed models decode and prefill than their dense model.
 
-All engines are loaded at once and measured in turn, A B C, C B A, ..., so that whatever else the
-machine does strikes every model alike; a ratio compares two measurements that lie seconds apart.
-Where an engine's speed depends on the memory that it happened to get, several starts of all engines
-show it.
-Medians are reported with the extremes of the rounds, beside the ideal ratio: of the bytes that a
-decoding step reads, of the operations of prefill (bytes_ratio.py). Each engine is a process
-(worker.py).
+All engines are loaded at once and measured in turn, A B C, C B A, ..., so that other work on the
+machine affects every model alike; a ratio compares two measurements that are seconds apart. An
+engine's speed may depend on the memory that it happened to get, which several starts of all engines
+show. Medians are reported with the extremes of the rounds, beside the ideal ratio: that of the
+bytes which a decoding step reads, or of the operations of prefill (bytes_ratio.py). Each engine is
+a process (worker.py).
 """
 
 import json
@@ -45,7 +44,7 @@ Item = TypeVar("Item")
 
 
 class BenchOptions(BaseModel):
-    """What is measured; lengths in tokens."""
+    """What is measured; lengths are in tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,16 +82,16 @@ class BenchOptions(BaseModel):
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        """Of all models, the dense one first."""
+        """The directories of all models, the dense one's first."""
         return (self.dense, *self.models)
 
     @property
     def workloads(self) -> tuple[str, ...]:
-        """Names of what is measured, in order."""
+        """The names of the workloads, in the order of their measurement."""
         return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
 
     def work(self, directory: Path) -> dict[str, StepWork]:
-        """By workload, what one step of the model must read and compute."""
+        """For each workload, what one step of the model must read and compute."""
         model = model_work(directory, None if self.dtype == "auto" else getattr(torch, self.dtype))
         context = self.prompt_len + self.output_len // 2  # halfway through
         steps = [model.decode(batch, context) for batch in self.batch_sizes]
@@ -102,7 +101,8 @@ class BenchOptions(BaseModel):
 class ModelResult(BaseModel):
     """One model: its size, its memory after loading in bytes, and tokens per second by workload.
 
-    Seconds and memory are those of the first start; tokens per second of all, one after the other.
+    Seconds and memory are those of the first start; tokens per second are those of all starts, in
+    order.
     """
 
     directory: str
@@ -128,7 +128,8 @@ class ModelResult(BaseModel):
 class Ratio(BaseModel):
     """A model's tokens per second over the dense model's, round by round.
 
-    ``ideal`` is the dense model's bytes over this one's (decode), or its operations (prefill).
+    ``ideal`` is the dense model's bytes over this model's (decode), or the dense model's operations
+    over this model's (prefill).
     """
 
     directory: str
@@ -169,11 +170,11 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
         median=statistics.median(rounds),
         lowest=min(rounds),
         highest=max(rounds),
-        ideal=_ideal(model.work[workload], dense.work[workload], workload),
+        ideal=_work_ratio(model.work[workload], dense.work[workload], workload),
     )
 
 
-def _ideal(model: StepWork, dense: StepWork, workload: str) -> float:
+def _work_ratio(model: StepWork, dense: StepWork, workload: str) -> float:
     if workload.startswith("decode"):
         return dense.bytes / model.bytes
     return dense.operations / model.operations
@@ -183,8 +184,8 @@ def run_bench(options: BenchOptions) -> BenchResult:
     """Load all models, measure them in turn, and return every figure.
 
     Raises:
-        UserError: a directory that cannot be served, or a model too short for the prompts.
-        RuntimeError: an engine died; carries the end of its log.
+        UserError: a directory cannot be served, or a model's context is too short.
+        EngineDied: an engine process ended; the message holds the end of its log.
     """
     results: list[ModelResult] = []
     for start in range(options.starts):
@@ -211,11 +212,11 @@ def start_engines(
 
     Args:
         options: of the benchmark.
-        last_first: load the dense model last; the order of what is yielded stays.
+        last_first: load the dense model last; it is yielded first in either case.
 
     Raises:
-        UserError: a directory that cannot be served, or a model too short for the prompts.
-        RuntimeError: an engine died; carries the end of its log.
+        UserError: a directory cannot be served, or a model's context is too short.
+        EngineDied: an engine process ended; the message holds the end of its log.
     """
     for directory in options.directories:
         check_model(directory)
@@ -233,11 +234,11 @@ def start_engines(
 def turns(
     members: Sequence[Member], options: BenchOptions
 ) -> Iterator[tuple[bool, str, dict[str, Any], Member]]:
-    """Whose turn it is, A B C, C B A, ..., and with what.
+    """All measurements in order; the members take turns, A B C, C B A, ...
 
     Yields:
-        Whether it counts (the first round warms up), the workload, the call of worker.Engine
-        that measures it, and the member.
+        Whether the measurement counts (the first round warms up), the workload, the call of
+        worker.Engine that measures it, and the member.
     """
     order = list(members)
     for number in _shown(range(options.pairs + 1), "measuring"):
@@ -263,7 +264,7 @@ def print_bench(result: BenchResult) -> None:
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
-        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ideal",
+        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ideal ratio",
         caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )
@@ -292,7 +293,7 @@ def plot_bench(result: BenchResult, file: Path) -> None:
     dense, *others = result.models
     models = {
         model.name: [
-            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, r.ideal)
+            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, work_ratio=r.ideal)
             for r in result.ratios
             if r.directory == model.directory
         ]
@@ -325,7 +326,7 @@ def _check_context(directory: Path, needed: int) -> None:
 
 
 class EngineProcess:
-    """The parent's end of a worker process."""
+    """A worker process, as its parent sees it; ``call`` sends a message and returns the answer."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path, options: EngineOptions) -> None:
         self._process = process
@@ -381,10 +382,10 @@ def _engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
 
 
 def _environment() -> dict[str, str]:
-    """Engine and worker in one process, bound to all cores that this process may use.
+    """Variables that put engine and worker in one process, bound to this process's cores.
 
-    vLLM sets the same for its worker processes (utils/ompmultiprocessing.py, platforms/cpu.py):
-    threads bound to cores, and torch's own OpenMP first, without which two copies would compete.
+    vLLM does the same for its worker processes (utils/ompmultiprocessing.py, platforms/cpu.py): it
+    binds threads to cores and loads torch's own OpenMP first, so that no second copy competes.
     """
     cores = sorted(os.sched_getaffinity(0))
     environment = {

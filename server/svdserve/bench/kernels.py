@@ -1,9 +1,10 @@
-"""`svdserve bench --kernels`: dense against low rank, layer by layer, on whatever device there is.
+"""`svdserve bench --kernels`: dense against low rank, layer by layer, on any device.
 
-Everything that is compared takes its turn in every round, A B C, C B A, ..., so that whatever else
-the machine does strikes all alike; ratios are of one round. Weights exist in as many copies as no
-cache holds, and each call takes the next, as a step of a model does. On a GPU the calls of a round
-are one CUDA graph, as in vLLM.
+The contenders take turns in every round, A B C, C B A, ..., so that other work on the machine
+affects all alike; each ratio compares measurements of one round. The weights exist in so many
+copies that no cache holds them all, and each call takes the next copy, because a step of a model
+does not find its weights in a cache either. On a GPU the calls of a round are one CUDA graph, as in
+vLLM.
 """
 
 import statistics
@@ -35,7 +36,7 @@ from svdserve.kernels.registry import (
 )
 
 DENSE, PRODUCTS = "dense", "two products"
-_NO_CACHE_HOLDS = 256 << 20  # bytes
+_BEYOND_CACHE = 256 << 20  # bytes
 _MOST_COPIES = 512
 _ROUND_SECONDS = 0.02
 Call = Callable[[], Tensor]
@@ -68,7 +69,7 @@ def layers_of(directory: Path) -> tuple[Layer, ...]:
     """The linears of a Llama-like model, from its config.json.
 
     Raises:
-        UserError: it cannot be read, or lacks a size.
+        UserError: the file cannot be read, or lacks a size.
     """
     config = read_json(directory / "config.json")
     try:
@@ -82,7 +83,7 @@ def layers_of(directory: Path) -> tuple[Layer, ...]:
         )
     except KeyError as error:
         raise UserError(
-            f"{directory}/config.json has no {error}; it is no Llama-like model"
+            f"{directory}/config.json has no {error}; give a model whose blocks are like Llama's"
         ) from None
 
 
@@ -114,9 +115,9 @@ class KernelResult(BaseModel):
     """One layer at one keep ratio and number of rows; seconds of a call by round.
 
     Attributes:
-        op: the implementation that serving takes.
-        seconds: of the dense product, of the two products alone, their input in order, and of
-            every implementation that runs here.
+        op: the implementation that serving would use.
+        seconds: of the dense product, of the two products alone without the gather of pivots, and
+            of every implementation that runs here.
     """
 
     layer: Layer
@@ -133,18 +134,18 @@ class KernelResult(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def gain(self) -> float:
-        """Dense over the op, median of the rounds: above 1, low rank is faster."""
+        """Dense seconds over the op's, median of the rounds; above 1 low rank is faster."""
         return self._ratio(DENSE, self.op)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def over_products(self) -> float:
-        """The op over its two products alone, median of the rounds."""
+        """The op's seconds over those of its two products alone, median of the rounds."""
         return self._ratio(self.op, PRODUCTS)
 
 
 class KernelBench(BaseModel):
-    """All that was measured, and where."""
+    """All measurements, and the machine that they were made on."""
 
     machine: Machine
     options: KernelOptions
@@ -174,7 +175,7 @@ def run_kernel_bench(options: KernelOptions) -> KernelBench:
 
 
 def print_kernel_bench(bench: KernelBench) -> None:
-    """A table for people."""
+    """Print the measurements as a table."""
     table = Table(
         "layer", "κ", "rank", "rows", "dense, µs", "products, µs", "op, µs", "op",
         "dense / op", "op / products",
@@ -214,7 +215,7 @@ def _measure(
     order = torch.randperm(layer.inputs, generator=generator, device=device)
     pivots = order[:rank].sort().values.to(torch.int32)
     kept = rank * (layer.outputs + layer.inputs - rank) * dtype.itemsize
-    copies = copies_that_no_cache_holds(kept)
+    copies = copies_beyond_cache(kept)
     inner, outer = random(rank, layer.inputs - rank), random(layer.outputs, rank)
     parts = [Part(inner.clone(), outer.clone(), pivots) for _ in range(copies)]
     request = Request.of(parts[:1], prepared=True)
@@ -237,9 +238,9 @@ def _measure(
         yield KernelResult(layer=layer, keep=keep, rank=rank, rows=rows, op=op, seconds=seconds)
 
 
-def copies_that_no_cache_holds(stored_bytes: int) -> int:
-    """How many copies of a layer are more than any cache, within reason."""
-    return min(-(-_NO_CACHE_HOLDS // stored_bytes), _MOST_COPIES)
+def copies_beyond_cache(stored_bytes: int) -> int:
+    """How many copies of a layer are larger than a cache; at most _MOST_COPIES."""
+    return min(-(-_BEYOND_CACHE // stored_bytes), _MOST_COPIES)
 
 
 def _both(inner: Product, outer: Product, x: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ def _both(inner: Product, outer: Product, x: Tensor) -> Tensor:
 
 
 def _product(weight: Tensor) -> Product:
-    """x Wᵀ; on CPU in half precision prepacked, as vLLM's layers are."""
+    """The product x Wᵀ; on CPU in half precision W is packed first, as in vLLM's layers."""
     if weight.device.type != "cpu" or weight.dtype == torch.float32:
         return lambda x: linear(x, weight)
     operations: Any = torch.ops.mkldnn
@@ -258,7 +259,7 @@ def _product(weight: Tensor) -> Product:
 def rounds(
     contenders: dict[str, list[Call]], pairs: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each contender in each round, after a round that does not count."""
+    """Seconds of one call of each contender in each round; a first round does not count."""
     running = {name: round_of(calls, device) for name, calls in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for index in range(pairs + 1):
@@ -271,7 +272,10 @@ def rounds(
 
 
 def round_of(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
-    """Runs all calls, repeatedly if they are short; gives the seconds of one."""
+    """A function that runs all calls, repeatedly if they are short, and returns seconds per call.
+
+    On CUDA the calls are captured in one graph.
+    """
     if device.type == "cuda":
         return _cuda_round(calls)
 
@@ -290,7 +294,7 @@ def _cuda_round(calls: Sequence[Call]) -> Callable[[], float]:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()  # compiles and loads what a capture could not
+        calls[0]()  # compiles and loads what cannot be compiled or loaded during capture
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""A server in a process of its own: started, awaited, and ended with the context."""
+"""Runs a server in a process of its own until a context ends."""
 
 import signal
 import subprocess
@@ -23,11 +23,11 @@ SERVE = (sys.executable, "-m", "svdserve.cli.main", "serve")
 
 @dataclass(frozen=True)
 class Server:
-    """One that answered on /health.
+    """A server that has answered on /health.
 
     Attributes:
         url: without a path.
-        pid: of the process that was started; engine and workers are below it.
+        pid: of the process that was started; engine and workers are its descendants.
         started: time.perf_counter() just before it was started.
     """
 
@@ -36,7 +36,7 @@ class Server:
     started: float
 
     def peak_resident_bytes(self) -> int:
-        """The most memory that each of its processes has held, added up (Linux)."""
+        """The sum of the peak resident memories of its processes (Linux)."""
         process = psutil.Process(self.pid)
         return sum(_peak(one.pid) for one in (process, *process.children(recursive=True)))
 
@@ -58,10 +58,11 @@ def running(
         host, port: where it listens.
         log: the file for its output.
         flags: of `vllm serve`.
-        command: what comes before the directory.
+        command: the words of the command line before the directory.
 
     Raises:
-        EngineDied: it ended or did not answer in time; carries the end of its log.
+        EngineDied: the server ended (the message holds the end of its log), or did not answer in
+            START_SECONDS.
     """
     arguments = [*command, str(directory), "--host", host, "--port", str(port), *flags]
     url = f"http://{host}:{port}"
@@ -95,7 +96,7 @@ def _healthy(url: str) -> bool:
 
 
 def _peak(pid: int) -> int:
-    """The high-water mark of a process's resident memory, bytes; 0 once it is gone."""
+    """The peak resident memory of a process in bytes; 0 once the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

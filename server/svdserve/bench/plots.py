@@ -1,4 +1,4 @@
-"""Pictures of speeds over the dense model."""
+"""Figures of speeds relative to the dense model's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,19 +9,25 @@ from svdserve.compression.evaluation.plots import new_figure, save_figure
 
 @dataclass(frozen=True)
 class Point:
-    """A ratio of speeds with its range, and what bytes and operations allow if that is known."""
+    """A ratio of speeds with its range.
+
+    Attributes:
+        label: on the horizontal axis.
+        median, lowest, highest: over the rounds.
+        work_ratio: the ideal ratio, of bytes or operations (bytes_ratio.py); None if not known.
+    """
 
     label: str
     median: float
     lowest: float
     highest: float
-    ideal: float | None
+    work_ratio: float | None
 
 
 def draw(
     panels: Mapping[str, Mapping[str, Sequence[Point]]], file: Path, dense: str, ylabel: str
 ) -> None:
-    """One panel for each title, in it one line for each model; ideals are crosses.
+    """Draw a panel for each title, with a line for each model and crosses for the ideal ratios.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -40,7 +46,8 @@ def draw(
             axes.errorbar(
                 places, medians, yerr=spread, color=colour, marker="o", capsize=3, label=model
             )
-            known = [(place, p.ideal) for place, p in zip(places, points, strict=True) if p.ideal]
+            ratios = zip(places, (point.work_ratio for point in points), strict=True)
+            known = [(place, ratio) for place, ratio in ratios if ratio]
             if known:
                 label = "ideal" if number == 0 else None
                 axes.scatter(*zip(*known, strict=True), color=colour, marker="x", label=label)

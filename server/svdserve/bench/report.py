@@ -1,4 +1,4 @@
-"""Tables and pictures of `svdserve bench --served`."""
+"""Tables and figures of `svdserve bench --served`."""
 
 from pathlib import Path
 
@@ -20,13 +20,13 @@ _FIGURES = {
 
 
 def markdown(result: LoadResult) -> str:
-    """Two tables: of the servers, and of every figure over the first server's."""
+    """Two Markdown tables: the servers, and every figure over the first server's."""
     return f"{_servers(result)}\n{_ratios(result)}"
 
 
 def _servers(result: LoadResult) -> str:
     first = result.servers[0]
-    headings = ["server", "κ", "weights, MiB", "peak resident, MiB", "KV tokens bought"]
+    headings = ["server", "κ", "weights, MiB", "peak resident, MiB", "KV tokens gained"]
     headings += ["start to first token, s", f"over {first.name}"]
     rows = []
     for server in result.servers:
@@ -38,7 +38,7 @@ def _servers(result: LoadResult) -> str:
                 f"{server.facts.keep_ratio:g}",
                 f"{server.stored_bytes / 2**20:,.0f}",
                 f"{server.peak_resident_bytes / 2**20:,.0f}",
-                f"{result.kv_tokens_bought(server):,}",
+                f"{result.kv_tokens_gained(server):,}",
                 f"{seconds[len(seconds) // 2]:.1f}",
                 next((_shown(ratio) for ratio in starts), "1"),
             ]
@@ -53,8 +53,8 @@ def _ratios(result: LoadResult) -> str:
         for workload in result.options.workloads:
             for clients in result.options.concurrency:
                 mine = _chosen(result, server.name, workload, clients)
-                ideal = _ideal(result, server, workload, clients)
-                shown = "-" if ideal is None else f"{ideal:.2f}"
+                ratio = _work_ratio(result, server, workload, clients)
+                shown = "-" if ratio is None else f"{ratio:.2f}"
                 cells = [_shown(mine[figure]) for figure in _FIGURES]
                 rows.append([server.name, workload, str(clients), *cells, shown])
     return _table(headings, rows)
@@ -65,8 +65,10 @@ def _chosen(result: LoadResult, name: str, workload: str, clients: int) -> dict[
     return {r.figure: r for r in result.ratios if (r.name, r.workload, r.concurrency) == same}
 
 
-def _ideal(result: LoadResult, server: ServerResult, workload: str, clients: int) -> float | None:
-    """Throughput over the first server's at the limit: bytes of decoding, operations of prefill."""
+def _work_ratio(
+    result: LoadResult, server: ServerResult, workload: str, clients: int
+) -> float | None:
+    """The first server's bytes (decode) or operations (prefill) over this one's; None if mixed."""
     first = result.servers[0]
     if workload == "decode":
         name = f"decode_{clients}"
@@ -86,7 +88,7 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(result: LoadResult, file: Path) -> None:
-    """Output tokens per second over the first server's, a panel for each workload.
+    """Draw output tokens per second over the first server's, a panel for each workload.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -105,5 +107,5 @@ def plot(result: LoadResult, file: Path) -> None:
 
 def _point(result: LoadResult, server: ServerResult, workload: str, clients: int) -> Point:
     ratio = _chosen(result, server.name, workload, clients)[THROUGHPUT]
-    ideal = _ideal(result, server, workload, clients)
-    return Point(str(clients), ratio.median, ratio.lowest, ratio.highest, ideal)
+    work_ratio = _work_ratio(result, server, workload, clients)
+    return Point(str(clients), ratio.median, ratio.lowest, ratio.highest, work_ratio)

@@ -1,8 +1,8 @@
-"""`svdserve bench --served`: what clients of each model's server see, beside the dense model's.
+"""`svdserve bench --served`: the speed that clients of each model's server see, over the dense one.
 
 Every server is started several times in turn, up to its first token. Then all run at once and
 `vllm bench serve` loads them one after the other, A B C, C B A, ..., so that a ratio compares two
-measurements that lie seconds apart. Prompts are token ids of exact length.
+measurements that are seconds apart. Prompts are token ids of exact length.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ _CHUNK = 16  # tokens for each hash of a trace
 
 
 class LoadOptions(BaseModel):
-    """What is measured; lengths in tokens. Without ``workloads`` the servers are only started."""
+    """What is measured; lengths are in tokens. If ``workloads`` is empty, servers only start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,10 +56,10 @@ class LoadOptions(BaseModel):
         default=3, description="How many times each server is started, up to its first token."
     )
     concurrency: tuple[PositiveInt, ...] = Field(
-        default=(1, 8, 32), description="The number of clients that ask a server at once."
+        default=(1, 8, 32), description="The number of clients that use a server at once."
     )
     workloads: tuple[Workload, ...] = Field(
-        default=WORKLOADS, description="The mix of prompt and output lengths that clients ask for."
+        default=WORKLOADS, description="The mix of prompt and output lengths of the requests."
     )
     requests: PositiveInt = Field(
         default=2, description="The number of requests of each client in a round."
@@ -102,7 +102,7 @@ class LoadOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Target:
-    """One server: how it is called in the results, its model, and the command that serves it."""
+    """One server: its name in the results, its model, and the command that serves the model."""
 
     name: str
     directory: Path
@@ -119,7 +119,7 @@ class Load(BaseModel):
 
 
 class ServerResult(BaseModel):
-    """One server; times in seconds from its start to the answer on /health and to a first token."""
+    """One server; times are seconds from its start to an answer on /health or to a first token."""
 
     name: str
     directory: str
@@ -132,7 +132,7 @@ class ServerResult(BaseModel):
     loads: list[Load] = Field(default_factory=list)
 
     def rounds(self, workload: str, concurrency: int, figure: str) -> list[float]:
-        """The figure in every round."""
+        """The named figure in every round."""
         chosen = [
             load
             for load in self.loads
@@ -146,7 +146,7 @@ class ServerResult(BaseModel):
 
 
 class LoadRatio(BaseModel):
-    """A figure over the first server's, round by round; latencies fall, throughput grows."""
+    """A figure over the first server's; a faster server has lower latencies, more throughput."""
 
     name: str
     workload: str
@@ -167,7 +167,7 @@ class LoadResult(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def ratios(self) -> list[LoadRatio]:
-        """Each other server's figures over the first one's; ``start`` is up to a first token."""
+        """Each other server's figures over the first one's; ``start`` ends at the first token."""
         first, *others = self.servers
         figures = [THROUGHPUT, *(f"{s}_{latency}_ms" for latency in LATENCIES for s in STATISTICS)]
         found = []
@@ -184,8 +184,8 @@ class LoadResult(BaseModel):
                         found.append(_ratio(other.name, workload, clients, figure, *pair))
         return found
 
-    def kv_tokens_bought(self, server: ServerResult) -> int:
-        """Tokens of KV cache that fit what its weights save of the first server's."""
+    def kv_tokens_gained(self, server: ServerResult) -> int:
+        """Tokens of KV cache that fit into the bytes by which its weights are smaller."""
         return (self.servers[0].stored_bytes - server.stored_bytes) // server.kv_token_bytes
 
 
@@ -208,12 +208,12 @@ def run_load(targets: Sequence[Target], options: LoadOptions) -> LoadResult:
     """Start, load and measure every server.
 
     Args:
-        targets: the first one is what the others are compared with; all read its tokenizer.
+        targets: the others are compared with the first; its tokenizer is used for all.
         options: what is measured.
 
     Raises:
-        UserError: a directory that cannot be served, or that has no tokenizer.
-        RuntimeError: a server ended or failed a request.
+        UserError: a directory cannot be served, or the first has no tokenizer.
+        EngineDied: a server ended or failed a request.
     """
     for target in targets:
         check_model(target.directory)
@@ -245,7 +245,7 @@ def run_load(targets: Sequence[Target], options: LoadOptions) -> LoadResult:
                     _write_trace(trace, lengths, first_hash=number << 32)
                     for server, result in served:
                         figures = _loaded(server, tokenizer, trace, len(lengths), clients)
-                        if number:  # Round 0 warms up.
+                        if number:  # round 0 warms up
                             load = Load(
                                 workload=workload,
                                 concurrency=clients,
@@ -276,7 +276,7 @@ def _described(target: Target, options: LoadOptions) -> ServerResult:
 def _started(
     target: Target, result: ServerResult, options: LoadOptions, folder: Path
 ) -> Iterator[Server]:
-    """A server that has answered with its first token; notes how long that took."""
+    """A server that has answered with its first token; the times it took go to ``result``."""
     flags = [
         *("--dtype", options.dtype),
         *("--served-model-name", target.name),
@@ -311,7 +311,7 @@ def _first_token(url: str, model: str) -> None:
 
 
 def _write_trace(file: Path, lengths: list[tuple[int, int]], first_hash: int) -> None:
-    """The trace that `vllm bench serve` makes its prompts from: a hash for every 16 tokens."""
+    """Write the trace from which `vllm bench serve` makes prompts: a hash for every 16 tokens."""
     lines = []
     for prompt, output in lengths:
         chunks = -(-prompt // _CHUNK)
@@ -325,7 +325,7 @@ def _write_trace(file: Path, lengths: list[tuple[int, int]], first_hash: int) ->
 def _loaded(
     server: Server, tokenizer: Path, trace: Path, requests: int, clients: int
 ) -> dict[str, float]:
-    """The figures of one run of `vllm bench serve`, in this process: its imports take seconds."""
+    """The figures of one run of `vllm bench serve`, in this process, as its imports are slow."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

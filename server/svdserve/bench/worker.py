@@ -1,8 +1,8 @@
-"""One engine of the benchmark: a child process that measures when its parent says so.
+"""One engine of the benchmark: a child process that measures when its parent tells it to.
 
-``python -m svdserve.bench.worker`` reads one JSON object a line from standard input, first
-the engine's options and then calls, and answers each with one line on standard output. vLLM's own
-output goes to standard error. Between calls it waits in a read and uses no processor.
+``python -m svdserve.bench.worker`` reads one JSON object on each line of standard input, first the
+engine's options and then calls, and answers each with one line on standard output. vLLM's own
+output goes to standard error. Between calls the process waits in a read and uses no CPU time.
 """
 
 import itertools
@@ -23,7 +23,7 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engines of one benchmark have in common; sizes in tokens unless said."""
+    """Options of one engine; lengths are in tokens."""
 
     directory: str
     dtype: str
@@ -61,7 +61,7 @@ class Engine:
         self._seconds = 0.0
 
     def describe(self) -> dict[str, Any]:
-        """Start-up time in seconds, and memory of the worker after loading in bytes."""
+        """Times of start and loading in seconds, and the worker's memory after loading in bytes."""
         report = WorkerReport.model_validate(self._llm.collective_rpc(METHOD)[0])
         return {
             "start_seconds": self._start_seconds,
@@ -86,7 +86,7 @@ class Engine:
         return batch * (output_len - 1) / self._timed()
 
     def prefill(self, prompt_len: int, seed: int, repeats: int = 3) -> float:
-        """Tokens per second of prompts one after the other, each up to its first output token."""
+        """Prompt tokens per second of prompts one by one, each up to its first output token."""
         seconds = 0.0
         for _ in range(repeats):
             self._submit(1, prompt_len, 1, seed)
@@ -94,9 +94,14 @@ class Engine:
         return repeats * prompt_len / seconds
 
     def profile(self, recorded: str, **arguments: Any) -> dict[str, float]:
-        """Seconds of what decode or prefill measures: in all, and of every operation by itself.
+        """Seconds of a decode or prefill measurement: in total, and of every torch operation.
 
-        Operations inside an operation count for themselves. Recording costs a little time.
+        An operation's seconds exclude those of the operations that it calls. Recording costs a
+        little time.
+
+        Args:
+            recorded: ``decode`` or ``prefill``.
+            arguments: for that method.
         """
         from torch.profiler import profile
 
@@ -129,7 +134,7 @@ class Engine:
 
 
 def main() -> None:
-    """Serve the parent until it closes standard input."""
+    """Answer the parent's calls until it closes standard input."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     engine = Engine(EngineOptions(**json.loads(sys.stdin.readline())))

@@ -1,4 +1,4 @@
-"""What the command line can say of a field of a pydantic model."""
+"""Which fields of a pydantic model can be command-line options, and what values they allow."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Kind:
 
 
 def kind_of(field: FieldInfo) -> Kind | None:
-    """None where the field is neither a plain value nor a tuple of them, such as another model."""
+    """The kind of a field that holds a plain value or a tuple of these; None for any other."""
     return _kind(field.annotation, field.metadata)
 
 
@@ -46,7 +46,7 @@ def _bounds_in(annotation: Any) -> list[Any]:
 
 
 def _range(metadata: list[Any]) -> str:
-    """Bounds in words; that a number is above 0 goes without saying if nothing else is said."""
+    """The bounds in words; empty if the only bound is that a number is above 0."""
     bounds = {n: getattr(m, n) for n in _BOUNDS for m in metadata if hasattr(m, n)}
     if bounds == {"gt": 0}:
         return ""

@@ -1,8 +1,8 @@
-"""Options of a command that are made of the fields of pydantic models.
+"""Options of a command that are made from the fields of pydantic models.
 
 A field gives its option the name, the type, the help text, the bounds and the default. An option
-that is not given is not passed on, so that the model's own default applies. Models are imported
-when the options of the command are needed first: to show or to run it, not to list the commands.
+that is not given is not passed on, so that the model's own default applies. The models are imported
+when a command runs or shows its help page, not when the commands are listed.
 """
 
 import inspect
@@ -27,14 +27,15 @@ class Source:
     """A model whose plain fields become options; those that hold other models do not.
 
     Args:
-        model: gives the options.
-        only: the fields that become options; all of them when it is empty.
-        without: fields that do not.
-        spellings: by field, where the name alone does not give it: ``--on/--off`` for one that is
-            true or false, ``--rows`` for several values whose singular is not a shorter word.
-        when: the option that makes the command use this model, where it does not always.
+        model: its fields become options.
+        only: the fields that become options; all of them if it is empty.
+        without: the fields that do not become options.
+        spellings: the option of a field that is not named by the usual rule, such as
+            ``--on/--off`` for a switch, or ``--rows`` for several values that keep the plural.
+        when: the option that makes the command use this model; empty if it always does.
         panel: the heading of these options on the help page.
-        variables: the environment variable of a field is its name in capitals after this.
+        variables: what precedes a field's name in capitals in the name of its environment variable;
+            empty if the fields have no variables.
     """
 
     model: type[BaseModel]
@@ -57,19 +58,19 @@ class Source:
 
 
 class Given:
-    """The values that the user has given to the options of a command."""
+    """The values that the user gave to the options of a command."""
 
     def __init__(self, values: Mapping[str, Any], sources: Sequence[Source]) -> None:
         self._values = {name: value for name, value in values.items() if value not in (None, ())}
         self._sources = {source.model: source for source in sources}
 
     def of(self, model: type[BaseModel]) -> dict[str, Any]:
-        """Those that belong to a model, by the names of its fields."""
+        """The values for a model, by the names of its fields."""
         flags = self._sources[model].flags
         return {name: value for name, value in self._values.items() if name in flags}
 
     def make(self, model: type[Model], **others: Any) -> Model:
-        """The model with what is given.
+        """The model with the values that the user gave, and with ``others``.
 
         Raises:
             UserError: a value is out of range; the message names the option.
@@ -88,7 +89,7 @@ class Given:
 class Command(TyperCommand):
     """A command with the options of its function, and then those of its ``sources``.
 
-    The function takes the latter by ``given`` from its context.
+    The function gets the values of the latter from its context by ``given``.
     """
 
     _params: list[Any]
@@ -101,7 +102,7 @@ class Command(TyperCommand):
 
     @property
     def params(self) -> list[Any]:
-        """All parameters; the first look at them imports the models."""
+        """All parameters; the first access imports the models."""
         if not self._complete:
             self._complete = True
             self._params += _options(self._all_sources)
@@ -122,7 +123,7 @@ class Command(TyperCommand):
 
 
 def given(ctx: typer.Context) -> Given:
-    """What the user has given to the options that a Command has made of models."""
+    """The values that the user gave to the options that a Command made from models."""
     assert isinstance(ctx.obj, Given)
     return ctx.obj
 
@@ -138,12 +139,12 @@ class _Flag:
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The option as the user types it."""
         return self.spelling.partition("/")[0]
 
     @property
     def spelling(self) -> str:
-        """As typer has it: a field of several values is an option that may be repeated."""
+        """The option as typer declares it; the option of several values may be repeated."""
         if self.field in self.source.spellings:
             return self.source.spellings[self.field]
         word = (self.field.removesuffix("s") if self.kind.several else self.field).replace("_", "-")
@@ -155,7 +156,7 @@ class _Flag:
 
     @property
     def shown_default(self) -> str:
-        """On the help page; nothing for what has none and for a switch that is off."""
+        """The default on the help page; empty if there is none or the switch is off."""
         value = self.default
         if value is None or value is False or value == ():
             return ""
@@ -172,7 +173,7 @@ class _Flag:
 
 
 def _options(sources: Sequence[Source]) -> list[Any]:
-    """Parameters as typer makes them of a function whose arguments these are."""
+    """The parameters that typer makes from a function whose arguments are these fields."""
     names = dict.fromkeys(name for source in sources for name in source.flags)
 
     def command() -> None: ...
@@ -189,7 +190,7 @@ def _options(sources: Sequence[Source]) -> list[Any]:
 
 
 def _parameter(flags: Sequence[_Flag]) -> inspect.Parameter:
-    """One option of all models that have it, with what each says of it."""
+    """One option for all models that have the field, with the help and default of each."""
     first = flags[0]
     default = "; ".join(_differing(flags, lambda flag: flag.shown_default, "{text} with {when}"))
     info = typer.Option(
@@ -207,7 +208,7 @@ def _parameter(flags: Sequence[_Flag]) -> inspect.Parameter:
 
 
 def _differing(flags: Sequence[_Flag], text_of: Callable[[_Flag], str], form: str) -> Iterator[str]:
-    """Each text once; all but the first say which option asks for their model."""
+    """Each text once; all but the first name the option that selects their model."""
     seen = set[str]()
     for flag in flags:
         text, when = text_of(flag), flag.source.when

@@ -1,4 +1,4 @@
-"""How a long job ends before its time: one line that says how to go on, and the usual exit code."""
+"""Ends an interrupted job with one line that says how to go on, and with the usual exit code."""
 
 import errno
 import re
@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; no handler of ordinary exceptions may keep it."""
+    """SIGINT or SIGTERM arrived; no ``except Exception`` catches this class."""
 
 
 @contextmanager
@@ -39,13 +39,15 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except (Interrupted, Exception) as error:
-        # Compiled code that was interrupted may raise an error of its own in its place.
+        # Compiled code that is interrupted may raise an error of its own in place of Interrupted.
         if arrived:
             print(f"interrupted: {_how_to_go_on(out)}", file=sys.stderr)
             sys.exit(128 + arrived[0])
         if not isinstance(error, OSError | SafetensorError) or _error_number(error) not in _FULL:
             raise
-        raise UserError(f"no space left to write {out}: free some; {_how_to_go_on(out)}") from None
+        raise UserError(
+            f"no space left to write {out}: free some space; {_how_to_go_on(out)}"
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -59,7 +61,7 @@ def _how_to_go_on(out: Path) -> str:
 
 
 def _error_number(error: OSError | SafetensorError) -> int | None:
-    """safetensors has it in its text only."""
+    """The operating system's number of an error, which safetensors gives in its text only."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))

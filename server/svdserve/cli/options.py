@@ -1,4 +1,4 @@
-"""Options that several commands take and that no model has, with one wording."""
+"""Options that several commands share and that are not fields of a pydantic model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +7,11 @@ import typer
 
 Out = Annotated[Path, typer.Option(help="The checkpoint directory to write.")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the results to this JSON file, too.")
+    Path | None, typer.Option("--json", help="Also write the results to this JSON file.")
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run the Python code that the model brings along."),
+    typer.Option("--trust-remote-code", help="Run the Python code in the model's directory."),
 ]
 AllowLinks = Annotated[
     bool,
@@ -26,7 +26,7 @@ CompressedModel = Annotated[
 
 
 def grant(*, trust_remote_code: bool = False, allow_links: bool = False) -> None:
-    """Give this process and those below it what the user has allowed."""
+    """Allow this process and its children what the user has allowed."""
     from svdserve.compression.system import permissions
 
     if trust_remote_code:

@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 
 def tell_if_complete(report: "Report | RefineReport") -> None:
-    """Before the figures of a job that had ended before it was asked to resume."""
+    """Say so if the job to resume was complete; the figures of that job are printed next."""
     if not report.made:
-        typer.echo(f"{report.directory}: was complete; nothing is changed", err=True)
+        typer.echo(f"{report.directory}: was already complete; nothing was changed", err=True)
 
 
 def held_out_divergence(report: "RefineReport") -> str:
+    """One line about the training: the held-out KL divergence before and after it."""
     return (
         f"held-out KL {report.before:.4f} to {report.after:.4f} nats per token in {report.steps} "
         f"steps, {report.seconds:.0f} s"

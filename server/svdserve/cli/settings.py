@@ -14,19 +14,19 @@ PARTS = {
     "block_refinement": "block_refinement",
     "refinement": "refinement",
 }
-"""The fields of a recipe that hold values by name, by what `--set` calls them."""
+"""The parts that `--set` names, each with the field of the recipe that holds its values."""
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def with_settings(recipe: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The fields of a recipe with what ``--set`` gives; the last of two settings counts.
+    """The fields of a recipe, changed by ``--set``; of two settings of one value the last counts.
 
     Args:
         recipe: as ``load_recipe`` gives it.
         settings: PART.NAME=VALUE, where PART is one of PARTS and VALUE is YAML.
 
     Raises:
-        UserError: a setting that is none of these.
+        UserError: a setting does not have this form, or its part of the recipe is no mapping.
     """
     fields = dict(recipe)
     for setting in settings:
@@ -49,7 +49,7 @@ def with_settings(recipe: Mapping[str, Any], settings: Sequence[str]) -> dict[st
 
 def _parsed(setting: str, value: str) -> Any:
     if _NUMBER.fullmatch(value.strip()) and not value.strip().isdecimal():
-        return float(value)  # YAML takes 1e-4 for a word
+        return float(value)  # YAML reads 1e-4 as text
     try:
         return yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

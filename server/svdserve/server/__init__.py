@@ -1,10 +1,10 @@
-"""Serving on vLLM: the plug-in, the HTTP server, its metrics and the benchmark."""
+"""Serving on vLLM: the plug-in, the HTTP server and its metrics."""
 
 import os
 import sys
 
-# cpu_install.work_around names here what the children of a server must not import. It is read on
-# import of this package because that is the first thing a spawned child does.
+# cpu_install.work_around lists in this variable what a server's child processes must not import.
+# The package reads it on import, because importing it is the first thing that a spawned child does.
 HIDDEN_PACKAGES = "SVDSERVE_HIDDEN_PACKAGES"
 
 

@@ -1,7 +1,8 @@
-"""Whether a model and its KV cache fit into this machine's memory, asked before anything is loaded.
+"""Checks, before anything is loaded, that a model and its KV cache fit into this machine's memory.
 
-For CPUs only: there a model that does not fit is found by the kernel, which kills a process without
-a word. On GPUs vLLM plans within --gpu-memory-utilization and says what is missing itself.
+The check is for CPUs only, where the operating system kills a process that needs too much memory
+and gives no message. On GPUs vLLM plans within --gpu-memory-utilization and itself says what is
+missing.
 """
 
 import argparse
@@ -33,19 +34,21 @@ def check_memory(
     environment: Mapping[str, str] = os.environ,
     available: int | None = None,
 ) -> None:
-    """Refuse a model that cannot fit; what Python and the activations take is not counted.
+    """Refuse a model that cannot fit; the memory of Python and the activations is not counted.
 
     Args:
-        directory: of a model that check_model has passed.
+        directory: of a model that check_model has accepted.
         dtype: the value of --dtype.
-        kv_cache_bytes: of --kv-cache-memory-bytes; None where it is absent, and vLLM then plans
+        kv_cache_bytes: the value of --kv-cache-memory-bytes. If it is None, vLLM plans the KV cache
             within --gpu-memory-utilization and checks that itself.
-        workers: of this machine; each has a KV cache of that size and a share of the weights.
-        environment: where vLLM's older variable for the KV cache, in GiB, is looked for; it wins.
-        available: bytes; measured when None.
+        workers: on this machine; each has a KV cache of that size and a share of the weights.
+        environment: may hold vLLM's older variable for the KV cache, in GiB, which takes
+            precedence.
+        available: bytes; measured if None.
 
     Raises:
-        UserError: names the bytes and the flags.
+        UserError: the memory does not suffice (the message names the bytes and the flags to
+            change), or vLLM's older variable is no whole number.
     """
     flag, cache = "--kv-cache-memory-bytes", kv_cache_bytes or 0
     if legacy := environment.get(_ENV_KV_GIB, ""):
@@ -67,7 +70,7 @@ def check_memory(
 
 
 def weight_bytes(directory: Path, dtype: str) -> int:
-    """Bytes of all tensors once they are loaded; ``auto`` keeps 16 bit and rounds float32 to it."""
+    """Bytes of all tensors once they are loaded; dtype ``auto`` stores float32 in 16 bits."""
     chosen = _DTYPES.get(dtype)
     total = 0
     for info in TensorFiles(directory).info.values():
@@ -81,7 +84,7 @@ def weight_bytes(directory: Path, dtype: str) -> int:
 def available_bytes(
     groups: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")
 ) -> int:
-    """What this process may still allocate: of the machine, and of its control groups (Linux)."""
+    """Bytes that this process may still allocate on the machine and in its control groups."""
     return min((psutil.virtual_memory().available, *_group_limits(groups, mounts)))
 
 
@@ -100,7 +103,8 @@ def _group_limits(groups: Path, mounts: Path) -> Iterator[int]:
         else:
             continue
         folder = root / path.lstrip("/")
-        # Within a container the path may be the host's: then its own group is mounted as the root.
+        # In a container the path may be the host's; the container's own group is then mounted as
+        # the root.
         for level in (folder, *folder.parents):
             if not level.is_relative_to(root):
                 break
@@ -119,7 +123,7 @@ def _page_cache(statistics: str) -> int:
 
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of vLLM's flags that decide how much is needed, with its defaults."""
+    """Add those of vLLM's flags that decide how much memory is needed, with vLLM's defaults."""
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-memory-bytes", "--kv_cache_memory_bytes", type=_number)
     parser.add_argument("--tensor-parallel-size", "--tensor_parallel_size", "-tp", type=int)

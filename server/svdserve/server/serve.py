@@ -1,6 +1,6 @@
 """`svdserve serve`: vLLM's own server, in this process, with our plug-ins switched on.
 
-Built on the surface that vLLM 0.32 and 0.33 share: the entry point of its console script, the
+It uses only interfaces that vLLM 0.32 and 0.33 share: the entry point of vLLM's console script, the
 endpoint plug-in (app.py) and the worker extension (worker.py). Every flag of `vllm serve` works.
 """
 
@@ -35,7 +35,7 @@ PLUGIN = "svdserve"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 DEFAULT_GRACE_SECONDS = 30
-MAX_N = 128  # Answers to one prompt; OpenAI's limit. vLLM's is 16,384.
+MAX_N = 128  # answers to one prompt: OpenAI's limit; vLLM's is 16,384
 
 
 def serve(
@@ -46,17 +46,17 @@ def serve(
     """Serve a model directory until SIGTERM or SIGINT.
 
     Args:
-        directory: an svdserve checkpoint, or a dense Hugging Face model, which is served as it is.
+        directory: an svdserve checkpoint, or a dense Hugging Face model, which is served dense.
         extra_args: flags of `vllm serve`. Without --host the server listens on this machine only.
-        options: who may ask, and how much; of the environment when None. Keys that vLLM would take
+        options: keys and limits; None reads them from the environment. Keys given in vLLM's way
             (--api-key, VLLM_API_KEY) are added to them.
 
     Returns:
         The exit status: 0, or 1 after the engine process has died.
 
     Raises:
-        UserError: no such model, a malformed checkpoint, no key in the file of keys, a port that is
-            taken, more memory than there is, or an engine that did not start.
+        UserError: the model does not exist, the checkpoint is malformed, the file of keys holds no
+            key, the port is taken, the memory does not suffice, or the engine did not start.
     """
     given, directory = directory, str(resolve_model(directory))
     refuse_compressed_draft([*configured_flags(extra_args), *extra_args])
@@ -72,7 +72,7 @@ def serve(
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     require_vllm()
-    from svdserve.server.plugin.command import run  # Heavy, and reads the environment on import.
+    from svdserve.server.plugin.command import run  # heavy, and reads the environment on import
 
     shorten_paths()
     try:
@@ -91,10 +91,10 @@ def check_model(directory: Path) -> bool:
     """Refuse what cannot be served, before vLLM starts; reads headers only.
 
     Returns:
-        Whether it is an svdserve checkpoint; if not, a dense model.
+        Whether it is an svdserve checkpoint; if not, it is a dense model.
 
     Raises:
-        UserError: see serve().
+        UserError: the model does not exist, or its files are malformed.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give a model directory on this machine")
@@ -114,12 +114,15 @@ def check_model(directory: Path) -> bool:
 def take_keys(
     options: SecurityOptions, extra_args: Sequence[str]
 ) -> tuple[SecurityOptions, list[str]]:
-    """Options with vLLM's keys as well, and its flags without them.
+    """Move vLLM's API keys from the flags and the environment to the options.
 
     vLLM's own check leaves routes open (see security.py), so it is never switched on beside ours.
 
+    Returns:
+        The options with these keys, and the flags without them.
+
     Raises:
-        UserError: something that is no key.
+        UserError: one of them is not a valid key.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--api-key", "--api_key", nargs="*", action="extend", default=[])
@@ -136,12 +139,13 @@ def server_arguments(
     """The user's flags with our middleware, and with our defaults for those that are absent.
 
     Args:
-        directory: that check_model has passed.
+        directory: a model that check_model has accepted.
         extra_args: flags of `vllm serve`.
-        guarded: whether requests need a key; if not, listening to other machines is warned of.
+        guarded: whether requests need a key; if not, a warning is printed when the server listens
+            to other machines.
 
     Raises:
-        UserError: the port is taken or no port, the memory does not suffice, or ``--config`` names
+        UserError: the port is taken or invalid, the memory does not suffice, or ``--config`` names
             no file of flags, or one with an API key.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -164,18 +168,18 @@ def server_arguments(
             arguments += ["--host", DEFAULT_HOST]
         if not guarded and not _is_loopback(host):
             print(
-                f"warning: anybody who reaches {host or 'this machine'}:{given.port} can use the "
+                f"warning: anyone who can reach {host or 'this machine'}:{given.port} can use the "
                 "model; give --api-keys-file FILE, or leave out --host",
                 file=sys.stderr,
             )
     if given.served_model_name is None:
-        # vLLM would tell clients the directory as it was typed, or the folder of the Hub's cache.
+        # vLLM would show clients the directory as it was typed, or the folder of the Hub's cache.
         arguments += ["--served-model-name", model_name(directory)]
     if given.shutdown_timeout is None:
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
-    for module in (security, shutdown):  # The last is the outermost.
+    for module in (security, shutdown):  # the last is the outermost
         arguments += ["--middleware", module.MIDDLEWARE]
     if serves_on_cpu() and given.nnodes == 1:
         workers = given.tensor_parallel_size or 1
@@ -184,10 +188,10 @@ def server_arguments(
 
 
 def configured_flags(extra_args: Sequence[str]) -> list[str]:
-    """The flags in the YAML file of vLLM's ``--config``, which count less than those given.
+    """The flags in the YAML file of vLLM's ``--config``; the command line overrides them.
 
     Raises:
-        UserError: no such file, no mapping of flags, or one with an API key.
+        UserError: the file cannot be read, is no mapping of flags, or has an API key.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
@@ -201,8 +205,10 @@ def configured_flags(extra_args: Sequence[str]) -> list[str]:
     if not isinstance(settings, dict):
         raise UserError(f"--config {file}: give a mapping of flags, such as port: 8000")
     if {"api-key", "api_key"} & set(settings):
-        # vLLM would check it itself, and leave routes open (see security.py).
-        raise UserError(f"--config {file}: has an api-key; give --api-key or --api-keys-file")
+        # vLLM would check this key itself, and leave routes open (see security.py).
+        raise UserError(
+            f"--config {file}: has an api-key; give it with --api-key or --api-keys-file instead"
+        )
     flags = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
@@ -214,7 +220,7 @@ def configured_flags(extra_args: Sequence[str]) -> list[str]:
 
 
 def configured_model(words: Sequence[str]) -> str | None:
-    """The model that the file of ``--config`` names, if there is one among the words.
+    """The model that the file of ``--config`` names, if the words have that flag.
 
     Raises:
         UserError: see ``configured_flags``.
@@ -224,9 +230,12 @@ def configured_model(words: Sequence[str]) -> str | None:
 
 
 def refuse_compressed_draft(flags: Sequence[str]) -> None:
-    """Raise a UserError where the draft model of speculative decoding is svdserve's.
+    """Refuse a draft model of speculative decoding that svdserve compressed.
 
-    The plug-in refuses it too, but in a worker, after minutes and below a trace.
+    The plug-in refuses it too, but in a worker, after minutes, and below a stack trace.
+
+    Raises:
+        UserError: the flags name such a draft.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--speculative-config", "--speculative_config", "-sc", default="{}")
@@ -257,7 +266,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise a UserError unless this process could listen on ``host:port``."""
+    """Raise UserError unless this process could listen on ``host:port``."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -270,11 +279,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def allowed_plugins(current: str | None) -> list[str]:
-    """The value of VLLM_PLUGINS that adds our endpoint plug-in and takes none away.
+    """The names for VLLM_PLUGINS that add our endpoint plug-in and remove no other plug-in.
 
-    vLLM loads endpoint plug-ins only when this list names them, and then treats it as an allow-list
-    for every group of plug-ins. Unset means all, so all must be named; other packages' endpoint
-    plug-ins stay out, as they do in vLLM.
+    vLLM loads endpoint plug-ins only if this variable names them, and then treats it as an
+    allow-list for every group of plug-ins. An unset variable allows all, so all must be named.
+    Endpoint plug-ins of other packages stay out, as they do in vLLM.
     """
     if current is not None:
         return sorted({*current.split(","), PLUGIN} - {""})

@@ -16,16 +16,17 @@ Nargs = int | str | None
 def find_model(words: Sequence[str], configured: str | None = None) -> tuple[str, list[str]]:
     """The model, and the other words in their order.
 
-    It stands first, or anywhere among the flags, or after ``--``, or is the value of ``--model``.
-    Where a flag takes several values and the model follows them, it is the last one if that is a
-    directory. Only where a flag stands first is vLLM imported, which knows its flags.
+    The model stands first, anywhere among the flags, or after ``--``, or is the value of
+    ``--model``. If it follows a flag that takes several values, the last value is the model if it
+    is a directory. vLLM knows its flags but is slow to import, so it is imported only if a flag
+    stands first.
 
     Args:
         words: of the command line, without svdserve's own options.
-        configured: the model that the file of ``--config`` names, for want of another.
+        configured: the model that the file of ``--config`` names; used if the words name none.
 
     Raises:
-        UserError: there is no model, or more than one, or no vLLM to ask.
+        UserError: there is no model, or more than one, or vLLM is needed and not installed.
     """
     rest, named = list(words), list[str]()
     for i, word in reversed(list(enumerate(words))):
@@ -51,11 +52,11 @@ def find_model(words: Sequence[str], configured: str | None = None) -> tuple[str
 
 
 def model_places(words: Sequence[str], flags: Mapping[str, Nargs]) -> list[int]:
-    """The places of the words that are neither flags nor their values.
+    """The positions of the words that are neither flags nor values of flags.
 
     Args:
         words: of a command line.
-        flags: how many values each takes, as argparse says it.
+        flags: argparse's ``nargs`` of each flag: how many values it takes.
     """
     places, last_of_several = list[int](), list[int]()
     place = 0
@@ -92,10 +93,10 @@ def _nargs(word: str, flags: Mapping[str, Nargs]) -> Nargs:
 
 
 def serve_flags() -> dict[str, Nargs]:
-    """The flags of the `vllm serve` that is installed, and how many values each takes.
+    """The flags of the installed `vllm serve`, and how many values each takes.
 
     Raises:
-        UserError: no vLLM, or one whose parser is elsewhere.
+        UserError: vLLM is not installed, or is a version whose parser is elsewhere.
     """
     require_vllm()
     work_around()
@@ -110,6 +111,8 @@ def serve_flags() -> dict[str, Nargs]:
 
 
 def require_vllm() -> None:
-    """Raise a UserError where vLLM is not installed."""
+    """Raise UserError if vLLM is not installed."""
     if find_spec("vllm") is None:
-        raise UserError("vLLM is not installed: pip install 'svdserve[cpu]', or [gpu]")
+        raise UserError(
+            "vLLM is not installed; pip install 'svdserve[cpu]' or 'svdserve[gpu]' installs it"
+        )

@@ -1,7 +1,7 @@
-"""What a vLLM worker says of itself once it has loaded its model (plugin/worker.py).
+"""What a vLLM worker reports once it has loaded its model (plugin/worker.py makes the report).
 
-The API process and the benchmark ask once, after the model has loaded, and watch the worker's
-memory from outside.
+The API process and the benchmark ask for it once, after the model has loaded, and then measure the
+worker's memory from outside.
 """
 
 import socket
@@ -11,13 +11,13 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 EXTENSION = "svdserve.server.plugin.worker.WorkerExtension"
-"""For vLLM's ``--worker-extension-cls``."""
+"""The value for vLLM's ``--worker-extension-cls``."""
 METHOD = "svdserve_report"
-"""For ``collective_rpc``."""
+"""The method of the extension, for ``collective_rpc``."""
 
 
 class WorkerWeights(BaseModel):
-    """Bytes of weights that one worker holds: its shards, and what every rank repeats."""
+    """Bytes of weights that one worker holds: its shards, and what every worker repeats."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,9 @@ class WorkerWeights(BaseModel):
 class WorkerReport(BaseModel):
     """One worker after it has loaded its model; memory in bytes.
 
-    ``load_seconds`` and ``weights`` are None where another loader than svdserve's has loaded.
+    ``load_seconds`` and ``weights`` are None if another loader than svdserve's loaded the model.
+    ``checks`` has a LayerCheck (plugin/verify.py) as a dict for every factored layer if the loader
+    was to verify them, and is empty otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,15 +45,14 @@ class WorkerReport(BaseModel):
     kv_cache_bytes: int
     device_bytes: int | None
     checks: list[dict[str, Any]] = []
-    """LayerCheck (verify.py) of every factored layer, as dictionaries; empty unless asked for."""
 
     @property
     def local(self) -> bool:
-        """Whether the worker runs on this machine, so that its pid means something here."""
+        """Whether the worker runs on this machine, so that its pid is valid here."""
         return self.host == socket.gethostname()
 
     def resident_bytes(self) -> int:
-        """Resident set now, shared pages included; only for a local worker."""
+        """Resident memory now, shared pages included; only for a local worker."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
     def unique_bytes(self) -> int:
@@ -60,5 +61,5 @@ class WorkerReport(BaseModel):
 
 
 def slowest_load(reports: list[WorkerReport]) -> float | None:
-    """Seconds after which every worker had its weights; None where none kept the time."""
+    """Seconds until the slowest worker had its weights; None if no worker measured it."""
     return max((r.load_seconds for r in reports if r.load_seconds is not None), default=None)

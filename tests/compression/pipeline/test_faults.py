@@ -183,7 +183,7 @@ def refused(ended: Ended, folder: Path) -> None:
     assert ended.code == 2, ended.errors
     assert "Traceback" not in ended.errors
     last = ended.errors.splitlines()[-1]
-    assert re.fullmatch(rf"error: no space left to write {folder}/out: free some; .*", last)
+    assert re.fullmatch(rf"error: no space left to write {folder}/out: free some space; .*", last)
     assert "--resume" in last or "run the same command again" in last
 
 

@@ -63,10 +63,10 @@ DAMAGE: dict[str, tuple[Callable[[Weights], None], str]] = {
 
 # Engine arguments that select a loader, and the refusal; empty where it must work.
 FORMATS: dict[str, tuple[str, str]] = {
-    "dummy": ("checkpoint", "--load-format dummy can not load a svdserve checkpoint; allowed: "),
+    "dummy": ("checkpoint", "--load-format dummy cannot load an svdserve checkpoint; allowed: "),
     "svdserve": ("checkpoint", ""),
     "safetensors": ("checkpoint", ""),
-    "svdserve for a dense model": ("dense", "is no svdserve checkpoint"),
+    "svdserve for a dense model": ("dense", "is not an svdserve checkpoint"),
 }
 
 
@@ -128,7 +128,7 @@ def test_refuses_a_compressed_draft(results: dict[str, Served]) -> None:
 
 
 def test_refuses_to_reload_in_place(results: dict[str, Served]) -> None:
-    assert "svdserve models can not reload weights in place" in results["reload"].error
+    assert "svdserve models cannot reload weights in place" in results["reload"].error
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -64,7 +64,7 @@ def test_eager_pipeline_stages_are_refused_on_a_cpu() -> None:
         if stages == 1:
             _require_compiled_pipeline(config)
             continue
-        with pytest.raises(UserError, match="leave --enforce-eager away"):
+        with pytest.raises(UserError, match="leave out --enforce-eager"):
             _require_compiled_pipeline(config)
 
 

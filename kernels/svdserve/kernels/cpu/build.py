@@ -1,8 +1,8 @@
 """Compiles and loads the C++ operation.
 
-The library (bf16.cpp) is compiled once, at first use (``make install`` is one), into the folder
-where torch keeps its extensions. Where it cannot be used ``unsupported`` says why, and callers run
-the two products on their own.
+The library (bf16.cpp) is compiled once, at first use or by ``make install``, into the folder where
+torch keeps its extensions. If it cannot be used, ``unsupported`` says why, and callers compute the
+two products without it.
 """
 
 import hashlib
@@ -37,7 +37,12 @@ def unsupported() -> str | None:
 
 
 def library() -> Path:
-    """The compiled library; compiled now where it is missing or older than its source."""
+    """The path of the library, which is compiled now if none exists for this source and torch.
+
+    Raises:
+        OSError: there is no compiler, or no folder that this process may write to.
+        RuntimeError: the compiler reports errors.
+    """
     sources = b"".join(file.read_bytes() for file in (SOURCE, *HEADERS))
     digest = hashlib.sha256(sources + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
@@ -48,14 +53,13 @@ def library() -> Path:
 
 
 def _compile(library: Path) -> None:
-    """Raises OSError without a compiler or a writable folder, RuntimeError if it reports errors."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-fPIC", "-shared", str(SOURCE)]
-        # As needed: -fopenmp adds the compiler's OpenMP library last, where torch brings none.
+        # -fopenmp adds the compiler's OpenMP library last; --as-needed drops it if torch has one.
         command += [
             "-o",
             str(built),
@@ -69,11 +73,11 @@ def _compile(library: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip() or f"{command[0]} failed")
-        built.replace(library)  # at once: several workers may compile at the same time
+        built.replace(library)  # atomic, as several workers may compile at the same time
 
 
 def openmp_libraries() -> list[Path]:
-    """Torch's own OpenMP library, if it brings one; a second one would compete for the cores."""
+    """Torch's own OpenMP library if it has one; a second library would compete for the cores."""
     package = Path(torch.__file__).parent
     folders = (package.parent / "torch.libs", package / "lib")
     return [path for folder in folders for path in folder.glob("libgomp*.so*")][:1]

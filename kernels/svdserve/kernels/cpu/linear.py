@@ -1,4 +1,4 @@
-"""The low-rank linear as one C++ operation: packs factors for it and calls it."""
+"""The low-rank linear as one C++ operation: this module packs the factors and calls it."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ _ACTIVATIONS: tuple[Activation | None, ...] = (None, "silu", "gelu_tanh")  # act
 
 
 class PackedFactors(PreparedFactors):
-    """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with the factors packed for the op.
+    """y = C (x[pivots] + Z x[rest]) + b, or y = U (V x) + b, with factors packed for the operation.
 
-    With an activation, y = act(gate) * up of the two halves of that.
+    With an activation, y = act(gate) * up, where gate and up are the two halves of that y.
 
     Attributes:
         stored_bytes: of the factors before packing, which pads rows to multiples of 16.
@@ -40,12 +40,13 @@ class PackedFactors(PreparedFactors):
             factor_in: [r, n], or [r, n - r] with pivots; bfloat16 on CPU.
             factor_out: [m, r]; bfloat16 on CPU.
             pivots: [r] strictly ascending channels of x, or None for the pair layout.
-            activation: where the rows of factor_out are gate and up, m / 2 of each.
-            amx: whether to multiply with AMX; None takes it where the processor has it.
+            activation: None, or the activation of a gated MLP if the rows of factor_out are gate
+                and up, m / 2 of each.
+            amx: whether to multiply with AMX; None uses it if the processor has it.
 
         Raises:
-            ValueError: shapes, dtypes or pivots that do not fit together.
-            RuntimeError: ``unsupported()`` says why.
+            ValueError: shapes, dtypes or pivots do not fit together.
+            RuntimeError: the kernel cannot run here; ``unsupported()`` says why.
         """
         super().__init__()
         rows, self.rank = factor_out.shape
@@ -98,7 +99,7 @@ def _check(factor_in: Tensor, factor_out: Tensor, pivots: Tensor | None, channel
 
 
 def _interleaved(factor_out: Tensor) -> Tensor:
-    """Rows of gate and up [m / 2, r] each by turns, 16 at a time; the last ones padded with 0."""
+    """Gate and up [m / 2, r] with 16 rows of each in turn; the last rows are padded with 0."""
     halves = factor_out.chunk(2)
     padding = -len(halves[0]) % _LANES
     blocks = (-1, _LANES, factor_out.shape[1])

@@ -1,9 +1,9 @@
-"""Compile every configuration of the Triton kernels for GPUs that need not be there.
+"""Compile every configuration of the Triton kernels for several GPUs, without having one.
 
 ``python -m svdserve.kernels.triton.aot --json results/triton_kernels.json`` writes what the
-compiler and the disassembler say: registers, spills, shared memory, 128-bit loads, tensor-core
-instructions. Needs Triton, which brings NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's compiler,
-and no GPU.
+compiler and the disassembler report: registers, spills, shared memory, 128-bit loads, tensor-core
+instructions. It needs only Triton, which includes NVIDIA's ptxas, cuobjdump and nvdisasm and AMD's
+compiler.
 """
 
 import argparse
@@ -37,11 +37,11 @@ class Target:
     """A family of GPUs to compile for.
 
     Attributes:
-        gpu: as Triton names it.
-        shared_limit: most bytes of shared memory that a block can have.
-        tensor_core: names of the instructions that multiply matrices.
-        load, wide_load: of those that read global memory; of 128 bits.
-        spill: of those that reach the memory where registers go that found no place.
+        gpu: Triton's description of it.
+        shared_limit: the most bytes of shared memory that a block can have.
+        tensor_core: a regular expression for instructions that multiply matrices.
+        load, wide_load: the same for instructions that read global memory, and 128 bits of it.
+        spill: the same for instructions that access spilled registers.
     """
 
     gpu: GPUTarget
@@ -73,7 +73,7 @@ TARGETS = {
         "scratch_",
     ),
 }
-# Those that can start a kernel while the one before it ends.
+# The targets that can start a kernel while the previous one ends.
 EARLY_TARGETS = ("sm_90", "sm_100")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\s+([a-z]\w*)", re.MULTILINE)
@@ -85,7 +85,7 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled at run time, for one of ``TARGETS``."""
+    """One kernel with the compile-time arguments of a launch, for one of ``TARGETS``."""
 
     kernel: str
     dtype: torch.dtype
@@ -95,7 +95,7 @@ class Variant:
 
     @property
     def fixed(self) -> dict[str, object]:
-        """The arguments that are known when it is compiled."""
+        """The arguments that are known when the kernel is compiled."""
         shrink, expand = self.config.shrink, self.config.expand
         assert shrink is not None
         assert expand is not None
@@ -105,19 +105,19 @@ class Variant:
         early = self.config.launch == "early"
         options = compile_options(tile, self.dtype, on_amd, early=early)
         splits = {} if self.kernel == "expand" else {"SPLITS": shrink.splits}
-        if self.kernel == "shrink_expand":  # which has no second kernel to start early
+        if self.kernel == "shrink_expand":  # a single launch has no second kernel to start early
             del options["EARLY"]
         return options | read | splits
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a variant; memory in bytes, instructions counted in the code.
+    """The result of compiling a variant; memory is in bytes, instructions are counted in the code.
 
     Attributes:
         fixed: dtype and compile-time arguments of the launch.
-        loads, wide_loads: instructions that read global memory; those of 128 bits.
-        stack_bytes, spills: memory for registers that found no place, and instructions that use it.
+        loads, wide_loads: instructions that read global memory, and those that read 128 bits.
+        stack_bytes, spills: memory for spilled registers, and instructions that access it.
     """
 
     kernel: str
@@ -135,7 +135,7 @@ class Compiled:
 
 
 def variants() -> Iterator[Variant]:
-    """All that runs without a table; what a table says ran where it was measured."""
+    """All variants of ``GUESSES``; those of a GPU's table ran when they were measured."""
     reads = PLAIN, GATHERED
     for target, dtype in product(TARGETS, GUESSES):
         for config in GUESSES[dtype]:
@@ -155,7 +155,7 @@ def compile_all() -> list[Compiled]:
 
 
 def compile_one(variant: Variant) -> Compiled:
-    """Compile a variant to a cubin, as the launch in launch.py would, and read it.
+    """Compile a variant as the launch in launch.py would, and count what the binary holds.
 
     Raises:
         RuntimeError: Triton runs its interpreter in this process.
@@ -166,7 +166,7 @@ def compile_one(variant: Variant) -> Compiled:
     fixed = variant.fixed | {"WIDEN": False}
     launch = {name: value for name, value in fixed.items() if not name.isupper()}
     signature, attributes = {}, {}
-    # Unsplit sums are z itself.
+    # Without splits, the sums are written to z itself.
     split = {"sums_ptr": "fp32"} if fixed.get("SPLITS", 1) != 1 else {}
     pointers = _POINTERS | split
     for place, name in enumerate(kernel.arg_names):
@@ -211,7 +211,7 @@ def _read(variant: Variant, binary: Any) -> Compiled:
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
-    """Registers, bytes of stack and instructions."""
+    """Registers, bytes of stack, and the count of each instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,8 +1,9 @@
 """How the Triton kernels divide their work, and for how many rows of x; imports no Triton.
 
-A plan says for every number of rows what runs. What was measured on a card is in its table
-(table.py); ``GUESSES`` are the plans that run where somebody asks for Triton without one. They were
-chosen by arithmetic and by what the compiler reports (``python -m svdserve.kernels.triton.aot``).
+A plan says which configuration runs for each number of rows. The plans that were measured on a GPU
+are in its table (table.py). ``GUESSES`` are the plans for a GPU without a table, used only if
+Triton is named. They were chosen by arithmetic and by what the compiler reports
+(``python -m svdserve.kernels.triton.aot``).
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from pydantic import AfterValidator, ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-MOST_BLOCKS = 8  # of rows, of a shrink whose sums are split
+MOST_BLOCKS = 8  # row blocks of a shrink whose sums are split
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -23,9 +24,9 @@ class Tile:
     """How a kernel divides its work: a program computes [rows, columns] in steps of ``depth``.
 
     Attributes:
-        splits: how many programs share the sum of one tile; more than one in shrink only.
-        lines: how many pieces of 128 bytes of every row of the factor are asked for while z is
-            not complete yet.
+        splits: how many programs share the sum of one tile; more than 1 in shrink only.
+        lines: how many pieces of 128 bytes of every row of the factor are prefetched while the
+            kernel waits for its input.
     """
 
     rows: PositiveInt
@@ -42,11 +43,12 @@ class Config:
     """How up to ``rows`` rows of x are multiplied (None: any number).
 
     Attributes:
-        shrink, expand: their tiles; None for the device's own products, after one gather.
-        launch: both in one; in two; or in two of which the second starts early (sm_90 and later).
+        shrink, expand: their tiles; None for torch's products, after one gather.
+        launch: both kernels in one launch; in two; or in two of which the second starts early
+            (sm_90 and later).
 
     Raises:
-        ValueError: one tile without the other, or more rows than the tiles can take.
+        ValueError: one tile is given without the other, or the tiles cannot take so many rows.
     """
 
     rows: PositiveInt | None
@@ -57,7 +59,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.shrink is None or self.expand is None:
             if self.shrink is not self.expand:
-                raise ValueError("shrink and expand both have a tile, or neither has")
+                raise ValueError("one of shrink and expand has a tile; give both one, or neither")
             return
         blocks = 1 if self.launch == "one" else MOST_BLOCKS if self.shrink.splits > 1 else None
         if blocks and (self.rows is None or self.rows > blocks * self.shrink.rows):
@@ -71,29 +73,31 @@ def _complete(configs: tuple[Config, ...]) -> tuple[Config, ...]:
     limits = [config.rows for config in configs]
     bounded = [limit for limit in limits[:-1] if limit is not None]
     if not limits or limits[-1] is not None or len(bounded) < len(limits) - 1:
-        raise ValueError("the last configuration of a plan, and no other, is for any number")
+        raise ValueError(
+            "the last configuration of a plan, and no other, must be for any number of rows"
+        )
     if any(more <= fewer for fewer, more in pairwise(bounded)):
         raise ValueError(f"the rows of a plan must ascend, found {bounded}")
     return configs
 
 
-# By ascending rows; the last is for any number.
+# In ascending order of rows; the last configuration is for any number of rows.
 Plan = Annotated[tuple[Config, ...], AfterValidator(_complete)]
 PRODUCTS = Config(None)
 _PLAN: TypeAdapter[tuple[Config, ...]] = TypeAdapter(Plan)
 
 
 def config_for(plan: Plan, rows: int) -> Config:
-    """The configuration for so many rows of x."""
+    """The configuration of a plan for this number of rows of x."""
     return next(config for config in plan if config.rows is None or rows <= config.rows)
 
 
 @lru_cache(maxsize=256)
 def to_text(plan: Plan) -> str:
-    """The plan as JSON, which an operation of torch can take.
+    """The plan as JSON, because arguments of torch operations may be strings.
 
     Raises:
-        ValueError: rows do not ascend to a last configuration for any number.
+        ValueError: rows do not ascend, or the last configuration is not for any number of rows.
     """
     return _PLAN.dump_json(_complete(plan), exclude_defaults=True).decode()
 
@@ -103,23 +107,23 @@ def from_text(text: str) -> Plan:
     """The plan of ``to_text``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no plan.
     """
     return _PLAN.validate_json(text)
 
 
 def single(rows: int, tile: Tile) -> Config:
-    """One launch, whose two halves have the same tile."""
+    """A configuration of one launch, with the same tile for shrink and expand."""
     return Config(rows, tile, replace(tile, splits=1), "one")
 
 
 def double(rows: int | None, tile: Tile) -> Config:
-    """Two launches with the same tile."""
+    """A configuration of two launches with the same tile."""
     return Config(rows, tile, tile)
 
 
-# Decoding is bound by the bytes of the weights: small tiles keep all processors busy, deep stages
-# keep enough loads under way. Prefill is bound by arithmetic: tiles that tensor cores like.
+# Decoding is limited by the bytes of the weights, so small tiles keep all multiprocessors busy, and
+# many stages keep enough loads in flight. Prefill is limited by arithmetic, so its tiles are large.
 _HALF = (
     single(16, Tile(16, 16, 128, warps=2, stages=5)),
     single(64, Tile(64, 32, 64, warps=4, stages=6)),

@@ -1,28 +1,28 @@
 """The Triton kernels: shrink, expand, and both in one launch; launch.py launches them.
 
 Shrink is z = x[pivots] + Z x[rest] with the gather and the addition fused in, or z = V x; expand is
-y = C z + b. Sums are float32. A kernel serves several groups at once, each with its own factors and
-rank, all reading the same x: the q, k and v of a model that is factored ``separate`` are one
-launch, and one part is the case of one group.
+y = C z + b. Sums are float32. As in a grouped GEMM, a kernel computes several groups at once, each
+with its own factors and rank, which all read the same x. A group is one part (parts.py): the q, k
+and v of a model that is factored ``separate`` are three groups of one launch.
 
-A factor_in has few rows, so few tiles for the many multiprocessors of a GPU: shrink may divide its
-columns among SPLITS programs, each of which writes its own float32 sums. The last one to finish
-adds them, always in the same order, so that results do not vary from run to run.
+A factor_in has few rows, so it gives few tiles to the many multiprocessors of a GPU. Shrink may
+therefore divide its columns among SPLITS programs, each of which writes its own float32 sums. The
+last one to finish adds them, always in the same order, so that results do not vary from run to run.
 
-EARLY is programmatic dependent launch (NVIDIA, from sm_90): a kernel starts while the one before it
-ends, asks for the first weights of each row, and only then waits for what that one writes.
+EARLY is programmatic dependent launch (NVIDIA, from sm_90): a kernel starts while the previous one
+ends, prefetches the first weights of each row, and only then waits for the previous one's results.
 
-Every size is a multiple of 16, zero padded (layout.py pads), and arrives in blocks of 16, so
-that the compiler knows the alignment of every row: the loads of weights are 128 bits wide, and no
-kernel is compiled a second time for another shape.
+Every size is a multiple of 16, zero padded (layout.py pads), and is passed as a number of blocks of
+16, so that the compiler knows the alignment of every row. The loads of weights are thus 128 bits
+wide, and no kernel is compiled a second time for another shape.
 """
 
 import triton
 import triton.language as tl
 
 GROUP_FIELDS = 8
-# Of a row of the table of groups, all in blocks of 16: rank; width, the columns of factor_in;
-# outputs; where factor_in, factor_out and the channels begin; the columns of z and y.
+# The columns of the table of groups, all in blocks of 16: the rank; the width of factor_in; the
+# outputs; the offsets of factor_in, factor_out and the channels; the first columns in z and y.
 RANK = tl.constexpr(0)
 WIDTH = tl.constexpr(1)
 OUTPUTS = tl.constexpr(2)
@@ -33,18 +33,19 @@ Z_COLUMN = tl.constexpr(6)
 Y_COLUMN = tl.constexpr(7)
 FIELDS = tl.constexpr(GROUP_FIELDS)
 
-# Places in the counters of the single launch.
+# The indices of the counters of the single launch.
 STARTED = tl.constexpr(0)
 SHRUNK = tl.constexpr(1)
 FINISHED = tl.constexpr(2)
-COUNTERS = 4  # one is free, so that what follows is aligned
+COUNTERS = 4  # one is unused, so that what follows is aligned
 
-# Sizes that vary from call to call: else one of them being 1 or odd would compile a kernel again.
+# Sizes that vary from call to call. Triton must not specialise on them, or it would compile a
+# kernel again when one of them is 1 or is not a multiple of 16.
 _CALL_SIZES = ("rows", "x_blocks", "z_blocks", "y_blocks", "groups", "tiles", "shrink_tiles")
 _CALL_SIZES += ("has_bias", "rest_block", "rest_blocks")
 
-# How shrink reads x. IN_ORDER: x is what ``gather`` writes, the pivots and then the others, each
-# padded, so that shrink reads it as it reads weights.
+# How shrink reads x. PLAIN: all channels. GATHERED: by the indices of pivots and other channels.
+# IN_ORDER: x already holds the pivots and then the others, each padded, so nothing is gathered.
 PLAIN = tl.constexpr(0)
 GATHERED = tl.constexpr(1)
 IN_ORDER = tl.constexpr(2)
@@ -66,10 +67,10 @@ def _locate(groups_ptr, groups, tile, SIZE: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _gathered(x_rows, channels, k0, width, inside, BK: tl.constexpr):
-    """x [BT, BK] of the channels that columns k0 .. k0 + BK of factor_in multiply."""
+    """The x [BT, BK] of the channels that columns k0 .. k0 + BK of factor_in multiply."""
     k = k0 + tl.arange(0, BK)
     channel = tl.load(channels + k, mask=k < width, other=-1)
-    # Padding is -1 and not a channel of weight zero: zero times an infinite x is not a number.
+    # Padding is -1 and not a channel with weight zero, because zero times an infinite x is NaN.
     return tl.load(
         x_rows + channel[None, :], mask=inside[:, None] & (channel >= 0)[None, :], other=0.0
     )
@@ -86,7 +87,7 @@ def _weights(rows, k0, width, inside, BK: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """WIDEN is for the interpreter, which would multiply the bits of bfloat16 as integers."""
+    """a b + sums; WIDEN is for the interpreter, which would multiply bfloat16 as integers."""
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
     return tl.dot(a, b, sums, input_precision=PRECISION)
@@ -94,7 +95,7 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _rounded(sums, dtype: tl.constexpr, WIDEN: tl.constexpr):
-    """The sums in dtype, to nearest even; the interpreter cuts bfloat16 off, so it adds first."""
+    """The sums rounded to dtype, to nearest even; the interpreter would truncate to bfloat16."""
     if WIDEN and dtype == tl.bfloat16:
         bits = sums.to(tl.int32, bitcast=True)
         sums = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
@@ -103,7 +104,7 @@ def _rounded(sums, dtype: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _ask_for(rows, width, LINES: tl.constexpr):
-    """Ask the L2 cache for the first LINES times 128 bytes of every row; waits for nothing."""
+    """Prefetch the first LINES times 128 bytes of every row into the L2 cache, without waiting."""
     column = tl.minimum(
         tl.arange(0, LINES) * (128 // (rows.dtype.element_ty.primitive_bitwidth // 8)), width - 1
     )
@@ -142,7 +143,7 @@ def _shrink_tile(
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([BT, BN], tl.float32)
     if READ == GATHERED:
-        # Scalar loads cannot be copied asynchronously, so the next ones are under way in registers.
+        # Scalar loads cannot be asynchronous copies, so registers hold the next x beforehand.
         x = _gathered(x_rows, channels, begin, end, t < rows, BK)
         for k0 in range(begin, end, BK):
             w = _weights(w_rows, k0, end, n < rank, BK)
@@ -217,7 +218,7 @@ def _expand_tile(
 
 @triton.jit
 def _swizzled(rows, tiles, BT: tl.constexpr):
-    """Row block and tile of a program: eight row blocks side by side read the same weights."""
+    """Row block and tile of a program; eight consecutive programs read the same weights."""
     row_blocks = tl.cdiv(rows, BT)
     program = tl.program_id(0)
     band = program // (8 * tiles)
@@ -234,7 +235,7 @@ def shrink(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """z of every group; a program for every tile [BT, BN] of it and every split of its sum."""
+    """Compute z of every group, with a program for each tile [BT, BN] of z and split of its sum."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
@@ -254,7 +255,7 @@ def expand(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y of every group; a program for every tile [BT, BN] of it."""
+    """Compute y of every group, with a program for each tile [BT, BN] of y."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
@@ -275,11 +276,12 @@ def shrink_expand(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Both for at most BT rows, in one launch of a program for every tile of z and of y.
+    """Compute z and y of at most BT rows in one launch, with a program for each tile of z and of y.
 
-    A program takes its tile by a ticket, so the tiles of z belong to the programs that started
-    first and wait for nobody: however the device orders programs, those of y wait only for programs
-    that run. The last one to finish sets the counters back to zero for the next launch.
+    A program gets its tile by a ticket, so the tiles of z go to the programs that start first, and
+    these wait for no other. In whatever order the device starts programs, those of y wait only for
+    programs that are running. The last program to finish sets the counters back to zero for the
+    next launch.
     """
     ticket = tl.atomic_add(counters_ptr + STARTED, 1, sem="relaxed")
     if ticket < shrink_tiles * SPLITS:
@@ -320,7 +322,7 @@ def gather(
     x_blocks, z_blocks, rest_blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies x[pivots] to z and x[rest] to rest, zeros where they are padded."""
+    """Copy x[pivots] to z and x[rest] to rest, with zeros in their padding."""
     t = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ranks = z_blocks * 16

@@ -1,4 +1,4 @@
-"""Launches the kernels, or the device's own products in their place.
+"""Launches the kernels, or computes torch's products in their place.
 
 Importing this module imports Triton.
 """
@@ -19,7 +19,7 @@ PLAIN, GATHERED, IN_ORDER = (
 )
 _KERNELS = (kernels.shrink, kernels.expand, kernels.shrink_expand)
 _ARGUMENTS = {name for kernel in _KERNELS for name in kernel.arg_names}
-_COPIED = 1024  # columns of a row that a program of gather copies
+_COPIED = 1024  # columns of a row that one program of gather copies
 
 
 def launch(
@@ -30,7 +30,18 @@ def launch(
     shrink: Tile,
     config: Config,
 ) -> None:
-    """One launch or two; tensors and sizes by the names of the kernels' arguments."""
+    """Compute y by one launch or two.
+
+    Args:
+        tensors, sizes: arguments of the kernels, by their names.
+        ranks: of the parts, padded.
+        outputs: of the parts, padded.
+        shrink: the tile of the first kernel.
+        config: has the tile of the second kernel and the kind of launch.
+
+    Raises:
+        ValueError: a shrink with split sums cannot take so many rows.
+    """
     expand, rows = config.expand or shrink, sizes["rows"]
     x = tensors["x_ptr"]
     z = sums = x.new_empty(rows, sum(ranks))
@@ -59,7 +70,7 @@ def launch(
     for kernel, tile, programs, counts in steps:
         options = compile_options(tile, dtype, on_amd, early=config.launch == "early")
         given = named | counts | options | {"WIDEN": interpreted()}
-        # The options of the compiler are no arguments of the kernel.
+        # A kernel gets its own arguments and the compiler's options, not other kernels' arguments.
         foreign = set(given) & _ARGUMENTS - set(kernel.arg_names)
         kernel[programs](**{name: value for name, value in given.items() if name not in foreign})
 
@@ -76,7 +87,7 @@ def compile_options(
         "BN": tile.columns,
         "BK": tile.depth,
         "num_warps": tile.warps,
-        # AMD's compiler keeps loads under way in registers, and two stages are what it plans for.
+        # AMD's compiler keeps pending loads in registers, and plans for two stages.
         "num_stages": min(tile.stages, 2) if on_amd else tile.stages,
         "enable_fp_fusion": True,  # Triton's default changes between versions
         **({"launch_pdl": True} if early else {}),
@@ -92,7 +103,7 @@ def latent_by_products(
     widths: Sequence[int],
     read: int,
 ) -> Tensor:
-    """z [rows, sum of ranks] of every part by the device's own products, after one gather."""
+    """The latent z [rows, sum of ranks] of all parts by torch's products, after one gather."""
     rows = len(x)
     rest = x
     if read == GATHERED:
@@ -101,7 +112,8 @@ def latent_by_products(
         grid = rows, triton.cdiv(z.shape[1] + rest.shape[1], _COPIED)
         kernels.gather[grid](x, channels, pivots, z, rest, *blocks, BLOCK=_COPIED)
     elif read == IN_ORDER:
-        # A copy, as z is added to: one row of x would count as contiguous, and be x itself.
+        # A copy, because products are added to z: a single row of x counts as contiguous, and
+        # .contiguous() would return x itself.
         z, rest = x[:, : ranks[0]].clone(memory_format=torch.contiguous_format), x[:, ranks[0] :]
     else:
         z = x.new_empty(rows, ranks[0])
@@ -115,7 +127,7 @@ def latent_by_products(
     )
     for own, other, factor, rank in parts:
         if factor.numel():
-            # beta=0: whatever is in new memory, even NaN, counts for nothing.
+            # beta=0 ignores the content of new memory, even NaN.
             own.addmm_(other, factor.view(rank, -1).T, beta=0 if read == PLAIN else 1)
     return z
 
@@ -128,7 +140,7 @@ def expand_by_products(
     outputs: Sequence[int],
     y: Tensor,
 ) -> None:
-    """y [rows, sum of outputs] of z by the device's own products."""
+    """Write y [rows, sum of outputs] from z by torch's products."""
     factors = torch.split(outer, [size * rank for size, rank in zip(outputs, ranks, strict=True)])
     parts = zip(
         torch.split(z, list(ranks), 1),
@@ -144,7 +156,7 @@ def expand_by_products(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of tl.dot: float32 is multiplied as such, not rounded to TF32."""
+    """The ``input_precision`` of tl.dot; float32 is not rounded to TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 

@@ -10,16 +10,16 @@ from torch.nn.functional import pad
 
 from svdserve.kernels.parts import Part, other_channels
 
-ALIGNMENT = 16  # Rows of every matrix begin at multiples of it; see kernels.py.
+ALIGNMENT = 16  # rows of every matrix begin at multiples of it; see kernels.py
 
 
 def padded(size: int) -> int:
-    """The size and what is missing to whole blocks."""
+    """The size rounded up to whole blocks."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def aligned(matrix: Tensor, rows: bool = False) -> Tensor:
-    """The matrix, zero padded to whole blocks of columns (and rows); no copy where it fits."""
+    """The matrix, zero padded to whole blocks of columns (and rows); no copy if it fits already."""
     height, width = matrix.shape
     missing = padded(width) - width, (padded(height) - height) if rows else 0
     if any(missing):
@@ -30,7 +30,7 @@ def aligned(matrix: Tensor, rows: bool = False) -> Tensor:
 
 
 def aligned_bias(bias: Tensor, outputs: Sequence[int]) -> Tensor:
-    """The bias of all groups, each group's padded to whole blocks; no copy where it fits."""
+    """The bias of all groups, each padded to whole blocks; no copy if it fits already."""
     if all(size % ALIGNMENT == 0 for size in outputs):
         fits = bias.data_ptr() % ALIGNMENT == 0 and bias.is_contiguous()
         return bias if fits else bias.clone(memory_format=torch.contiguous_format)
@@ -47,7 +47,7 @@ def channels_of(part: Part) -> tuple[Tensor, Tensor]:
 
 
 def indices(channels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """The channels of every part as int32, each part's padded to its size."""
+    """The channels of all parts (int32), each part's padded with -1 to its size."""
     whole = [
         pad(own.to(torch.int32), (0, size - len(own)), value=-1)
         for own, size in zip(channels, sizes, strict=True)
@@ -56,7 +56,7 @@ def indices(channels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in a row; no copy of a single tensor that is contiguous."""
+    """All elements as one vector; a single contiguous tensor is not copied."""
     own = [tensor.detach().reshape(-1) for tensor in tensors]
     return own[0] if len(own) == 1 else torch.cat(own)
 
@@ -65,7 +65,10 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def group_table(
     ranks: tuple[int, ...], widths: tuple[int, ...], outputs: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The table of groups; kept, as copying it to the device cannot be a part of a CUDA graph."""
+    """The table of groups (see kernels.py), int32 [groups, 8].
+
+    It is cached, because a CUDA graph cannot hold the copy of the table to the device.
+    """
     whole = [padded(size) for size in outputs]
     columns = (
         ranks,

@@ -1,8 +1,8 @@
 """The low-rank linear on GPUs: prepares factors for the Triton kernels and calls them.
 
-A few rows are one launch (``kernels.shrink_expand``), more are two. Which configuration runs
-depends on the layer's plan and the number of rows in the shape of x: nothing is tuned at run time
-or waits for the device, so a CUDA graph captures what will run.
+The layer's plan and the number of rows of x decide which configuration runs, such as one launch
+(``kernels.shrink_expand``) for few rows and two for more. Nothing is tuned at run time or waits for
+the device, so a CUDA graph captures exactly what will run.
 
 Importing this module imports Triton.
 """
@@ -43,11 +43,11 @@ from svdserve.kernels.triton.layout import (
     padded,
 )
 
-_LARGEST = 2**31  # Offsets within one factor are 32 bits.
+_LARGEST = 2**31  # offsets within one factor have 32 bits
 
 
 class TritonFactors(PreparedFactors):
-    """See PreparedFactors; the factors padded and side by side."""
+    """PreparedFactors for the Triton kernels: padded, and those of all parts in one vector."""
 
     inner: Tensor
     outer: Tensor
@@ -59,29 +59,30 @@ class TritonFactors(PreparedFactors):
     def __init__(
         self, parts: Sequence[Part], plan: Plan | None = None, in_order: bool = False
     ) -> None:
-        """Copy the factors, except where one part has the layout of the kernels already.
+        """Copy the factors, unless there is one part that has the layout of the kernels already.
 
         Args:
-            parts: each with its own rank; shapes as in ``lowrank_linear``, checked by the caller.
-            plan: what runs for how many rows; None for what is guessed for the dtype.
+            parts: each with its own rank; shapes are those of ``lowrank_linear``, which the caller
+                has checked.
+            plan: what runs for each number of rows; None for the guess for the dtype.
             in_order: whether x arrives with its columns in ``order``; for one part only.
 
         Raises:
-            ValueError: a factor of 2³¹ elements or more, or a plan without an end.
+            ValueError: a factor has 2³¹ elements or more, or the plan is not valid.
         """
         super().__init__()
         device, dtype = parts[0].factor_in.device, parts[0].factor_in.dtype
         self.plan = to_text(plan or GUESSES[dtype])
         self.ranks = [padded(part.rank) for part in parts]
         self.outputs = [part.outputs for part in parts]
-        # Several groups share the gathering kernel: a pair is then the case without pivots.
+        # Several parts share the gathering kernel; a pair is then a part without pivots.
         gathers = len(parts) > 1 or parts[0].pivots is not None
         self.read = IN_ORDER if in_order else GATHERED if gathers else PLAIN
         inner = [aligned(part.factor_in, rows=True) for part in parts]
         outer = [aligned(part.factor_out, rows=True) for part in parts]
         if max(factor.numel() for factor in (*inner, *outer)) >= _LARGEST:
             raise ValueError(
-                f"a factor of {_LARGEST:,} elements or more; the kernels count to that"
+                f"a factor has {_LARGEST:,} elements or more; the kernels can take fewer only"
             )
         self.widths = widths = [factor.shape[1] for factor in inner]
         self.in_features = self.ranks[0] + widths[0] if in_order else parts[0].in_features
@@ -106,7 +107,7 @@ class TritonFactors(PreparedFactors):
         """The same factors, in the same memory, multiplied by another plan.
 
         Raises:
-            ValueError: a plan without an end.
+            ValueError: the plan is not valid.
         """
         other = copy(self)
         other.plan = to_text(plan)
@@ -114,7 +115,7 @@ class TritonFactors(PreparedFactors):
 
     @property
     def order(self) -> Tensor:
-        """The channels in the order of shrink, pivots first (int64); -1 is a column of zeros."""
+        """The channels (int64) in the order of shrink, pivots first; -1 is a column of zeros."""
         return torch.cat([self.pivots, self.channels]).long()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What was measured on a card: which plan its layers get. ``benchmarks/gpu/suite.py`` writes it.
+"""The measurements of a GPU ("card"), which say which plan its layers get.
 
-tables/ has a file for each card that was measured. What no table speaks for is not taken unless
-somebody asks for it.
+tables/ has a file for each GPU that was measured; ``benchmarks/gpu/suite.py`` writes it. A layer
+that no table covers uses Triton only if Triton is named.
 """
 
 import re
@@ -19,13 +19,13 @@ FOLDER = Path(__file__).with_name("tables")
 
 
 class Entry(BaseModel):
-    """The plan of layers that are like those that were measured.
+    """The plan of layers whose sizes are within those of the measured layers.
 
     Attributes:
         dtype: of x and the factors.
         columns: the fewest and the most columns of a factor of the measured layers (n - r or n,
             and r).
-        plan: what was fastest for how many rows; the two products where they were.
+        plan: what was fastest for each number of rows; torch's two products if they were.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,18 +35,18 @@ class Entry(BaseModel):
     plan: Plan
 
     def holds_for(self, dtype: torch.dtype, columns: Sequence[int]) -> bool:
-        """Whether all factors of a layer are of this dtype and within what was measured."""
+        """Whether all factors of a layer have this dtype and columns in the measured range."""
         least, most = self.columns
         return getattr(torch, self.dtype) == dtype and least <= min(columns) <= max(columns) <= most
 
 
 class Table(BaseModel):
-    """All that was measured on one card.
+    """All measurements of one GPU.
 
     Attributes:
-        card: its name, as torch gives it.
-        machine: on which it was measured: versions, memory, multiprocessors.
-        entries: the first that holds for a layer is taken.
+        card: the name that torch gives to the GPU.
+        machine: that it was measured on: versions, memory, multiprocessors.
+        entries: a layer gets the first one that holds for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,9 +56,9 @@ class Table(BaseModel):
     entries: tuple[Entry, ...]
 
     def plan(self, dtype: torch.dtype, columns: Sequence[int]) -> Plan | None:
-        """The plan of a layer with so many columns of each factor.
+        """The plan of a layer whose factors have these numbers of columns.
 
-        None where no layer like it was measured, or where the two products always won.
+        None if no such layer was measured, or if torch's two products were always faster.
         """
         for entry in self.entries:
             if entry.holds_for(dtype, columns):
@@ -67,7 +67,7 @@ class Table(BaseModel):
 
 
 def file_of(card: str) -> Path:
-    """Where the table of a card belongs."""
+    """The path of the table of a GPU."""
     return FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '_', card)}.json"
 
 
@@ -75,20 +75,20 @@ def read_table(file: Path) -> Table:
     """The table in a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no table.
+        OSError: the file cannot be read.
+        ValueError: the file is no table.
     """
     return Table.model_validate_json(file.read_bytes())
 
 
 def table_of(device: str) -> Table | None:
-    """The table of the card that a type of device is at present; None where there is none.
+    """The table of the current device of a type; None if it has none. Does not wait for the device.
 
     Args:
-        device: such as "cuda", which is also AMD's. It waits for nothing on it.
+        device: the type, such as "cuda" (also for AMD's GPUs).
 
     Raises:
-        ValueError: the file of that card is no table.
+        ValueError: the file of that GPU is no table.
     """
     if device != "cuda" or not torch.cuda.is_available():
         return None

@@ -71,16 +71,17 @@ def bench(
         Path | None,
         typer.Option(
             "--plot",
-            help="Draw the speed over the dense model's into this .svg or .png file.",
+            help="Draw the speed relative to the dense model's into this .svg or .png file.",
         ),
     ] = None,
     allow_links: options.AllowLinks = False,
 ) -> None:
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
 
-    Without `--served` and `--kernels`, decoding and prefill are measured apart in vLLM's engine,
-    and each is shown beside the ratio that is ideal. With `--served`, clients of `svdserve serve`
-    measure the speed under the load of `vllm bench serve`. With `--kernels`, no model is loaded.
+    Without `--served` and `--kernels`, decoding and prefill are measured separately in vLLM's
+    engine. Each speed is shown beside the ideal ratio: that of the bytes which decoding must read,
+    or of the operations of prefill. With `--served`, the clients of `vllm bench serve` measure
+    `svdserve serve`. With `--kernels`, no model is loaded.
     """
     options.grant(allow_links=allow_links)
     given = flags.given(ctx)

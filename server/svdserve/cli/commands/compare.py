@@ -22,7 +22,7 @@ class Command(flags.Command):
             flags.Source(
                 Evaluation, without=frozenset({"seq_len"}), panel="What models are measured on"
             ),
-            flags.Source(Recipe, only=_CALIBRATION, panel="What every recipe is given instead"),
+            flags.Source(Recipe, only=_CALIBRATION, panel="What replaces a recipe's calibration"),
             flags.Source(Run, only=frozenset({"device"}), panel="What models are measured on"),
         )
 
@@ -31,13 +31,13 @@ def compare(
     ctx: typer.Context,
     model: options.DenseModel,
     work: Annotated[
-        Path, typer.Option(help="A folder for checkpoints and for evaluations that are finished.")
+        Path, typer.Option(help="A folder for checkpoints and for finished evaluations.")
     ],
     methods: Annotated[
         list[str] | None,
         typer.Option(
             "--method",
-            help="A method as its paper has it: every linear gets a pair of factors of the same κ. "
+            help="A method as in its paper: every linear gets a pair of factors with the same κ. "
             "It may be repeated.",
         ),
     ] = None,
@@ -51,11 +51,13 @@ def compare(
     ] = None,
     keeps: Annotated[
         list[float] | None,
-        typer.Option("--keep", help="A keep ratio κ for all of them. It may be repeated."),
+        typer.Option(
+            "--keep", help="A keep ratio κ for all recipes and methods. It may be repeated."
+        ),
     ] = None,
     json_file: options.JsonFile = None,
     table_file: Annotated[
-        Path | None, typer.Option("--table", help="Write a Markdown table to this file, too.")
+        Path | None, typer.Option("--table", help="Also write a Markdown table to this file.")
     ] = None,
     plot_file: Annotated[
         Path | None,
@@ -91,11 +93,11 @@ def compare(
     files = recipes or ([] if methods else ["default"])
     chosen = {Path(file).stem: make_recipe(**(load_recipe(file) | text)) for file in files}
     for name in methods or ():
-        # A method that learns shares the parameters itself.
+        # A method that learns ranks distributes the parameters among the linears itself.
         uniform = {"allocator": "uniform"} if get_method(name).learner is None else {}
         chosen[name] = make_recipe(method=name, **_PAPER, **uniform, **text)
     for keep in keeps or ():
-        make_recipe(keep=keep)  # before the long part starts
+        make_recipe(keep=keep)  # checked before the long part starts
     found = run_comparison(model, work, chosen, keeps or [make_recipe().keep], evaluation, run)
     if json_file is not None:
         write_results(json_file, found.portable())

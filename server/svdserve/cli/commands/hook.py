@@ -8,7 +8,7 @@ from svdserve.compression.system.errors import UserError
 
 
 def install_hook(
-    remove: Annotated[bool, typer.Option("--remove", help="Take the hook out again.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the hook.")] = False,
 ) -> None:
     """Let every Python of this environment load compressed models without an import.
 
@@ -21,10 +21,11 @@ def install_hook(
     try:
         if remove:
             hook_path().unlink(missing_ok=True)
-            typer.echo(f"{hook_path()}: is removed")
+            typer.echo(f"{hook_path()}: removed")
         else:
-            typer.echo(f"{install()}: is written; --remove takes it out again")
+            typer.echo(f"{install()}: written; `svdserve install-hook --remove` removes it")
     except OSError as error:
         raise UserError(
-            f"{hook_path()}: cannot be changed ({error.strerror}); take an environment of your own"
+            f"{hook_path()}: cannot be changed ({error.strerror}); use a Python environment that "
+            "you may write to"
         ) from None

@@ -9,7 +9,7 @@ from rich.table import Table
 
 def methods(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as the README has it.")
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
     ] = False,
 ) -> None:
     """List the compression methods, their papers and their parameters."""

@@ -8,7 +8,7 @@ from svdserve.cli import flags, options
 from svdserve.cli.interrupt import resumable
 from svdserve.cli.output import held_out_divergence, tell_if_complete
 
-_UNUSED = frozenset({"batch_size", "offload", "cache"})  # of a Run, by a refinement
+_UNUSED = frozenset({"batch_size", "offload", "cache"})  # fields of a Run that have no effect here
 
 
 class Command(flags.Command):

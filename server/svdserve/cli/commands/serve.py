@@ -10,7 +10,7 @@ from svdserve.cli import flags, options
 
 
 class Command(flags.Command):
-    """A command whose other words are vLLM's, the ``--`` before a model included."""
+    """A command that passes all other words on to vLLM, with the ``--`` before a model."""
 
     @staticmethod
     def sources() -> Sequence[flags.Source]:
@@ -23,14 +23,14 @@ class Command(flags.Command):
             args = ["--help"]
         elif "--" in args:
             place = args.index("--")
-            args = [*args[:place], "--", *args[place:]]  # the parser takes one away
+            args = [*args[:place], "--", *args[place:]]  # the parser removes one of them
         return super().parse_args(ctx, args)
 
 
 SETTINGS = {
     "ignore_unknown_options": True,
     "allow_extra_args": True,
-    # Not -h: it would be found within vLLM's -cc.cudagraph_mode=NONE.
+    # Not -h: the parser would find it in vLLM's -cc.cudagraph_mode=NONE.
     "help_option_names": ["--help"],
 }
 
@@ -49,11 +49,11 @@ def serve(
 ) -> None:
     """Serve a model with vLLM's OpenAI-compatible server.
 
-    Every flag of `vllm serve` may stand beside MODEL, such as `--port 8001 --max-model-len 4096`;
+    Every flag of `vllm serve` works too, such as `--port 8001 --max-model-len 4096`;
     `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
-    otherwise. A dense model is served as it is. The environment variable SVDSERVE_API_KEYS may hold
-    keys, too; separate them with commas. After SIGTERM, requests have `--shutdown-timeout` seconds
-    to finish, 30 by default.
+    otherwise. A dense model is served dense. The environment variable SVDSERVE_API_KEYS may also
+    hold keys, separated by commas. After SIGTERM, requests have `--shutdown-timeout` seconds to
+    finish, 30 by default.
     """
     from svdserve.server.http.security import SecurityOptions
     from svdserve.server.serve import configured_model

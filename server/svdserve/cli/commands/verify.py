@@ -22,7 +22,7 @@ def verify(
     ] = "auto",
     allow_links: options.AllowLinks = False,
 ) -> None:
-    """Compare every layer, as vLLM serves it here, with the weights that it stands for.
+    """Compare every layer, as vLLM serves it here, with the dense weights that its factors give.
 
     The exit code is 1 if a layer is wrong.
     """

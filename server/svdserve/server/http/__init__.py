@@ -1,1 +1,1 @@
-"""What stands around vLLM's HTTP server: routes, keys, errors, shutdown, the dashboard."""
+"""What svdserve adds to vLLM's HTTP server: routes, keys, errors, shutdown, the dashboard."""

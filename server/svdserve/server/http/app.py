@@ -1,9 +1,9 @@
 """Our part of vLLM's API server: the plug-in that its ``vllm.endpoint_plugins`` group loads.
 
-The application, its OpenAI routes and /metrics stay vLLM's own. This adds GET /svdserve/model,
-/svdserve/groups and /dashboard, the shape of errors (errors.py), and starts the gauges of
-metrics.py. The contract is vllm/plugins/endpoint_plugins/interface.py; vLLM loads such plug-ins
-only when VLLM_PLUGINS names them, which serve.py sees to.
+The application, its OpenAI routes and /metrics stay vLLM's own. This module adds the routes
+GET /svdserve/model, /svdserve/groups and /dashboard and the middleware of errors.py, and starts the
+gauges of metrics.py. The interface is vllm/plugins/endpoint_plugins/interface.py. vLLM loads such
+plug-ins only if VLLM_PLUGINS names them, so serve.py sets it.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resi
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
 
 NAME = "svdserve"
-logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM adds handlers only to its own name
 
 
 class ServedModel(BaseModel):
-    """Answer of GET /svdserve/model."""
+    """Answer of GET /svdserve/model; ``load_seconds`` is the slowest worker's, if it is known."""
 
     name: str
     model: ModelFacts
@@ -40,7 +40,7 @@ class ServedModel(BaseModel):
 
 
 class Groups(BaseModel):
-    """Answer of GET /svdserve/groups: what compression did, module by module; empty if dense."""
+    """Answer of GET /svdserve/groups: the facts of each factored module; none if dense."""
 
     model_name: str
     keep_ratio: float
@@ -49,14 +49,14 @@ class Groups(BaseModel):
 
 @dataclass(frozen=True)
 class State:
-    """What the routes answer from."""
+    """The answers of the routes, which do not change while the server runs."""
 
     model: ServedModel
     groups: Groups
 
 
 class EndpointPlugin:
-    """Routes and state; one instance lives in every API server process."""
+    """The routes and their state; every API server process has one instance."""
 
     name = NAME
     required_tasks = None
@@ -65,12 +65,14 @@ class EndpointPlugin:
         self._watch: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Called by vLLM once its own routes are attached."""
+        """Add our routes and middleware; vLLM calls this once its own routes are attached."""
 
         def state(request: Request) -> State:
             known: State | None = getattr(request.app.state, NAME, None)
             if known is None:
-                raise HTTPException(404, "the served model is no local directory of safetensors")
+                raise HTTPException(
+                    404, "the served model is not a local directory of safetensors files"
+                )
             return known
 
         @app.get("/svdserve/model")
@@ -82,19 +84,21 @@ class EndpointPlugin:
             return state(request).groups
 
         attach_dashboard(app)
-        # The last is the innermost: http_requests_total counts the statuses that clients get.
+        # The last middleware is the innermost, so http_requests_total counts the statuses that
+        # clients get.
         app.user_middleware.append(Middleware(RequestErrors))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Called by vLLM before the server listens; the model is loaded by then.
+        """Collect the facts of the model and start its gauges.
 
+        vLLM calls this after it has loaded the model and before the server listens.
         ``engine_client`` is None on vLLM's render server, which holds no model.
         """
         if engine_client is None:
             return
         try:
             await self._start(engine_client, state, args)
-        except Exception as error:  # such as a vLLM that names things otherwise; it serves on
+        except Exception as error:  # e.g. another vLLM has other names; the server still serves
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             logger.warning("svdserve gauges are off: %s%s", kind, error)
 
@@ -121,9 +125,9 @@ class EndpointPlugin:
 def pids(api_server: int, api_servers: int, reports: list[WorkerReport]) -> dict[str, int]:
     """Process ids by role: this API server, the engine core, each worker of this machine.
 
-    Several API servers are children of a launcher, which is told too. Where vLLM runs its only
-    worker inside the engine core (one GPU), that process is the worker's entry alone, so that a sum
-    over the roles counts nothing twice.
+    Several API servers are children of a launcher, which is listed too. If vLLM runs its only
+    worker inside the engine core (one GPU), that process is listed only as the worker, so that a
+    sum over the roles counts nothing twice.
     """
     local = [report for report in reports if report.local]
     roles = {f"api_server_{api_server}": os.getpid()}

@@ -1,14 +1,18 @@
-"""Errors as OpenAI's API has them, and as clients of it read them.
+"""ASGI middleware that gives every error the shape and status that OpenAI's clients expect.
 
-vLLM answers most errors in that shape, but not those of its web framework ({"detail": ...}: an
-unknown route, a body that is no JSON), and it answers 501 where the served model cannot do what is
-asked. A 5xx makes clients try again and operators look for a fault; the request is at fault there,
-so this ASGI middleware makes it 404. app.py puts it inside vLLM's counter of answers, which would
-otherwise count a failure of ours. Where vLLM's code that reads a request fails on a value that it
-did not expect, the answer is 400: a validator that pydantic does not hear of
-({"structured_outputs": true} in 0.32), and the conversion of the messages of /v1/responses (one
-without content, or with a refusal in it). No other 5xx is touched. In the log a bad request is one
-line: some of vLLM's routes write a stack trace for it.
+vLLM gives most errors OpenAI's shape. This middleware changes the others:
+
+* Errors of vLLM's web framework ({"detail": ...}, e.g. for an unknown route or a body that is not
+  JSON) get OpenAI's shape.
+* The status 501, for a request that the served model cannot do, becomes 404: a 5xx would make
+  clients retry and operators look for a fault, although the request is at fault.
+* If vLLM's code that reads a request fails on an unexpected value, the answer is 400. In vLLM 0.32
+  this happens in a validator whose exception pydantic does not catch ({"structured_outputs": true})
+  and in the conversion of messages of /v1/responses (one without content, or with a refusal).
+
+Other 5xx are left alone. app.py puts this middleware inside vLLM's counter of answers, so that the
+counter sees the changed statuses. In the log a bad request is one line, without the stack trace
+that some of vLLM's routes write.
 """
 
 import json
@@ -23,18 +27,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svdserve.server.plugin.log_filter import without_trace
 
-# The modules that have pydantic check what a request holds.
+# The modules that call pydantic to check a request.
 _READERS = {"fastapi.dependencies.utils", "vllm.entrypoints.serve.sagemaker.api_router"}
 
-# The module that makes messages of what a request of /v1/responses holds.
+# The module that converts a request of /v1/responses to messages.
 _CONVERTER = "vllm.entrypoints.openai.responses.utils"
 _UNEXPECTED = (AttributeError, IndexError, KeyError, TypeError)
 
-logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM adds handlers only to its own name
 
 
 class RequestErrors:
-    """Gives every refusal OpenAI's shape; what is no error passes as it comes."""
+    """Gives every error answer OpenAI's shape, and passes all other answers on unchanged."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -74,7 +78,7 @@ def _fails_reading(error: Exception) -> bool:
     """Whether it was raised while pydantic checked the request, or vLLM converted its messages."""
     frames = traceback.walk_tb(error.__traceback__)
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
-    own = [name for name in modules if not name.startswith("pydantic.")]  # its __getattr__
+    own = [name for name in modules if not name.startswith("pydantic.")]  # skips its __getattr__
     if own[-1:] == [_CONVERTER] and isinstance(error, _UNEXPECTED):
         return True
     direct = [name for name in modules if not name.startswith("fastapi._compat")]
@@ -119,7 +123,7 @@ async def send_error(
     code: str,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Answer in the shape of OpenAI's errors."""
+    """Send an answer in the shape of OpenAI's errors."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "param": None, "code": code}
     body = json.dumps({"error": error}).encode()

@@ -1,7 +1,7 @@
 """API keys: kept as digests, from the environment or from a file that may change while we serve.
 
-A key is 16 or more visible ASCII characters. Wherever one is written, ``sha256:`` and its SHA-256
-digest in hexadecimal may stand instead, so that no file need hold a key.
+A key has 16 or more visible ASCII characters. ``sha256:`` and the key's SHA-256 digest in
+hexadecimal may be given in place of any key, so that no file needs to hold the key itself.
 """
 
 import hashlib
@@ -19,20 +19,21 @@ RECHECK_SECONDS = 1.0
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _KEY = re.compile(rf"[!-~]{{{MIN_LENGTH},}}")
 
-logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM adds handlers only to its own name
 
 
 class ApiKeys:
     """The keys that are accepted now.
 
     Args:
-        fixed: digests that stay.
-        file: one key a line; blank lines and lines that begin with # count for nothing. It is read
-            again when it has changed, which is looked for once a second while requests come in.
+        fixed: digests of the keys that do not change.
+        file: one key on each line; blank lines and lines that begin with # are ignored. A request
+            makes the server look at most once a second whether the file has changed, and read it
+            again if it has.
         clock: seconds, monotonic.
 
     Raises:
-        UserError: the file cannot be read, holds no key, or a line that is none.
+        UserError: the file cannot be read, holds no key, or has a line that is not a key.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class ApiKeys:
 
     @property
     def required(self) -> bool:
-        """Whether requests need a key at all; a file makes it so even while it is empty."""
+        """Whether requests need a key; they do if a file was given, even while it is empty."""
         return bool(self._fixed) or self._file is not None
 
     def accepts(self, key: bytes) -> bool:
-        """Whether it is one of them, in a time that does not depend on where two keys differ."""
+        """Whether ``key`` is accepted, in a time that does not depend on where two keys differ."""
         self._refresh()
         digest = hashlib.sha256(key).digest()
         found = False
@@ -77,16 +78,16 @@ class ApiKeys:
             self._from_file = read_keys(self._file)
             logger.info("The file of API keys has changed: %d accepted", len(self._from_file))
         except UserError as error:
-            # Keys that were taken out must not outlive a mistake in the file.
+            # Keys that were removed must not stay accepted because of a mistake in the file.
             self._from_file = frozenset()
-            logger.error("No key of the file is accepted until it is mended: %s", error)
+            logger.error("No key of the file is accepted until the file is corrected: %s", error)
 
 
 def read_keys(file: Path) -> frozenset[bytes]:
     """The digests of a file's keys.
 
     Raises:
-        UserError: see ApiKeys; names the line, never what it holds.
+        UserError: as for ApiKeys; the message names the line, never its content.
     """
     try:
         lines = file.read_text(encoding="ascii").splitlines()
@@ -96,28 +97,28 @@ def read_keys(file: Path) -> frozenset[bytes]:
     entries = [(f"{file}, line {n}", line.strip()) for n, line in enumerate(lines, 1)]
     digests = {digest_of(text, where) for where, text in entries if text and text[0] != "#"}
     if not digests:
-        raise UserError(f"{file} holds no API key; write one a line")
+        raise UserError(f"{file} holds no API key; write one key on each line")
     return frozenset(digests)
 
 
 def digest_of(entry: str, where: str) -> bytes:
-    """The SHA-256 digest of a key, or the one that ``sha256:`` announces.
+    """The SHA-256 digest of a key, or the digest that is given after ``sha256:``.
 
     Raises:
-        UserError: it is neither; says where it was, not what.
+        UserError: ``entry`` is neither; the message holds ``where``, never the entry.
     """
     if match := _DIGEST.fullmatch(entry):
         return bytes.fromhex(match[1])
     if entry.startswith("sha256:") or not _KEY.fullmatch(entry):
         raise UserError(
             f"{where}: not an API key; give at least {MIN_LENGTH} visible ASCII characters without "
-            "spaces (`openssl rand -hex 32` makes one), or sha256: and its digest"
+            "spaces (`openssl rand -hex 32` makes such a key), or sha256: and the key's digest"
         )
     return hashlib.sha256(entry.encode("ascii")).digest()
 
 
 def _signature(file: Path) -> tuple[int, ...] | None:
-    """What changes with the file's content, also where a link is turned to another file."""
+    """Values that change with the file's content, also if a link is set to another file."""
     try:
         status = file.stat()
     except OSError:

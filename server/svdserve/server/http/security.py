@@ -1,9 +1,9 @@
-"""Who may ask, and how much: the ASGI middleware in front of vLLM's application.
+"""ASGI middleware in front of vLLM's application: API keys and a limit on the length of requests.
 
-vLLM's own --api-key guards paths below /v1, /v2, /inference and /cohere only, and so leaves
-/invocations, /tokenize and /scale_elastic_ep open. Here every route needs a key except the few that
-are named. vLLM adds the class by its --middleware flag, in every API server process, and refuses to
-start where it cannot; the settings come through the environment, which those processes inherit.
+vLLM's own --api-key guards only paths below /v1, /v2, /inference and /cohere, and so leaves
+/invocations, /tokenize and /scale_elastic_ep open. Here every route needs a key except those that
+are listed. vLLM's --middleware flag adds the class in every API server process, and vLLM does not
+start if it cannot add it. The settings come through the environment, which those processes inherit.
 docs/security.md has the threat model.
 """
 
@@ -29,7 +29,7 @@ ENV_METRICS_AUTH = "SVDSERVE_METRICS_AUTH"
 ENV_MAX_BODY_BYTES = "SVDSERVE_MAX_BODY_BYTES"
 MIDDLEWARE = f"{__name__}.Guard"
 
-# What supervisors and load balancers ask; answers carry a status and no content.
+# Routes for supervisors and load balancers; their answers have a status and no content.
 OPEN_ROUTES = ("/health", "/ping")
 MONITORING_ROUTES = ("/metrics", "/dashboard", "/svdserve", "/load", "/version")
 
@@ -64,8 +64,10 @@ class SecurityOptions(BaseModel):
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "SecurityOptions":
         """Read the variables ENV_*; absent and empty ones leave the default.
 
+        Commas or white space separate the keys in ENV_KEYS.
+
         Raises:
-            UserError: something in ENV_KEYS, whose keys commas or white space part, is no key.
+            UserError: an entry of ENV_KEYS is not a key.
             ValidationError: another variable is out of range.
         """
         entries = environment.get(ENV_KEYS, "").replace(",", " ").split()
@@ -80,7 +82,7 @@ class SecurityOptions(BaseModel):
         )
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that ``from_environment`` reads; keys as digests."""
+        """The variables that ``from_environment`` reads, with digests in place of keys."""
         variables = {
             ENV_KEYS: ",".join(f"sha256:{digest.hex()}" for digest in sorted(self.api_keys)),
             ENV_METRICS_AUTH: self.metrics_auth,
@@ -92,7 +94,7 @@ class SecurityOptions(BaseModel):
 
 
 class Guard:
-    """Asks for a key, refuses bodies that are too long, and keeps the model's path to itself."""
+    """Asks for a key, refuses bodies that are too long, and hides the model's path on disk."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -134,9 +136,10 @@ class Guard:
 
 
 def _is_preflight(scope: Scope) -> bool:
-    """Whether a browser asks before it sends a key; vLLM's CORS middleware answers, and no route.
+    """Whether this is a browser's CORS preflight, sent without a key.
 
-    Other OPTIONS do reach routes, and /metrics answers every method.
+    vLLM's CORS middleware answers a preflight before any route. Other OPTIONS requests do reach
+    routes, and /metrics answers every method.
     """
     if scope.get("method") != "OPTIONS":
         return False
@@ -145,18 +148,18 @@ def _is_preflight(scope: Scope) -> bool:
 
 
 def route_path(scope: Scope) -> str:
-    """The path that the application routes by: without its root path, as Starlette has it."""
+    """The path that the application routes by: the request's path without Starlette's root path."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def is_monitoring(path: str) -> bool:
-    """Whether a route tells how the server is, rather than doing its work."""
+    """Whether a route reports on the server, rather than doing its work."""
     return any(path == route or path.startswith(f"{route}/") for route in MONITORING_ROUTES)
 
 
 def _presented(headers: Headers, monitoring: bool) -> list[bytes]:
-    """What a request offers as keys: OpenAI's header, Anthropic's, and a browser's password."""
+    """The keys in a request: in OpenAI's header, in Anthropic's, or as a browser's password."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     offered = []
     if scheme.lower() == "bearer":
@@ -175,7 +178,7 @@ def _presented(headers: Headers, monitoring: bool) -> list[bytes]:
 async def _read_body(scope: Scope, receive: Receive, limit: int) -> deque[Message] | None:
     """The messages of the whole body, or None as soon as it is known to be longer than ``limit``.
 
-    The application parses bodies as a whole in any case, so nothing waits longer for this.
+    Reading the whole body first delays nothing, because the application parses bodies as a whole.
     """
     declared = Headers(scope=scope).get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
@@ -208,7 +211,7 @@ async def _refuse_key(scope: Scope, send: Send) -> None:
 
 
 def _hide_model_path(state: Any) -> None:
-    """GET /v1/models names as a model's root the directory that it was loaded from."""
+    """Replace the model's directory, which GET /v1/models would return as its root, by its name."""
     models = getattr(state, "openai_serving_models", None)
     for model in getattr(models, "base_model_paths", ()):
         model.model_path = model.name

@@ -1,9 +1,9 @@
 """How a server ends: SIGTERM lets the requests in flight finish, and a dead engine is a failure.
 
-vLLM's own end (--shutdown-timeout) drains the engine, but goes on accepting requests that the
-engine then refuses, takes the client's connection to the engine down before the last tokens are
-answered, and exits with 0 when the engine has died. This ASGI middleware, outermost and present in
-every API server process, drains at the HTTP side first and only then hands over to vLLM.
+vLLM's own shutdown (--shutdown-timeout) drains the engine, but has three faults: it still accepts
+requests, which the engine then refuses; it closes the connection to the engine before the last
+tokens are sent; and it exits with 0 if the engine has died. This ASGI middleware, the outermost one
+in every API server process, first waits for the HTTP requests and only then lets vLLM shut down.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ ENGINE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _engine_died = False
 
-logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures handlers below its own name only.
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM adds handlers only to its own name
 
 
 def engine_died() -> bool:
@@ -34,13 +34,13 @@ def engine_died() -> bool:
 
 
 class GracefulShutdown:
-    """Counts the requests in flight; on SIGTERM refuses new ones and waits for those."""
+    """Tracks the requests in flight; on SIGTERM refuses new ones and waits for these."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._requests: set[asyncio.Task[Any]] = set()
         self._background: set[asyncio.Task[None]] = set()
-        self._deadline: float | None = None  # of the running loop's clock; None: not ending
+        self._deadline: float | None = None  # on the loop's clock; None until shutdown begins
         self._grace = 0.0
         self._stopping = False
 
@@ -59,7 +59,7 @@ class GracefulShutdown:
         except asyncio.CancelledError:
             if not self._expired():
                 raise
-            with contextlib.suppress(RuntimeError):  # Its answer has begun.
+            with contextlib.suppress(RuntimeError):  # the answer may have begun
                 await self._refuse(scope, send)
         finally:
             self._requests.discard(task)
@@ -69,7 +69,7 @@ class GracefulShutdown:
             if message["type"] == "lifespan.startup.complete":
                 try:
                     self._start(scope["app"].state)
-                except Exception:  # a vLLM that names things otherwise; it ends as it does alone
+                except Exception:  # another vLLM has other names; it then shuts down by itself
                     logger.exception("A shutdown will not wait for the requests in flight")
             await send(message)
 
@@ -85,14 +85,14 @@ class GracefulShutdown:
             return
         self._grace = float(engine.vllm_config.shutdown_timeout)
         engine.shutdown = self._noted(engine.shutdown)
-        # vLLM's handlers are in place by now; its SIGINT is what ends the server in the end.
+        # This replaces vLLM's handler of SIGTERM; _drain raises SIGINT, which vLLM handles.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
         self._keep(self._watch(engine))
 
     def _noted(self, shutdown: Callable[..., None]) -> Callable[..., None]:
-        """The engine's method of that name, which says that it was asked to stop.
+        """Wrap the engine's ``shutdown`` so that the call is noted and waits briefly.
 
-        The requests are over by then, so all that it may wait for is the engine's own end.
+        The requests have ended by then, so the engine needs time only to end itself.
         """
 
         def shut_down(timeout: float | None = None) -> None:
@@ -117,11 +117,11 @@ class GracefulShutdown:
             self._deadline = now + self._grace
             self._keep(self._drain())
         else:
-            self._deadline = now  # Asked twice: at once.
+            self._deadline = now  # a second SIGTERM ends the server at once
 
     async def _drain(self) -> None:
         count = len(self._requests)
-        logger.info("Ending: %d requests have %g s to finish", count, self._grace)
+        logger.info("Shutting down: %d requests have %g s to finish", count, self._grace)
         try:
             while self._requests and not self._expired():
                 await asyncio.wait(self._requests, timeout=min(_POLL_SECONDS, self._remaining()))
@@ -131,11 +131,11 @@ class GracefulShutdown:
                     task.cancel()
                 await asyncio.wait(self._requests)
         except Exception:  # whatever fails, the server must end
-            logger.exception("The requests in flight are not waited for")
+            logger.exception("The server ends without waiting for the requests in flight")
         signal.raise_signal(signal.SIGINT)
 
     def _remaining(self) -> float:
-        """Seconds of grace that are left."""
+        """Seconds that the requests in flight still have."""
         assert self._deadline is not None
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
@@ -146,7 +146,7 @@ class GracefulShutdown:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1012, "reason": "the server ends"})
             return
-        # By then this server is gone, and its successor or another replica answers.
+        # After that time this server is gone, and its successor or another replica answers.
         headers = {"retry-after": str(max(1, math.ceil(self._remaining()))), "connection": "close"}
         status = HTTPStatus.SERVICE_UNAVAILABLE
         await send_error(send, status, "The server is shutting down.", "shutting_down", headers)
@@ -158,4 +158,4 @@ class GracefulShutdown:
             await asyncio.sleep(_POLL_SECONDS)
         if not self._stopping:
             _engine_died = True
-            logger.error("The engine process has died; the server ends")
+            logger.error("The engine process has died; the server is shutting down")

@@ -11,6 +11,6 @@ __all__ = ["flags_of_serve", "run"]
 
 
 def flags_of_serve() -> dict[str, int | str | None]:
-    """The flags of `vllm serve`, and argparse's number of values of each."""
+    """Each flag of `vllm serve`, with argparse's ``nargs``: the number of values that it takes."""
     parser = cmd_init()[0].subparser_init(FlexibleArgumentParser().add_subparsers())
     return {flag: action.nargs for action in parser._actions for flag in action.option_strings}

@@ -1,4 +1,4 @@
-"""The plan of layers: in which pieces the checkpoint stores a layer of vLLM.
+"""How the checkpoint stores each layer of vLLM: in one part or several.
 
 A vLLM layer may merge several linears of the checkpoint (``qkv_proj``, ``gate_up_proj``). Some of
 them may belong to factored modules, and others be stored whole.
@@ -11,7 +11,7 @@ from svdserve.compression.format.codecs import FLOAT, Codec, get_codec
 from svdserve.compression.format.reader import WEIGHT
 from svdserve.compression.format.schema import CheckpointConfig, ModuleSpec, linears_of
 
-# Layers that vLLM merges. About 30 of its model files declare no packed_modules_mapping.
+# The linears that vLLM merges, for about 30 of its model files without packed_modules_mapping.
 _MERGED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -23,8 +23,8 @@ class LayerPart:
     """Consecutive outputs of a vLLM layer that one weight of the checkpoint produces.
 
     Attributes:
-        names: in the checkpoint: one factored module, or whole linears that stand side by side.
-        spec: the factored module's; None for whole linears.
+        names: in the checkpoint: of one factored module, or of adjacent linears stored whole.
+        spec: of the factored module; None for linears stored whole.
         codec: of the weight's matrices.
     """
 
@@ -39,12 +39,12 @@ class LayerPart:
 
     @property
     def linears(self) -> list[str]:
-        """Full names of the linears that it stands for, in the checkpoint."""
+        """Full names, in the checkpoint, of the linears that it covers."""
         return list(self.names) if self.spec is None else linears_of(self.names[0], self.spec)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Last parts of the names of the tensors that store it."""
+        """The last parts of the names of its tensors in the checkpoint."""
         if self.spec is not None:
             return tuple(self.spec.tensors())
         return tuple(f"{WEIGHT}{suffix}" for suffix in self.codec.shapes((0, 0)))
@@ -59,13 +59,14 @@ def layer_parts(
     """The parts of the vLLM layer ``prefix`` in the order of its outputs.
 
     Args:
-        checkpoint: what is factored or encoded.
-        names: of modules and encoded linears as vLLM spells them, to those in the checkpoint.
+        checkpoint: says which modules are factored and which linears are encoded.
+        names: vLLM's names of modules and encoded linears, mapped to the checkpoint's names.
         prefix: the layer's name in vLLM.
-        packed: the linears of the merged layers of the model, by the last part of their names.
+        packed: the linears that each merged layer of the model holds, by the last part of the
+            layer's name.
 
     Returns:
-        None of them, if all of the layer is dense in the model's dtype.
+        The parts; empty if the whole layer is dense in the model's dtype.
     """
 
     def listed_part(module: str) -> LayerPart:
@@ -89,7 +90,7 @@ def layer_parts(
         part = listed_part(linear) if linear in names else LayerPart((name,), None)
         before = parts[-1] if parts else None
         if before and before.spec is part.spec is None and before.codec is part.codec:
-            # Side by side: one product serves both.
+            # One product serves adjacent linears that are stored alike.
             parts[-1] = replace(before, names=(*before.names, *part.names))
         else:
             parts.append(part)

@@ -12,12 +12,12 @@ z [.., r] is all-reduced in place of y [.., m], which is fewer bytes. Every TP r
 whole y.
 
 Codecs. Matrices in int8 go through vLLM's own int8 kernels, one for each product, which round the
-product's input to int8 as well. A row-parallel shard is rounded by its own greatest inputs; the
-scales of its rows are those of the whole rows. Matrices of other codecs are decoded when they are
-loaded.
+product's input to int8 as well. In a row-parallel layer each TP rank scales its inputs by their own
+maximum, and its share of the weight's rows by the scales of the whole rows. Matrices of other
+codecs are decoded when they are loaded.
 
-Gathering the pivots of x costs most at down_proj, which has the most inputs. mlp.py says how it is
-spared, and when gate_up_proj takes over the activation.
+Gathering the pivots of x costs most at down_proj, which has the most inputs. mlp.py says how this
+cost is avoided, and when gate_up_proj takes over the activation.
 
 Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
@@ -57,7 +57,13 @@ logger = init_logger(__name__)
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Bytes of weights on this rank: of factors, of dense weights, and all of it were it dense."""
+    """Bytes of weights on this TP rank.
+
+    Attributes:
+        lowrank: of the factors.
+        dense: of the weights that are not factored.
+        dense_equivalent: of all of these weights if none were factored.
+    """
 
     lowrank: int = 0
     dense: int = 0
@@ -76,7 +82,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     Attributes:
         parts: how the checkpoint stores the layer.
-        stored: bytes on this rank, None until loaded.
+        stored: bytes on this TP rank, None until loaded.
+        row_map: for each linear the rows that this TP rank holds; None if the model's own loading
+            rearranges none.
     """
 
     def __init__(self, prefix: str, parts: tuple[LayerPart, ...]) -> None:
@@ -84,8 +92,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.parts = parts
         self.stored: StoredBytes | None = None
         self.row_map: list[Tensor] | None = None
-        """For each linear the rows that this TP rank holds, where the model rearranges them."""
-        self._product: Callable[..., Tensor] | None = None  # of the whole layer, if one computes it
+        self._product: Callable[..., Tensor] | None = None  # set if one product is the whole layer
 
     def create_weights(
         self,
@@ -100,7 +107,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Check the geometry and take over the all-reduce; weights come with ``load``.
 
         Raises:
-            UserError: the checkpoint's sizes do not fit the layer or the number of ranks.
+            UserError: the checkpoint's sizes do not fit the layer or the number of TP ranks, or
+                this device cannot multiply the weights' codec.
         """
         del output_size, extra_weight_attrs
         for part in self.parts:
@@ -113,22 +121,24 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         self.output_sizes = list(output_partition_sizes)
         self._check_geometry(input_size, layer.tp_size)
-        # A layer whose caller sums the outputs (reduce_results off) stays a partial sum of y.
-        # So does one that may get LoRA adapters: vLLM adds a rank's share of theirs before the sum.
+        # A layer whose caller sums the outputs (reduce_results off) must give a partial sum of y.
+        # So must a layer that may get LoRA adapters, as vLLM adds a TP rank's share of the
+        # adapters' outputs before the sum.
         adapters = get_current_vllm_config().lora_config is not None
         reduces = sharded and layer.tp_size > 1 and layer.reduce_results and not adapters
         self.all_reduces_latent = reduces and self.parts[0].spec is not None
         if self.all_reduces_latent:
             layer.reduce_results = False
-        # LoRA and MLA code of vLLM read layer.weight (its device); it stays empty.
+        # vLLM's code for LoRA and MLA reads the device of layer.weight, so an empty one is kept.
         layer.weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
 
     def _check_geometry(self, input_size: int, tp_size: int) -> None:
         outputs = sum(part.outputs for part in self.parts)
         if outputs != len(self.output_sizes):
             raise UserError(
-                f"{self.prefix}: vLLM merges {len(self.output_sizes)} linears here, the checkpoint "
-                f"lists {outputs}; serve the dense model, or load this one with transformers"
+                f"{self.prefix}: vLLM merges {len(self.output_sizes)} linears here, but the "
+                f"checkpoint lists {outputs}; serve the dense model, or load this one with "
+                "transformers"
             )
         local = iter(self.output_sizes)
         for part in self.parts:
@@ -137,20 +147,26 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 continue
             if part.spec.in_features != input_size:
                 raise UserError(
-                    f"{part.names[0]}: {part.spec.in_features} inputs, the model has {input_size}"
+                    f"{part.names[0]} has {part.spec.in_features} inputs, but the model's layer "
+                    f"has {input_size}; the checkpoint belongs to another configuration"
                 )
             for full, size in zip(part.spec.out_features, sizes, strict=True):
                 if full % size or tp_size % (full // size):
                     raise UserError(
-                        f"{part.names[0]}: {full} outputs do not fit a layer of {size} on each of "
-                        f"{tp_size} rank(s); the checkpoint belongs to another configuration"
+                        f"{part.names[0]} has {full} outputs, which do not fit {size} outputs on "
+                        f"each of {tp_size} TP rank(s); the checkpoint belongs to another "
+                        "configuration"
                     )
 
     def plain_rows(self, layer: LinearBase, full: Sequence[int]) -> list[Tensor]:
-        """For each linear the rows that a TP rank holds where the model rearranges nothing.
+        """For each linear the rows that this TP rank holds if the model rearranges nothing.
 
-        A linear held by fewer shards than there are ranks (key and value heads, replicated layers)
-        is repeated on consecutive ranks, as QKVParallelLinear.weight_loader does.
+        A linear with fewer shards than there are TP ranks (key and value heads, replicated layers)
+        is repeated on consecutive TP ranks, as in QKVParallelLinear.weight_loader.
+
+        Args:
+            layer: whose method this is.
+            full: rows of each linear's whole weight.
         """
         found = []
         for rows, size in zip(full, self.output_sizes, strict=True):
@@ -168,7 +184,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         }
 
     def input_order(self, checkpoint: Checkpoint) -> Tensor | None:
-        """The order of this rank's input channels that needs no gather; None where none does."""
+        """The order (int64) of this TP rank's input channels that needs no gather, or None.
+
+        None means that the layer takes its inputs in their own order, or has several parts.
+        """
         spec = self.parts[0].spec
         if len(self.parts) > 1 or spec is None:
             return None
@@ -187,20 +206,21 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         ordered_input: bool = False,
         activation: Activation | None = None,
     ) -> StoredBytes:
-        """Read this rank's share of the layer and bring it into the form that ``apply`` uses.
+        """Read this TP rank's share of the layer and bring it into the form that ``apply`` uses.
 
-        What one kernel computes, mostly one part, is packed before more is read, so that no other
-        plain weights exist beside the packed ones.
+        The parts that one kernel computes (mostly one part) are packed before the next are read, so
+        that few unpacked weights exist at a time.
 
         Args:
             layer: whose method this is.
             checkpoint: the files.
-            row_order: of the outputs of every member; the layer must have no bias.
+            row_order: the order in which every member's outputs are to come; the layer must have no
+                bias.
             ordered_input: whether the inputs come in ``input_order``.
-            activation: to apply to the outputs, for a layer that ``fuses`` it.
+            activation: what to apply to the outputs; the layer must be one that ``fuses`` it.
 
         Returns:
-            What the rank now stores, also kept as ``stored``.
+            The bytes that the TP rank now stores, also kept as ``stored``.
 
         Raises:
             UserError: a dense member is missing or of another shape than the layer's.
@@ -238,7 +258,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 products.append(fused)
         layer.products = nn.ModuleList(products)
         if len(products) == 1:
-            # Finding and calling it as modules would take longer than a small product.
+            # Looking it up and calling it through nn.Module would take longer than a small product.
             self._product = products[0].forward
         self.stored = stored
         return stored
@@ -254,7 +274,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return fused_kernel(columns, layer.weight) if columns else None
 
     def _columns(self, parts: Sequence[LayerPart]) -> list[int]:
-        """Of every factor, where a kernel of svdserve may compute the parts; else none."""
+        """Columns of every factor if a kernel of svdserve may compute the parts; else empty."""
         if len(self.channels) != self.input_size:
             return []
         columns: list[int] = []
@@ -268,9 +288,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _rows(
         self, layer: LinearBase, checkpoint: Checkpoint, order: Tensor | None
     ) -> list[Tensor]:
-        """For each linear of the layer the rows (int64) of its weight that this rank computes.
+        """For each linear the rows (int64) of its weight that this TP rank computes.
 
-        ``order`` rearranges the rank's rows of each linear.
+        ``order`` rearranges these rows in each linear.
         """
         rows = self.row_map or self.plain_rows(layer, self.full_sizes(layer, checkpoint))
         return rows if order is None else [mine[order] for mine in rows]
@@ -292,8 +312,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     info = checkpoint.files.info.get(name)
                     if info is None:
                         raise UserError(
-                            f"{checkpoint.directory}: tensor {name} is missing; it is not factored "
-                            "either"
+                            f"{checkpoint.directory}: tensor {name} is missing, and config.json "
+                            "does not say that its linear is factored"
                         )
                     full = info.shape[0] if info.shape else 0
                     fits = 0 < full <= size * layer.tp_size and full % size == 0
@@ -331,7 +351,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [.., m] of x [.., n] for this rank's m and n."""
         if self.all_reduces_latent and not layer.skip_bias_add:
-            bias = layer.bias  # vLLM passes it on rank 0 only, expecting a sum over the ranks
+            bias = layer.bias  # vLLM passes it on TP rank 0 only, as it expects a sum over them
         if self._product is not None:
             return self._product(x, bias)
         y = torch.cat([product(x) for product in layer.products], dim=-1)

@@ -1,4 +1,4 @@
-"""The model loader: checks a svdserve checkpoint, then streams it into the model.
+"""The model loader: checks an svdserve checkpoint, then streams it into the model.
 
 How it is chosen. vLLM picks the loader by ``--load-format`` alone, before it looks at the
 checkpoint, and gives a quantization config no hook that sees the load configuration early enough to
@@ -55,9 +55,10 @@ class LoadReport:
 
     Attributes:
         seconds: from the first check of the files to the last packed weight.
-        layers: factored vLLM layers; none of a dense model.
-        stored: bytes of weights on this rank, in the dtype that is served.
-        read: bytes of factored layers that this rank has read from the files.
+        layers: the number of factored vLLM layers, 0 for a dense model.
+        stored: bytes of weights on this worker, in the dtype that is served.
+        read: bytes of factored layers that this worker has read from the files.
+        checks: one for each factored layer if ``svdserve verify`` asked for them, else none.
     """
 
     seconds: float
@@ -65,7 +66,6 @@ class LoadReport:
     stored: StoredBytes
     read: int = 0
     checks: tuple[LayerCheck, ...] = ()
-    """Of every factored layer, where ``svdserve verify`` asked for them."""
 
 
 _reports: WeakKeyDictionary[nn.Module, LoadReport] = WeakKeyDictionary()
@@ -78,7 +78,7 @@ def load_report(model: nn.Module) -> LoadReport | None:
 
 def register_loader() -> None:
     """Register the loader for its own name and in place of vLLM's default loader."""
-    # The public function would warn of each replacement at every start of every model.
+    # vLLM's public function would log a warning for each replaced format, whatever the model.
     registry = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     model_loader.register_model_loader(LOAD_FORMAT)(SvdserveModelLoader)
     for load_format in REPLACED_FORMATS:
@@ -87,7 +87,7 @@ def register_loader() -> None:
             registry[load_format] = SvdserveModelLoader
         elif owner is not None:
             logger.warning(
-                "Load format %r belongs to %s; svdserve models need --load-format %s",
+                "Load format %r is taken by %s; serve svdserve checkpoints with --load-format %s",
                 load_format,
                 owner.__name__,
                 LOAD_FORMAT,
@@ -95,7 +95,9 @@ def register_loader() -> None:
 
 
 def require_supported_load_format() -> None:
-    """Refuse loaders that would feed factors to the model's own weight mapping, or no weights.
+    """Refuse a load format whose loader cannot load factors.
+
+    Such a loader would pass the factors to the model's own weight mapping, or load no weights.
 
     Raises:
         UserError: names the load formats that work.
@@ -104,7 +106,7 @@ def require_supported_load_format() -> None:
     allowed = (LOAD_FORMAT, *REPLACED_FORMATS)
     if chosen not in allowed:
         raise UserError(
-            f"--load-format {chosen} can not load a svdserve checkpoint; allowed: "
+            f"--load-format {chosen} cannot load an svdserve checkpoint; allowed: "
             + ", ".join(allowed)
         )
 
@@ -119,7 +121,7 @@ def lowrank_layers(model: nn.Module) -> list[tuple[LinearBase, LowRankLinearMeth
 
 
 class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
-    """vLLM's default loader, which in addition knows factored layers."""
+    """vLLM's default loader, extended by the loading of factored layers."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         self._stored: StoredBytes | None = None
@@ -131,11 +133,16 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
-        """Raises UserError for a bad checkpoint, before the model takes memory."""
+        """Check the checkpoint, then create the model and load its weights.
+
+        Raises:
+            UserError: the checkpoint is invalid, or the configuration cannot serve it. Almost all
+                faults are found before the model takes memory.
+        """
         started = time.perf_counter()
         if model_config.quantization != QUANT_METHOD:
             return self._load_other(vllm_config, model_config, prefix)
-        if prefix:  # vLLM names the layers of a draft model below it
+        if prefix:  # vLLM gives a prefix to the layers of a draft model only
             raise UserError(
                 f"{model_config.model}: a compressed model is not supported as the draft of "
                 "speculative decoding; give its dense model as the draft"
@@ -169,10 +176,14 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def _load_other(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
     ) -> nn.Module:
-        """A model that svdserve has nothing to do with: vLLM's own loading, and its report."""
+        """Load a model that svdserve did not compress as vLLM does, and keep a report of it.
+
+        Raises:
+            UserError: ``--load-format svdserve`` was given.
+        """
         if self.explicit:
             raise UserError(
-                f"{model_config.model} is no svdserve checkpoint; leave --load-format away"
+                f"{model_config.model} is not an svdserve checkpoint; leave out --load-format"
             )
         started = time.perf_counter()
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
@@ -181,7 +192,7 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Load everything but the factored layers as vLLM does, then those one by one.
+        """Load everything but the factored layers as vLLM does, then these layers one by one.
 
         Raises:
             UserError: names a weight that the checkpoint lacks, or a factored module that the
@@ -189,8 +200,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         """
         if model_config.quantization != QUANT_METHOD:
             super().load_weights(model, model_config)
-            # Before vLLM packs the layers, which empties their parameters. Those of some quantized
-            # formats have no size yet; such a model is served without the report.
+            # This comes before vLLM packs the layers, which empties their parameters. In some
+            # quantized formats parameters have no size yet; such a model gets no report.
             with suppress(Exception):
                 nbytes = sum(p.nbytes for p in model.parameters())
                 self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
@@ -198,8 +209,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         layers = lowrank_layers(model)
         methods = [method for _, method in layers]
         _require_all_used(self._checkpoint, methods, model)
-        # Factor names never meet the model's mapping of stacked names: it replaces substrings, and
-        # "v_proj" is one of "qkv_proj".
+        # The model's mapping of stacked names must not see the names of factors: it replaces
+        # substrings, and "v_proj" is a substring of "qkv_proj".
         ours = set[str]().union(*(method.checkpoint_names() for method in methods))
         weights = super().get_all_weights(model_config, model)
         expected = {name: p for name, p in model.named_parameters() if p.numel()}
@@ -218,10 +229,11 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def _map_rows(self, model: nn.Module) -> None:
         """Tell every factored layer which rows the model's own loading would give it.
 
-        One layer of each kind is tried: what a class does, it does to all blocks alike.
+        One layer of each kind is tried, because a model class treats the layers of all blocks the
+        same way.
 
         Raises:
-            UserError: the model does more to a weight than to rearrange its rows.
+            UserError: the model does more to a weight than rearrange its rows.
         """
         twin = Twin(self._config, self._prefix)
         known: dict[str, list[Tensor] | None] = {}
@@ -236,17 +248,17 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, Tensor], None, None]:
-        """vLLM calls this from outside to reload weights in place only.
+        """Refuse to reload an svdserve checkpoint in place; vLLM calls this for reloads only.
 
         Raises:
-            UserError: for a svdserve checkpoint; packed factors can not be written in place.
+            UserError: the model is an svdserve checkpoint; packed factors cannot be overwritten.
         """
         if model_config.quantization == QUANT_METHOD:
-            raise UserError("svdserve models can not reload weights in place; restart the server")
+            raise UserError("svdserve models cannot reload weights in place; restart the server")
         return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
-        """Download where needed, then check the directory; values are checked as they are read."""
+        """Download the checkpoint if needed and check its files; reading it checks its values."""
         model, revision = model_config.model, model_config.revision
         directory, *_ = self._prepare_weights(model, None, revision, False, None)
         if not (Path(directory) / "config.json").exists():
@@ -259,33 +271,35 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 def _require_compiled_pipeline(vllm_config: VllmConfig) -> None:
-    """Refuse what would end the engine at its first request, of dense models too.
+    """Refuse pipeline stages in eager mode on CPU, which crash vLLM at the first request.
 
-    The CPU engine of vLLM 0.32 allocates what a later pipeline stage receives only while it warms
-    up compiled code (CPUModelRunner.warming_up_model in vllm/v1/worker/cpu_model_runner.py).
+    Dense models crash as well: the CPU engine of vLLM 0.32 allocates the buffers that a later
+    pipeline stage receives only while it warms up compiled code
+    (CPUModelRunner.warming_up_model in vllm/v1/worker/cpu_model_runner.py).
     """
     stages = vllm_config.parallel_config.pipeline_parallel_size
     eager = vllm_config.compilation_config.mode == CompilationMode.NONE
     if current_platform.is_cpu() and eager and stages > 1:
         raise UserError(
             f"--enforce-eager with {stages} pipeline stages does not run on the CPU engine of "
-            f"vLLM {vllm.__version__}; leave --enforce-eager away, or use --tensor-parallel-size"
+            f"vLLM {vllm.__version__}; leave out --enforce-eager, or use --tensor-parallel-size"
         )
 
 
 def _name_kernels(vllm_config: VllmConfig) -> None:
-    """Put what decides the graphs of factored layers into the key of vLLM's cache of them.
+    """Add what the compiled graphs of factored layers depend on to the key of vLLM's graph cache.
 
-    Done in the worker, before the model is built: its environment and processor choose the kernels.
+    The worker does this before it builds the model, because the worker's environment and processor
+    choose the kernels.
 
     Raises:
-        UserError: an ``additional_config`` that nothing can be added to.
+        UserError: ``additional_config`` is no dict, so nothing can be added to it.
     """
     config = vllm_config.additional_config
     if not isinstance(config, dict):
         raise UserError(
-            f"additional_config is {type(config).__name__}; svdserve adds to it what its compiled "
-            "graphs depend on, so give a dict"
+            f"additional_config is {type(config).__name__}; give a dict, because svdserve adds to "
+            "it what its compiled graphs depend on"
         )
     device, dtype = current_platform.device_type, vllm_config.model_config.dtype
     facts = {"version": __version__, **what_decides(device, dtype)}
@@ -310,10 +324,10 @@ def _require_all_used(
 
 
 def _mark_unloaded(model: nn.Module) -> None:
-    """Fill what vLLM's linear layers will load with NaN.
+    """Fill the parameters of vLLM's linear layers with NaN, so that missing weights are found.
 
-    vLLM reports a merged parameter as loaded as soon as one member arrived, so a missing k_proj
-    would stay uninitialised memory; the NaN that remain tell it.
+    vLLM reports a merged parameter as loaded as soon as one member has arrived, so a missing
+    k_proj would stay uninitialised memory. NaN that remain after loading show it.
     """
     for module in model.modules():
         if isinstance(module, LinearBase):

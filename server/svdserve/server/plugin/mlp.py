@@ -1,13 +1,13 @@
-"""Gated MLPs of a vLLM model, y = down(act(gate) * up): what their two layers can do at once.
+"""Gated MLPs of a vLLM model, y = down(act(gate) * up): how their two layers work together.
 
-Order. down_proj needs no gather where gate_up_proj writes its outputs in the order that
-``input_order`` of down_proj names: its rows are free to be stored in any order.
+Order. The rows of gate_up_proj may be stored in any order. If it writes its outputs in the order
+that ``input_order`` of down_proj names, down_proj needs no gather.
 
-Activation. Where one kernel of svdserve computes gate_up_proj, it may apply the activation to its
-sums too. gate and up are then neither written nor read, and on CPU two operations of torch less run
-for each layer.
+Activation. If one kernel of svdserve computes gate_up_proj, it may also apply the activation to its
+sums. Memory then never holds gate and up, and on CPU each layer runs two torch operations fewer.
 
-Both are for MLPs whose code, traced, is that chain and no more; another keeps vLLM's order.
+Both need an MLP whose traced code is that chain and nothing else; any other MLP stays as vLLM has
+it.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ CHAIN = ("gate_up_proj", "act_fn", "down_proj")
 def join_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[nn.Module, dict[str, Any]]:
     """Arguments of ``LowRankLinearMethod.load`` for the layers of gated MLPs.
 
-    An activation that a layer takes over is replaced in the model by the identity. LoRA adapters
-    know nothing of all this: a model that may get some is to be left alone.
+    If a layer takes over an activation, the identity replaces that activation in the model. Do not
+    call this for a model that may get LoRA adapters, which expect the plain order and activation.
     """
     found: dict[nn.Module, dict[str, Any]] = {}
     for mlp in _gated_mlps(model):
@@ -72,11 +72,11 @@ class _Tracer(fx.Tracer):
 def is_plain_chain(mlp: nn.Module) -> bool:
     """Whether the forward pass is down_proj(act_fn(gate_up_proj(x))) and nothing else.
 
-    Some models scale the gate in between (Falcon-H1), which only their code tells.
+    Some models scale the gate in between (Falcon-H1), which only their code shows.
     """
     try:
         nodes = list(_Tracer().trace(mlp).nodes)
-    except Exception:  # whatever code does that can not be traced, it is no plain chain
+    except Exception:  # code that cannot be traced is no plain chain
         return False
     value, seen = nodes[-1].args[0], {nodes[-1]}
     for name in reversed(CHAIN):

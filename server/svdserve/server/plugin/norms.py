@@ -1,8 +1,8 @@
 """RMSNorm of compressed models on CPU, by vLLM's own C++ operations.
 
-vLLM 0.32 has them compiled for CPU but normalizes by a chain of torch operations there
-(vllm/ir/ops/layernorm.py), eight for each norm: next to small weights a noticeable part of a step.
-In compiled mode Inductor joins that chain, so this is for eager mode.
+vLLM 0.32 compiles them for CPU, but runs eight torch operations for each norm instead
+(vllm/ir/ops/layernorm.py). These take a noticeable part of a small model's step. In compiled mode
+Inductor fuses them, so this module is for eager mode.
 
 Interface: IrOp.register_impl and set_default in vllm/ir/op.py.
 """
@@ -14,11 +14,11 @@ from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 
 PROVIDER = "svdserve"
-_VECTOR = 8  # channels at a time; the operations refuse what is no multiple of it
+_VECTOR = 8  # the operations refuse a number of channels that is no multiple of it
 
 
 def register_norms() -> None:
-    """Make the operations known to vLLM, once in a process; none gets them yet."""
+    """Register the operations with vLLM, once in a process; no model uses them yet."""
     if not current_platform.is_cpu():
         return
     ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_takes)(_rms_norm)
@@ -27,7 +27,7 @@ def register_norms() -> None:
 
 
 def prefer_norms(vllm_config: VllmConfig) -> None:
-    """Let every model of this worker have them, where vLLM's own chain would run otherwise.
+    """Let the models of this worker use the operations in place of vLLM's torch operations.
 
     A later worker in the same process starts from vLLM's choice again.
     """

@@ -1,6 +1,6 @@
-"""The vLLM plug-in: ``vllm serve DIR`` of a svdserve checkpoint works once this is installed.
+"""The vLLM plug-in: ``vllm serve DIR`` of an svdserve checkpoint works once this is installed.
 
-vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in every process it
+vLLM calls ``register`` through the entry point ``vllm.general_plugins`` in every process that it
 starts: the front end, the engine core and each worker.
 """
 
@@ -13,18 +13,20 @@ from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
 from svdserve.server.redaction import VARIABLE, shorten_paths
 
-# Tested minors, first included, last excluded; pyproject.toml asks pip for the same.
+# svdserve is tested from the first of these versions up to, but not with, the second;
+# pyproject.toml requires the same range.
 SUPPORTED_CPU = ("0.32", "0.33")
 SUPPORTED_GPU = ("0.32", "0.34")
 
-logger = logging.getLogger("vllm.svdserve")  # below vLLM's logger, hence in its format and level
+logger = logging.getLogger("vllm.svdserve")  # a child of vLLM's logger has its format and level
 
 
 def register() -> None:
     """Make the quantization method and the load format known to vLLM; safe to call repeatedly.
 
-    Never raises: a vLLM that svdserve does not fit starts all other models as if svdserve were not
-    installed, after one line in the log, and refuses svdserve's checkpoints with that line.
+    It never raises. A vLLM version that svdserve does not fit gets one line in its log, serves all
+    other models as if svdserve were not installed, and refuses svdserve's checkpoints with the same
+    line.
     """
     if os.environ.get(VARIABLE):
         shorten_paths()
@@ -41,7 +43,7 @@ def register() -> None:
             f">={SUPPORTED_CPU[0]},<{SUPPORTED_CPU[1]}"
         )
         logger.warning(reason)
-        # Where not even this is possible, vLLM says that it does not know the method.
+        # If even this fails, vLLM itself says that it does not know the quantization method.
         with suppress(Exception):
             _refuse_checkpoints(reason)
 
@@ -54,14 +56,14 @@ def _register() -> None:
 
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
-    # All imports come first, so that nothing is registered where one of them fails.
+    # All imports come first, so that nothing is registered if one of them fails.
     from svdserve.server.plugin.loader import register_loader
     from svdserve.server.plugin.norms import register_norms
     from svdserve.server.plugin.quantization import SvdserveConfig
 
     register_norms()
     register_quantization_config(QUANT_METHOD)(SvdserveConfig)
-    register_loader()  # The last: it alone concerns other models.
+    register_loader()  # last, because only the loader affects other models
 
 
 def _refuse_checkpoints(reason: str) -> None:

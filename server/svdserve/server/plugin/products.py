@@ -24,14 +24,15 @@ logger = init_logger(__name__)
 
 
 def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
-    """The kernel of svdserve for float factors; None where vLLM's own products are to run.
+    """The kernel of svdserve for float factors; None if vLLM's own products are to run.
 
     Args:
-        columns: of factor_in and factor_out of each part that it is to compute at once.
-        like: has their device and dtype.
+        columns: the numbers of columns of factor_in and factor_out, for each part that the kernel
+            is to compute at once.
+        like: a tensor with the device and dtype of the factors.
 
     Raises:
-        UserError: SVDSERVE_KERNEL names one that cannot.
+        UserError: SVDSERVE_KERNEL names a kernel that cannot compute them.
     """
     request = Request(like.device.type, like.dtype, tuple(columns), prepared=True)
     try:
@@ -47,7 +48,10 @@ def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
 
 
 def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activation) -> bool:
-    """Whether that kernel can apply the activation of a gated MLP too."""
+    """Whether the kernel of ``fused_kernel`` can apply the activation of a gated MLP too.
+
+    The arguments and errors are those of ``fused_kernel``.
+    """
     request = Request(
         like.device.type, like.dtype, tuple(columns), prepared=True, activation=activation
     )
@@ -56,7 +60,10 @@ def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activatio
 
 
 def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> Part:
-    """The factors on the layer's device and in its dtype; ``ordered_input``: pivots come first."""
+    """The factors as a kernel's part, on the layer's device and in its dtype.
+
+    ``ordered_input`` says that the pivots come first among the inputs.
+    """
     passing, order = len(share.inputs.slots), share.inputs.order
     pivots = None
     if passing:
@@ -71,8 +78,8 @@ def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> 
 class Product(nn.Module):
     """y = W x + b by vLLM's own dense linear method.
 
-    So each factor gets what a dense layer would on the same device: prepacked oneDNN on CPU, where
-    the unpacked copy is dropped at once, and the configured backend elsewhere.
+    Each factor thus runs as a dense layer would on the same device: on CPU by oneDNN from a packed
+    copy (the unpacked one is freed at once), elsewhere by the configured backend.
     """
 
     def __init__(
@@ -91,19 +98,23 @@ class Product(nn.Module):
 
 
 def int8_kernel(dtype: torch.dtype) -> Int8ScaledMMLinearKernel:
-    """vLLM's choice for int8 weights with a scale for each row, and activations of ``dtype``.
+    """vLLM's kernel for int8 weights with a scale for each row, and activations of ``dtype``.
 
-    Activations are rounded to int8 too, symmetric, with a scale for each token as it comes.
+    The kernel rounds the activations to int8 too: symmetrically, with a scale that it computes for
+    each token.
 
     Raises:
         UserError: vLLM has no such kernel for this device or dtype.
     """
-    # Checked here, as vLLM's kernels for CUDA fail at the first token only.
+    # Checked here, because vLLM's kernels for CUDA would fail only at the first token.
     if current_platform.is_cuda() and not current_platform.has_device_capability(75):
-        raise UserError("int8 weights need a GPU of compute capability 7.5; compress to float")
+        raise UserError(
+            "int8 weights need a GPU of compute capability 7.5 or higher; compress without "
+            "--weights int8"
+        )
     if dtype == torch.float32 and not current_platform.is_cpu():
         raise UserError(
-            "int8 weights are not served in float32 on this device; add --dtype bfloat16"
+            "int8 weights cannot be served in float32 on this device; add --dtype bfloat16"
         )
     try:
         return init_int8_linear_kernel(
@@ -132,7 +143,7 @@ class Int8Product(nn.Module):
         super().__init__()
         self.shape = weight.shape
         self.stored_bytes = weight.nbytes + scale.nbytes
-        # The names are those that the kernels ask for.
+        # vLLM's kernels read these attributes by name.
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale[:, None], requires_grad=False)
         self.input_scale = self.input_zero_point = self.azp_adj = None
@@ -141,7 +152,7 @@ class Int8Product(nn.Module):
         self.kernel = kernel = int8_kernel(dtype)
         on_cpu = isinstance(kernel, CPUInt8ScaledMMLinearKernel)
         if on_cpu and (dtype != torch.bfloat16 or weight.shape[0] % 32):
-            # vLLM 0.32 gives these to its AMX operation too, which can not compute them.
+            # vLLM 0.32 would give these to its AMX operation too, which cannot compute them.
             kernel.process_weights_for_onednn(self)
             kernel.linear_method = kernel._apply_weights_onednn
         else:
@@ -152,7 +163,7 @@ class Int8Product(nn.Module):
 
 
 class LowRankProduct(nn.Module):
-    """y = W x + b by the factors of one part; x [.., n] holds this rank's input channels."""
+    """y = W x + b by the factors of one part; x [.., n] holds this TP rank's input channels."""
 
     order: Tensor | None
 
@@ -167,12 +178,12 @@ class LowRankProduct(nn.Module):
         """Compose the two products.
 
         Args:
-            inner: V, or Z for the channels that are no pivots; None if there are none of these.
+            inner: V, or Z for the channels that are no pivots; None if all channels are pivots.
             outer: U or C.
-            order: channels of x (int64), pivots first, then the others; None where x has that
-                order, and for ``pair``.
-            slots: the places in z of this rank's pivots; empty for ``pair``.
-            reduce: whether z is partial and must be summed over the ranks.
+            order: the channels of x (int64), pivots first, then the others; None if x comes in
+                that order, and for ``pair``.
+            slots: the places in z of this TP rank's pivots; empty for ``pair``.
+            reduce: whether z is a partial sum, to be summed over the TP ranks.
         """
         super().__init__()
         self.inner = inner
@@ -205,10 +216,10 @@ class LowRankProduct(nn.Module):
 
 
 def check_product(codec: Codec, dtype: torch.dtype) -> None:
-    """Find out before weights are read whether this device multiplies what the codec encodes.
+    """Check, before weights are read, that this device can multiply matrices of the codec.
 
     Raises:
-        UserError: it does not, for activations of ``dtype``.
+        UserError: it cannot, for activations of ``dtype``.
     """
     if codec.product == "int8":
         int8_kernel(dtype)
@@ -217,7 +228,7 @@ def check_product(codec: Codec, dtype: torch.dtype) -> None:
 def product(
     layer: LinearBase, matrix: Matrix, bias: nn.Parameter | None = None
 ) -> Product | Int8Product:
-    """The product with a matrix, by what vLLM has for its codec; else with the decoded matrix."""
+    """The product with a matrix: by vLLM's kernel for its codec, or of the decoded matrix."""
     dtype = layer.weight.dtype
     if matrix.codec.product == "int8":
         values, scale = matrix.tensors[""], matrix.tensors["_scale"]
@@ -229,7 +240,7 @@ def product(
 def own(weight: Tensor, layer: LinearBase, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous copy on the layer's device, independent of the mapped file.
 
-    In the layer's dtype, unless another is given.
+    It has the layer's dtype, unless another is given.
     """
     target = layer.weight
     owned = torch.empty(weight.shape, dtype=dtype or target.dtype, device=target.device)

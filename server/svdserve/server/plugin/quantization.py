@@ -26,8 +26,8 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        # Names of modules and encoded linears as vLLM spells them -> as the checkpoint does; they
-        # differ in models that vLLM nests differently from transformers.
+        # vLLM's names of modules and encoded linears -> the checkpoint's names. They differ in
+        # models that vLLM nests differently from transformers.
         listed = (*checkpoint.modules, *checkpoint.encoded_linears)
         self.module_names = {name: name for name in listed}
 
@@ -44,7 +44,7 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # the block lives in config.json
+        return []  # the block is part of config.json
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SvdserveConfig":
@@ -54,11 +54,12 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Check a local directory's files; here, so that no worker starts on a broken one.
+        """Check the files of a local directory before any worker starts on them.
+
+        A model from the Hub is not downloaded yet; the loader checks it.
 
         Raises:
-            UserError: see ``open_checkpoint``. Models from the Hub are not downloaded yet; the
-                loader checks those.
+            UserError: the files are no valid checkpoint; see ``open_checkpoint``.
         """
         del hf_config, revision
         if Path(model_name).is_dir():
@@ -68,7 +69,11 @@ class SvdserveConfig(QuantizationConfig):  # type: ignore[misc]
         self.module_names = hf_to_vllm_mapper.apply_dict(self.module_names)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of one layer; None (embeddings, attention, experts) means vLLM's default."""
+        """The method of one layer; None (embeddings, attention, experts) means vLLM's default.
+
+        Raises:
+            UserError: this load format cannot load an svdserve checkpoint.
+        """
         if not isinstance(layer, LinearBase):
             return None
         require_supported_load_format()

@@ -1,7 +1,8 @@
 """What one TP rank reads of a layer's tensors: its rows and its input channels, and no more.
 
-Of factor_in that is the columns of its channels, of factor_out its rows. Indices are read whole, as
-they say where the channels stand. What cannot be cut as it is stored is decoded first.
+It reads the columns of its channels from factor_in, and its rows from factor_out. It reads indices
+whole, because they say where each channel stands. Factors that cannot be cut as they are stored are
+decoded first.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +19,12 @@ from svdserve.compression.format.stored import StoredFactors
 from svdserve.server.plugin.layer_parts import LayerPart
 
 Read = Callable[[str, slice, slice], Tensor]
-"""Rows and columns of the tensor with a suffix; a vector has rows only."""
+"""Reads rows and columns of the tensor with the given suffix; a vector has rows only."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """An encoded matrix [m, n]; ``tensors`` by the suffixes of its codec."""
+    """An encoded matrix [m, n]; ``tensors`` has its tensors by the suffixes of the codec."""
 
     codec: Codec
     tensors: dict[str, Tensor]
@@ -33,18 +34,19 @@ class Matrix:
         return self.tensors[""].shape
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """[m, n]; of a plain codec in the dtype that is stored."""
+        """The matrix [m, n] in ``dtype``; if the codec is plain, in the dtype that is stored."""
         return self.tensors[""] if self.codec.plain else self.codec.decode(self.tensors, dtype)
 
 
 @dataclass(frozen=True)
 class LowRankShare:
-    """What one TP rank has of a factored part.
+    """One TP rank's share of a factored part.
 
     Attributes:
-        inner: [r, n'], columns of factor_in for the rank's channels that are multiplied.
-        outer: [m', r], the rank's rows of factor_out.
-        inputs: how the latent comes from the rank's input channels.
+        inner: [r, n'], the columns of factor_in for those of the TP rank's channels that are
+            multiplied.
+        outer: [m', r], the TP rank's rows of factor_out.
+        inputs: how the latent comes from the TP rank's input channels.
     """
 
     inner: Matrix
@@ -58,7 +60,7 @@ def read_factors(
     """This TP rank's share of a factored part, with the given rows of each linear.
 
     Raises:
-        UserError: a value is not finite, or none that the codec writes.
+        UserError: a value is not finite, or the codec never writes it.
     """
     assert part.spec is not None
     (name,), spec = part.names, part.spec
@@ -126,7 +128,7 @@ def read_whole(
 def _rows(
     read: Read, suffix: str, rows: Tensor, start: int = 0, columns: slice = slice(None)
 ) -> Tensor:
-    """Rows of a stored tensor, counted from ``start``; reads the span that holds them."""
+    """Rows of a stored tensor, counted from ``start``; only the span that holds them is read."""
     low, high = int(rows.min()), int(rows.max()) + 1
     block = read(suffix, slice(start + low, start + high), columns)
     ascending = len(rows) == high - low and bool((rows.diff() == 1).all())

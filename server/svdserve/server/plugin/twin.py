@@ -1,9 +1,9 @@
 """What a model class of vLLM does to weights while it loads them, learned from a dense twin.
 
-svdserve reads factors itself, past the model's own ``load_weights``. Some classes rearrange weights
-there: Llama 4 permutes the rows of q and k. The twin is the same class without quantization and
-with its parameters on the meta device. One linear of it at a time gets memory, the model's own code
-loads weights into that, and what arrives tells what happened to them.
+svdserve reads factors itself and bypasses the model's own ``load_weights``, where some classes
+rearrange weights: Llama 4 permutes the rows of q and k. The twin is the same class without
+quantization and with its parameters on the meta device. One of its linears at a time gets memory,
+the model's own code loads weights into it, and the result shows what the code did to them.
 """
 
 import copy
@@ -26,14 +26,14 @@ class Twin:
     """The dense model of a vLLM configuration, without memory for its parameters.
 
     Args:
-        vllm_config: of the model that is served; it stays as it is.
+        vllm_config: of the model that is served; it is not changed.
         prefix: of the names of the model's modules.
     """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = copy.copy(vllm_config)
         config.quant_config = None
-        # Attention layers enter themselves by their names, and the served model's are there.
+        # Attention layers register here by name, and the served model's have done so already.
         config.compilation_config = copy.copy(vllm_config.compilation_config)
         config.compilation_config.static_forward_context = {}
         config.compilation_config.static_all_moe_layers = []
@@ -73,10 +73,10 @@ class Twin:
     ) -> list[Tensor] | None:
         """For each linear of a layer the rows of its weight that this TP rank holds, in order.
 
-        None where they are those that the layer takes by itself.
+        None means the rows that the layer takes by itself (``plain_rows``).
 
         Raises:
-            UserError: the model does something else to the weight than to rearrange its rows.
+            UserError: the model does more to the weight than rearrange its rows.
         """
         layer = self.model.get_submodule(name)
         assert isinstance(layer, LinearBase)
@@ -119,7 +119,7 @@ class Twin:
 
 
 def kind_of(name: str, method: LowRankLinearMethod) -> str:
-    """Equal for the layers that differ by the number of their block only."""
+    """A text that is equal for layers which differ only in the number of their block."""
     shapes = f"{method.input_size} {method.output_sizes}"
     members = [part.linears for part in method.parts]
     return re.sub(r"\.\d+\.", ".#.", f"{name} {shapes} {members}")
@@ -127,7 +127,7 @@ def kind_of(name: str, method: LowRankLinearMethod) -> str:
 
 @contextmanager
 def _in_memory(layer: LinearBase) -> Iterator[Tensor]:
-    """While inside, the layer's weight is float32 NaN on the CPU, with all that loaders read."""
+    """Make the layer's weight float32 NaN on the CPU for a while; loaders can write into it."""
     empty = layer._parameters["weight"]
     weight = torch.full(empty.shape, torch.nan, dtype=torch.float32, device="cpu")
     # The loaders are methods of the parameter's class and read its attributes.

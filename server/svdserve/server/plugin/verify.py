@@ -1,9 +1,9 @@
-"""`svdserve verify`: every served layer against its multiplied-out weights in the dense model.
+"""`svdserve verify`: compares every served layer with its multiplied-out weights.
 
-A random vector goes through the layer as it is served, and through the weights that the factors
-stand for after the model's own ``load_weights`` has put them into the dense twin (twin.py). That
-finds what no check of files can: a class of vLLM that rearranges weights, a kernel that is wrong on
-this processor, a shard that is cut at the wrong place.
+Random vectors go through the layer as it is served, and through the product of its factors after
+the model's own ``load_weights`` has loaded that product into the dense twin (twin.py). This finds
+faults that no check of files can find: a class of vLLM that rearranges weights, a kernel that is
+wrong on this processor, a shard that is cut at the wrong place.
 """
 
 import os
@@ -25,11 +25,11 @@ from svdserve.server.plugin.linear import LowRankLinearMethod
 from svdserve.server.plugin.twin import Twin
 
 VARIABLE = "SVDSERVE_VERIFY"
-"""Set where the loader is to verify what it has loaded."""
+"""The environment variable whose value 1 makes the loader verify what it has loaded."""
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _ROUNDED_TOLERANCE = 0.1  # of products that round the activations too
-_CHANNEL = 5.0  # times a tolerance, for the error of one output channel
+_CHANNEL = 5.0  # one output channel may be off by this many tolerances
 _VECTORS = 8
 
 
@@ -37,9 +37,9 @@ _VECTORS = 8
 class LayerCheck:
     """Relative error of one layer's outputs, and what is allowed.
 
-    The error is that of all outputs, or a fifth of that of the worst output channel if this is
-    more, so that one wrong row of a large weight is found too. The error of a channel is relative
-    to the channel itself or to the mean channel, whichever is larger.
+    The error is that of all outputs, or a fifth of the worst output channel's error if that is
+    larger, so that one wrong row of a large weight is found too. The error of a channel is relative
+    to the norm of the channel or to that of the mean channel, whichever is larger.
     """
 
     name: str
@@ -63,10 +63,16 @@ def verify_layers(
     joined: Mapping[nn.Module, dict[str, Any]],
     prefix: str = "",
 ) -> list[LayerCheck]:
-    """Compare every factored layer of a loaded model with the dense weights; all TP ranks together.
+    """Compare every factored layer of a loaded model with its dense weights.
+
+    All TP ranks must call this together, as row-parallel layers sum over them.
 
     Args:
+        model: as it is served.
+        vllm_config: of the model.
+        checkpoint: the files that it was loaded from.
         joined: what ``join_layers`` found for the layers when they were loaded.
+        prefix: of the names of the model's modules.
 
     Raises:
         UserError: the model's own code cannot load a layer's weights.
@@ -107,7 +113,7 @@ def _check(
     input_order: Tensor | None,
     joined: Mapping[str, Any],
 ) -> LayerCheck:
-    """``generator`` is the same on every TP rank; each takes its own input channels."""
+    """``generator`` gives the same inputs on every TP rank; each takes its own channels of them."""
     like = layer.weight
     x = torch.randn(_VECTORS, method.input_size, generator=generator).to(like.dtype)
     x = x[:, method.channels.start : method.channels.stop].contiguous()
@@ -136,7 +142,7 @@ def _as_joined(y: Tensor, method: LowRankLinearMethod, joined: Mapping[str, Any]
 
 
 def _error(served: Tensor, expected: Tensor) -> float:
-    """See ``LayerCheck``; of float64 outputs [k, m]."""
+    """The error that ``LayerCheck`` describes, of float64 outputs [k, m]."""
     wrong = served - expected
     whole = float(expected.norm())
     if whole == 0:
@@ -145,7 +151,7 @@ def _error(served: Tensor, expected: Tensor) -> float:
     channels = wrong.norm(dim=0) / expected.norm(dim=0).clamp_min(mean_channel)
     worst = float(channels.max())
     error = max(float(wrong.norm()) / whole, worst / _CHANNEL)
-    return error if error == error else float("inf")  # NaN compares as right
+    return error if error == error else float("inf")  # the worst layer is found by comparing
 
 
 def require_right(checks: Sequence[LayerCheck]) -> None:
@@ -155,8 +161,8 @@ def require_right(checks: Sequence[LayerCheck]) -> None:
         worst = max(wrong, key=lambda check: check.error)
         raise UserError(
             f"{len(wrong)} of {len(checks)} factored layers give other outputs than their weights: "
-            f"{worst.name} is off by {worst.error:.3g}, allowed {worst.allowed:g}; do not serve "
-            "this model here, and report it"
+            f"{worst.name} is off by {worst.error:.3g}, allowed is {worst.allowed:g}; do not serve "
+            "this model on this machine, and report the fault"
         )
 
 

@@ -19,18 +19,19 @@ from svdserve.server.worker import WorkerReport, WorkerWeights
 
 
 class WorkerExtension:
-    """Methods that vLLM's worker gains; names carry our prefix because vLLM refuses clashes."""
+    """Methods that vLLM's worker gains; the prefix keeps them apart from vLLM's own methods."""
 
     rank: int
     model_runner: Any
 
     def svdserve_report(self) -> dict[str, Any]:
-        """Hand memory freed by loading back to the system, then describe this worker.
+        """Return the memory that loading freed to the system, then describe this worker.
 
-        A dict and not a WorkerReport: the engine sends plain values between processes only.
+        The result is the dict of a WorkerReport, because the engine sends only plain values between
+        processes.
         """
         gc.collect()
-        release()  # Loading frees as much as it keeps.
+        release()  # loading has freed about as much memory as the weights take
         loaded = load_report(self.model_runner.get_model())
         report = WorkerReport(
             rank=self.rank,
@@ -47,7 +48,7 @@ class WorkerExtension:
 
 
 def _allocated_bytes(caches: Iterable[torch.Tensor | list[torch.Tensor]]) -> int:
-    """Bytes behind the KV caches: layers are views of one allocation, or of a few."""
+    """Bytes of the KV caches' storages, each counted once: layers are views of one or a few."""
     tensors = (t for cache in caches for t in (cache if isinstance(cache, list) else [cache]))
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

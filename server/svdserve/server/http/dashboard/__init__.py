@@ -1,7 +1,7 @@
 """GET /dashboard: one page that draws the server's own /metrics, live.
 
-The page is plain ES modules and one chart library (static/vendor, see server/vendor). It asks this
-host only, which its content-security policy enforces, and by relative addresses, so that it also
+The page consists of plain ES modules and one chart library (static/vendor, see server/vendor). Its
+content-security policy lets it request from this host only. It uses relative addresses, so it also
 works behind a proxy that serves the API below a path.
 """
 
@@ -19,12 +19,12 @@ HEADERS = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # Asks each time whether the file has changed: an ETag decides.
+    "Cache-Control": "no-cache",  # browsers ask each time, by ETag, whether the file has changed
 }
 
 
 def attach_dashboard(app: FastAPI) -> None:
-    """Add the page and its files; they are static and tell nothing about the model."""
+    """Add the page and its files, which are static and say nothing about the model."""
     files = StaticFiles(directory=STATIC)
 
     async def answer(path: str, request: Request) -> Response:

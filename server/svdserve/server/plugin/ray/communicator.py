@@ -1,4 +1,4 @@
-"""Sums and sends between the workers of Ray nodes without a GPU (see platform.py)."""
+"""Communication between the workers of Ray nodes without a GPU (see platform.py)."""
 
 import socket
 
@@ -7,10 +7,11 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 
 
 class RayCpuCommunicator(CpuCommunicator):  # type: ignore[misc]
-    """vLLM's CPU communicator, which takes shared memory within one node only.
+    """vLLM's CPU communicator, which here uses shared memory within one node only.
 
-    vLLM 0.32 takes it wherever all workers name that memory alike. The name holds the port of the
-    job but no host, so workers of different machines name it alike as well, and wait for ever.
+    vLLM 0.32 uses it whenever all workers give that memory the same name. The name holds the port
+    of the job but no host, so workers on different machines give it the same name too, and then
+    wait forever.
     """
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:

@@ -1,10 +1,10 @@
 """Lets vLLM's Ray executor run on machines without a GPU.
 
 The executor reserves one unit of a Ray resource for each worker and asks the platform for the
-resource's name; vLLM's CPU platform has none and is refused (vllm/v1/executor/ray_utils.py). Where
-Ray is installed this platform takes its place: the same, with Ray's "GPU" as the unit, because Ray
-tells an actor which units it holds of its built-in resources only. Every node thus says how many
-workers it takes with ``ray start --num-gpus``.
+resource's name; vLLM's CPU platform has none and is refused (vllm/v1/executor/ray_utils.py). If Ray
+is installed, this platform takes its place. It differs only in that Ray's "GPU" is its unit,
+because Ray tells an actor which units it holds for built-in resources only. Every node therefore
+says by ``ray start --num-gpus`` how many workers it takes.
 
 vLLM finds ``platform`` through the entry point ``vllm.platform_plugins`` in every process that it
 starts, Ray's workers included, and calls it before any other plug-in.
@@ -20,9 +20,10 @@ _REPLACED = "vllm.platforms.cpu.CpuPlatform"
 def platform() -> str | None:
     """The class that takes the place of vLLM's CPU platform; None leaves vLLM's choice alone.
 
-    Never raises, and imports vLLM only where there is Ray, so that no other start depends on it.
+    It never raises, and imports vLLM only if Ray is installed, so that no other start depends on
+    it.
     """
-    # vLLM refuses two platforms from outside, and a vendor's is the better one.
+    # vLLM refuses two platforms from plug-ins, and a vendor's is the better choice.
     if find_spec("ray") is None or any(e.value != _ENTRY for e in entry_points(group=GROUP)):
         return None
     try:
@@ -32,7 +33,7 @@ def platform() -> str | None:
             return None  # a GPU, or a vendor's own CPU platform
         from svdserve.server.plugin.ray.cpu_platform import RayCpuPlatform
     except Exception:
-        return None  # a vLLM that svdserve does not fit, which plugin.py tells
+        return None  # svdserve does not fit this vLLM; plugin.py says so
     return f"{RayCpuPlatform.__module__}.{RayCpuPlatform.__qualname__}"
 
 
