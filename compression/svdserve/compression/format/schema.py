@@ -202,6 +202,8 @@ def parse_config(block: dict[str, Any], source: str = "config.json") -> Checkpoi
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "quantization_config"
-        raise UserError(f"{source}: {place}: {first['msg']}") from None
+        raise UserError(
+            f"{source}: {place}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{source}: quantization_config: {error}") from None

@@ -63,7 +63,7 @@ class FactoredWeight(EncodedModule):
     weights are rounded by a codec; products are in the dtype of x.
     """
 
-    scale: Tensor | None = None
+    component_scale: Tensor | None = None
     """[r], multiplies the latent; set while scores of the components are learned."""
 
     def __init__(
@@ -120,7 +120,7 @@ class FactoredWeight(EncodedModule):
     def latent(self, x: Tensor) -> Tensor:
         """The latent [..., r] of x [..., n]."""
         value = self.layout.latent(x, self.tensors(x.dtype))
-        return value if self.scale is None else value * self.scale
+        return value if self.component_scale is None else value * self.component_scale
 
     def extra_repr(self) -> str:
         sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
@@ -166,7 +166,7 @@ class LowRankLinear(FactoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.layout.part(self.tensors(x.dtype))
-        if self.scale is not None:
+        if self.component_scale is not None:
             return linear(self.latent(x), part.factor_out, self.bias)
         return lowrank_linear(x, *part, self.bias)
 

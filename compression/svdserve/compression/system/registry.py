@@ -26,6 +26,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def __init__(self, kind: str, group: str, part: type[Entry]) -> None:
         self._kind, self._group, self._part = kind, group, part
         self._known: dict[str, Entry] = {}
+        self._broken: dict[str, str] = {}
         self._loaded = False
 
     def add(self, name: str, entry: Entry) -> None:
@@ -42,10 +43,13 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """The entry of this name.
 
         Raises:
-            UserError: no entry has this name; the message lists all names.
+            UserError: no entry has this name; the message lists all names. Or the entry of an
+                installed package cannot be loaded; the message says why.
         """
         if name not in self._known:
             self._load()
+        if name in self._broken:
+            raise UserError(self._broken[name])
         if name not in self._known:
             known = ", ".join(sorted(self._known))
             raise UserError(f"unknown {self._kind} {name!r}; allowed: {known}")
@@ -66,26 +70,33 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(self._known)
 
     def _load(self) -> None:
-        """Import the entries that installed packages add, once in a process."""
+        """Import the entries that installed packages add, once in a process.
+
+        A broken package is told when its entry is asked for; it stops nothing else.
+        """
         if self._loaded:
             return
         self._loaded = True
         for point in entry_points(group=self._group):
+            where = f"{self._kind} {point.name!r} of the package {_package(point)}"
+            remedy = "repair or uninstall that package"
             try:
                 found = point.load()
             except Exception as error:
-                raise UserError(
-                    f"{self._kind} {point.name!r} of the package {_package(point)} cannot be "
-                    f"loaded ({type(error).__name__}: {error}); repair or uninstall that package"
-                ) from None
-            if point.name not in self._known and not isinstance(found, self._part):
-                raise UserError(
-                    f"{self._kind} {point.name!r} of the package {_package(point)}: the entry "
-                    f"point leads to a {type(found).__name__}, and its module has no {self._kind} "
-                    "of that name; repair or uninstall that package"
+                first = (str(error).splitlines() or [""])[0]
+                self._broken[point.name] = (
+                    f"{where} cannot be loaded ({type(error).__name__}: {first}); {remedy}"
                 )
-            if point.name not in self._known:
+                continue
+            if point.name in self._known:
+                continue  # a decorator in its module has added it
+            if isinstance(found, self._part):
                 self.add(point.name, found)
+            else:
+                self._broken[point.name] = (
+                    f"{where}: the entry point leads to a {type(found).__name__}, and its module "
+                    f"has no {self._kind} of that name; {remedy}"
+                )
 
 
 def _package(point: object) -> str:

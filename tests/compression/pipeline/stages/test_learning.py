@@ -83,7 +83,7 @@ def test_gradient_of_scores_is_that_of_the_dense_formula(sizes: tuple[int, ...])
             u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
             output = x @ ((u * sigma * free) @ v).T + bias
         else:
-            module.scale = free
+            module.component_scale = free
             output = torch.cat([getattr(parent, name)(x) for name in names], dim=-1)
         ((output - target) ** 4).mean().backward()
         found.append((output.detach(), free.grad))

@@ -17,6 +17,8 @@ from torch import Tensor
 from svdserve.kernels.parts import Part, other_channels
 from svdserve.kernels.reference import project
 
+_ROUNDING = 1e-6  # parameters
+
 Tensors = Mapping[str, Tensor]
 """Decoded matrices and indices of one module, by suffix."""
 
@@ -116,9 +118,10 @@ class Layout(ABC):
         low, high = 0, min(m, n)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if self.parameters(m, n, middle) <= budget else (low, middle - 1)
-            )
+            if self.parameters(m, n, middle) <= budget + _ROUNDING:
+                low = middle
+            else:
+                high = middle - 1
         return low
 
     def balanced(self, tensors: Tensors) -> Tensors:

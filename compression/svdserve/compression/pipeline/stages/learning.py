@@ -119,7 +119,7 @@ class Components:
         for module, part in zip(
             self.modules.values(), torch.split(amplitudes, self.sizes), strict=True
         ):
-            module.scale = part
+            module.component_scale = part
 
     def select(self, scores: Tensor, learner: Learner) -> Selection:
         """The exact budget: in every module the greatest, as many as its rank."""
