@@ -170,7 +170,7 @@ def test_ids_beyond_the_embedding_are_never_drawn_and_named_in_text(
     ):
         done = run(*command, tmp_path / "text.txt", "--seq-len", "32")
         assert done.code == 2
-        assert re.search(r"token id 51[23], and the model has embeddings for 512", done.message)
+        assert re.search(r"token id 51[23], but the model has embeddings for 512", done.message)
 
 
 def test_stored_bytes_of_mixed_dtypes_are_below_the_dense_file(

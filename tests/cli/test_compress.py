@@ -106,7 +106,10 @@ def test_settings_reach_method_allocator_and_refinement(
         (("--set", "x.beta=1"), "--set x.beta=1: give PART.NAME=VALUE with one of these parts:"),
         (("--set", "method.beta"), "--set method.beta: give PART.NAME=VALUE"),
         (("--set", "method.beta=["), "--set method.beta=[: the value is not YAML"),
-        (("--set", "method.nothing=1"), "has no parameter 'nothing'; it takes: beta, beta_range"),
+        (
+            ("--set", "method.nothing=1"),
+            "has no hyper-parameter 'nothing'; it takes: beta, beta_range",
+        ),
         (("--set", "method.beta=2"), "beta is 2: Input should be less than or equal to 1"),
         (("--set", "allocator.floor=2"), "floor is 2: Input should be less than or equal to 1"),
         (("--set", "refinement.epochs=0"), "refinement.epochs: Input should be greater than 0"),

@@ -109,7 +109,7 @@ def test_full_rank_gives_the_weight_back(name: str, shape: tuple[int, int]):
     weight = torch.randn(m, n, generator=g, dtype=torch.float64)
     method = get_method(name)
     statistics = statistics_of(x_f, x_f, m)
-    factors = method.solve(weight, statistics, min(m, n), method.parameters).factors
+    factors = method.solve(weight, statistics, min(m, n), method.hyper_parameters).factors
     torch.testing.assert_close(factors.dense(), weight, rtol=0, atol=1e-8)
 
 
@@ -421,7 +421,7 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
     method = get_method(name)
     statistics = statistics_of(x, x_f)
     stored = weight.to(dtype)
-    solution = method.solve(stored, statistics, R, method.parameters)
+    solution = method.solve(stored, statistics, R, method.hyper_parameters)
     got = solution.factors.dense()
     assert got.isfinite().all()
     if kind in ("duplicate", "one token") and name in (
@@ -442,7 +442,7 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
     [
         ({"beta": "often"}, "beta is 'often': .*'aces', 'exact' or 'held-out'"),
         ({"beta": 1.5}, "beta is 1.5: .*less than or equal to 1"),
-        ({"beta_range": (0.8, 0.2)}, "lower cap must not be above"),
+        ({"beta_range": (0.8, 0.2)}, "lower bound must not be above"),
         ({"ridge": -1}, "ridge is -1: .*greater than or equal to 0"),
         ({"gamma": 1}, "no parameter 'gamma'; it takes: beta, beta_range, ridge"),
     ],

@@ -116,7 +116,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "qwen2_moe": (
         lambda: Qwen2MoeConfig(**COMMON, **EXPERTS, shared_expert_intermediate_size=64),
-        r"'qwen2_moe' is not supported: it keeps .*experts.* mixtures of experts",
+        r"'qwen2_moe' is not supported: it calls .*experts.* mixtures of experts",
     ),
     "gpt_oss": (
         lambda: GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),

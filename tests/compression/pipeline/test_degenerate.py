@@ -102,7 +102,7 @@ def test_every_method_on_every_degenerate_case(name: str, shape: tuple[int, int]
     ):
         statistics = statistics_of(x, x, gradients)
         for rank in (1, 5, min(m, n)):
-            factors = method.solve(weight, statistics, rank, method.parameters).factors
+            factors = method.solve(weight, statistics, rank, method.hyper_parameters).factors
             for found in all_stored(factors, method.learner is not None):
                 where = (case, seen, rank, found.layout.name, found.codec.name)
                 dense = found.dense(torch.float64)
@@ -131,7 +131,7 @@ def test_saes_takes_its_beta_from_large_weights():
     statistics = statistics_of(x, x + 0.1 * draw(24, T, seed=6) * 1e15, draw(16, T, seed=5))
     method, weight = METHODS["saes-svd"], draw(16, 24, seed=1)
     plain, large = (
-        method.solve(weight * scale, statistics, 5, method.parameters).facts["beta"]
+        method.solve(weight * scale, statistics, 5, method.hyper_parameters).facts["beta"]
         for scale in (1.0, 1e32)
     )
     assert large == pytest.approx(plain, rel=1e-6)

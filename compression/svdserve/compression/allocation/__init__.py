@@ -1,4 +1,4 @@
-"""Which module gets which rank under one budget; importing this registers all allocators."""
+"""Allocators, which choose each module's rank r under one budget; importing registers them all."""
 
 from importlib import import_module
 from pkgutil import iter_modules

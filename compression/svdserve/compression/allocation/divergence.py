@@ -1,4 +1,4 @@
-"""Ranks by the divergence from the teacher that dropping components is predicted to cause."""
+"""Ranks r by the predicted divergence from the teacher that dropped components cause."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,10 @@ from svdserve.compression.allocation.registry import Budget, Module, Ranks, allo
 
 @allocator("divergence", needs_spectra=True)
 def divergence(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
-    """Least divergence from the teacher as the two-sided (Kronecker-factored) metric predicts."""
+    """Minimise the divergence from the teacher that the two-sided (Kronecker) metric predicts.
+
+    Args:
+        modules, budget, floor: as for ``energy``.
+    """
     spectra = {n: loss for n, m in modules.items() if (loss := m.losses) is not None}
     return least_tail(modules, spectra, budget, floor)

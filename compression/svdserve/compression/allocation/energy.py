@@ -1,4 +1,4 @@
-"""Ranks by the energy of the outputs that truncation drops."""
+"""Ranks r by the energy of the outputs that truncation drops."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from svdserve.compression.allocation.registry import Budget, Module, Ranks, allo
 
 @allocator("energy", needs_spectra=True)
 def energy(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
-    """Least sum of relative whitened tail energies ‖(W − Ŵ)F‖² / ‖WF‖².
+    """Minimise the sum of relative dropped energies ‖(W − Ŵ)F‖² / ‖WF‖².
 
     Args:
         modules, budget: as for all allocators.
-        floor: share of its uniform parameters that every module keeps. Without one, loss-driven
-            ranks starve modules and hurt (Swift-SVD, arXiv 2604.01609, table 3).
+        floor: least keep ratio of each module as a share of κ. Without a floor, some modules get so
+            few parameters that quality falls (Swift-SVD, arXiv 2604.01609, table 3).
     """
     spectra = {
-        n: e / total if (total := e.sum()) > 0 else e  # a weight of zeros has nothing to lose
+        n: e / total if (total := e.sum()) > 0 else e  # a weight of zeros loses nothing
         for n, m in modules.items()
         if (e := m.energies) is not None
     }

@@ -20,10 +20,10 @@ def last_blocks(
 
     Args:
         modules, budget: as for all allocators.
-        blocks: how many; None is replaced by a searched number before this is called.
+        blocks: how many; a search replaces None by a number before this function is called.
 
     Raises:
-        UserError: so few blocks that even nothing left of them would not reach κ.
+        UserError: the last ``blocks`` blocks hold too few parameters to reach κ.
     """
     assert blocks is not None
     total = 1 + max(module.block for module in modules.values())

@@ -1,6 +1,6 @@
-"""Ranks of the least total Σ_{i>r} of a spectrum under one budget of parameters.
+"""Ranks r that minimise the total of the spectra's tails Σ_{i>r} under one budget of parameters.
 
-The allocators ``energy``, ``sensitivity`` and ``divergence`` differ in the spectrum only.
+The allocators ``energy``, ``sensitivity`` and ``divergence`` differ only in the spectrum.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Choice:
-    """What one module may get: its costs and the tails that they leave, both by rising cost."""
+    """The ranks that one module may get, their costs and their tails, by rising cost."""
 
     def __init__(self, module: Module, spectrum: Tensor, budget: Budget, floor: float) -> None:
         least = budget.rank(module, floor * budget.keep)
@@ -29,14 +29,17 @@ class _Choice:
         self.chosen = 0
 
     def at_price(self, price: float) -> int:
-        """Index of the least tail + price · cost; the cheaper one where two are equal."""
+        """Index of the least tail + price · cost; the cheaper rank if two are equal."""
         return int((self.tails + price * self.costs).argmin())
 
     def cost(self) -> float:
         return float(self.costs[self.chosen])
 
     def gain(self, room: float) -> tuple[float, int]:
-        """The best tail saved per parameter by a step up that costs at most ``room``."""
+        """The best saving of tail per parameter among ranks that cost at most ``room`` more.
+
+        Returns the saving and the index of the rank.
+        """
         extra = self.costs[self.chosen + 1 :] - self.costs[self.chosen]
         extra = extra[extra <= room]
         if not len(extra):
@@ -49,15 +52,19 @@ class _Choice:
 def least_tail(
     modules: Mapping[str, Module], spectra: Mapping[str, Tensor], budget: Budget, floor: float
 ) -> Ranks:
-    """Ranks of least total tail whose parameters sum to at most κ, and to κ within one rank.
+    """Ranks of least total tail that store at most κ, and less than one more rank below κ.
 
-    A price for a parameter, found by bisection, makes the modules' choices independent (Lagrangian
-    relaxation); what that leaves of the budget goes to the steps that save most per parameter.
+    A price per parameter, found by bisection, makes the modules' choices independent (Lagrangian
+    relaxation). The rest of the budget goes to the steps that save most per parameter.
+
+    Args:
+        spectra: the spectrum of each module, descending, by the module's name.
+        floor: least keep ratio of each module as a share of κ.
     """
     total = budget.keep * sum(module.dense for module in modules.values()) + ROUNDING
     choices = {n: _Choice(m, spectra[n], budget, floor) for n, m in modules.items()}
     if floor and sum(float(choice.costs[0]) for choice in choices.values()) > total:
-        # Rounded up to whole ranks the floors are more than the budget: only that can be held.
+        # Rounded up to whole ranks, the floors exceed the budget; only the budget is binding.
         return least_tail(modules, spectra, budget, 0.0)
 
     def spent(price: float) -> float:

@@ -1,7 +1,7 @@
-"""Which rank each factored module gets, under one keep ratio κ.
+"""The registry of allocators, which choose each module's rank r under one keep ratio κ.
 
-An allocator is one decorated function of the modules and the budget, as a method is. A module whose
-factors would store as much as its weight stays dense.
+An allocator is one decorated function of the modules and the budget. A module whose factors would
+store as many parameters as its weight stays dense.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from svdserve.compression.format.layouts import Layout
 from svdserve.compression.system.errors import UserError
-from svdserve.compression.system.hyperparameters import Parameters
+from svdserve.compression.system.hyperparameters import HyperParameters
 from svdserve.compression.system.registry import Registry
 
 Ranks = dict[str, int | None]
-"""Rank of every module by its name; None where it stays dense."""
+"""Rank r of every module by its name; None if the module stays dense."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Keep = Annotated[float, Field(gt=0, le=1)]
 ROUNDING = 1e-6  # parameters
@@ -26,20 +26,22 @@ ROUNDING = 1e-6  # parameters
 
 @dataclass(frozen=True)
 class Module:
-    """What an allocator knows of a factored module.
+    """The facts about a module by which an allocator chooses its rank.
 
     Args:
-        out_features, in_features: m and n of its (stacked) weight.
+        out_features, in_features: m and n of its (stacked) weight [m, n].
         block: index of its block.
-        attention: whether it is part of the attention.
-        energies: σ² of W F, descending [min(m, n)], F Fᵀ the teacher's Gram matrix.
-        curvature: mean diagonal of the gradient Gram matrix of its outputs.
-        losses: ½σ² of Cᵀ W F, descending, C Cᵀ the gradient Gram matrix: the divergence from the
-            teacher, in nats per token, that dropping each component is predicted to cause.
-        scores: learned importance of each component [min(m, n)], of any order.
+        attention: whether it belongs to an attention.
+        energies: σ² of W F, descending [min(m, n)]; F Fᵀ is the Gram matrix of the teacher's
+            inputs.
+        curvature: mean diagonal of the Gram matrix of the gradients at its outputs.
+        losses: ½σ² of Cᵀ W F, descending [min(m, n)]; C Cᵀ is the Gram matrix of those gradients.
+            These are the divergences from the teacher, in nats per token, that dropping each
+            component is predicted to cause.
+        scores: learned scores of its components [min(m, n)], in any order.
 
-    The next to last three are None unless the allocator asks for spectra, and the last unless the
-    method learns.
+    ``energies``, ``curvature`` and ``losses`` are None unless the allocator needs spectra;
+    ``scores`` is None unless the method learns scores.
     """
 
     out_features: int
@@ -59,39 +61,39 @@ class Module:
 
 @dataclass(frozen=True)
 class Budget:
-    """κ, what a rank costs, and the multiple that every rank must be of."""
+    """The keep ratio κ, the layout, which defines costs, and the multiple for every rank."""
 
     keep: float
     layout: Layout
     multiple: int = 1
 
     def rank(self, module: Module, keep: float) -> int | None:
-        """The largest rank within ``keep`` of the module's dense parameters, or the least one."""
+        """The largest rank that stores at most ``keep`` of the dense parameters, else the least."""
         rank = self.layout.rank_for_keep(module.out_features, module.in_features, keep)
         if rank is None:
             return None
         return (rank - rank % self.multiple) or self.ranks(module)[0]
 
     def ranks(self, module: Module) -> list[int | None]:
-        """What a module may get, by rising cost; None (dense) is last.
+        """The ranks that a module may get, by rising cost; None (dense) is last.
 
-        A module that is too small for any multiple has no other choice.
+        For a module that is too small for any multiple, None is the only choice.
         """
         limit = min(module.out_features, module.in_features)
         ranks = range(self.multiple, limit + 1, self.multiple)
         return [*(r for r in ranks if self.cost(module, r) < module.dense), None]
 
     def cost(self, module: Module, rank: int | None) -> int:
-        """Stored parameters."""
+        """Number of parameters that a module of this rank stores."""
         if rank is None:
             return module.dense
         return self.layout.parameters(module.out_features, module.in_features, rank)
 
     def share(self, modules: Mapping[str, Module], keep: float) -> Ranks:
-        """The same ``keep`` for every module, and no more than that for all of them together.
+        """Ranks with the same keep ratio for every module, which in total store at most ``keep``.
 
-        Where the least choice of a module is more than its share, the others give: what it leaves
-        is shared evenly among them. The ranks are the least ones where even those store more.
+        A module whose least rank stores more than its share gets that rank, and the others share
+        the rest evenly. If even the least ranks of all modules store more, these are returned.
         """
         fixed: Ranks = {}
         total = keep * sum(module.dense for module in modules.values()) + ROUNDING
@@ -111,7 +113,7 @@ class Budget:
             fixed |= {name: self.ranks(modules[name])[0] for name in over}
 
     def check(self, modules: Mapping[str, Module], ranks: Ranks) -> None:
-        """Refuse ranks that store more than κ; UserError says what they keep."""
+        """Raise UserError, with their keep ratio, if the ranks store more than κ."""
         dense = sum(module.dense for module in modules.values())
         stored = sum(self.cost(modules[name], rank) for name, rank in ranks.items())
         if stored > self.keep * dense + ROUNDING:
@@ -126,23 +128,23 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocator:
-    """A registered allocator and whether it needs the modules' spectra."""
+    """A registered allocator, and whether it needs the modules' spectra."""
 
     name: str
     needs_spectra: bool
     function: Callable[..., Ranks]
-    schema: Parameters
+    schema: HyperParameters
 
 
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "svdserve.allocators", Allocator)
-"""By name; an installed package adds one by the entry point ``svdserve.allocators``."""
+"""All allocators by name; a package adds one by an entry point of ``svdserve.allocators``."""
 
 
 def get_allocator(name: str) -> Allocator:
     """The allocator of that name.
 
     Raises:
-        UserError: there is none; lists those that there are.
+        UserError: no allocator has this name; the message lists all names.
     """
     return ALLOCATORS.get_known(name)
 
@@ -150,10 +152,14 @@ def get_allocator(name: str) -> Allocator:
 def allocator(
     name: str, *, needs_spectra: bool = False
 ) -> Callable[[Callable[..., Ranks]], Callable[..., Ranks]]:
-    """Register a function (modules by name, budget) → ranks as the allocator ``name``."""
+    """Register a function (modules by name, budget) → ranks as the allocator ``name``.
+
+    Args:
+        needs_spectra: whether the function reads ``energies``, ``curvature`` or ``losses``.
+    """
 
     def register(function: Callable[..., Ranks]) -> Callable[..., Ranks]:
-        schema = Parameters(f"allocator {name}", function)
+        schema = HyperParameters(f"allocator {name}", function)
         ALLOCATORS.add(name, Allocator(name, needs_spectra, function, schema))
         return function
 

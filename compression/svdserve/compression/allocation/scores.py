@@ -1,4 +1,4 @@
-"""Ranks by the scores of components, which a method has learned."""
+"""Ranks r by the learned scores of components."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from svdserve.compression.allocation.registry import ROUNDING, Budget, Module, R
 
 @allocator("scores", needs_spectra=False)
 def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
-    """The learned order: components of the whole model by falling score until κ is spent.
+    """Take the components of the whole model by falling score until κ is spent.
 
-    A step that no longer fits is passed over, so that less than one rank of any module is left.
+    A step that does not fit is skipped, so that less than one rank of any module is left over.
     """
     if budget.keep >= 1:
         return dict.fromkeys(modules)
@@ -24,7 +24,7 @@ def scores(modules: Mapping[str, Module], budget: Budget) -> Ranks:
         falling = module.scores.double().sort(descending=True).values
         ends = [len(falling) if rank is None else rank for rank in ranks[name]]
         totals = falling.cumsum(0)[torch.tensor(ends) - 1]
-        # Rounding must not put a step of equal scores before the one that it follows.
+        # Rounding must not sort a step of equal scores before the step that it follows.
         means = (totals.diff() / torch.tensor(ends).diff()).cummin(0).values
         steps += [(-mean, name, i) for i, mean in enumerate(means.tolist())]
     taken = dict.fromkeys(modules, 0)

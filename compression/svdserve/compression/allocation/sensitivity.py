@@ -1,4 +1,4 @@
-"""Ranks by that energy, weighted by the curvature at the outputs."""
+"""Ranks r by the dropped energy, weighted by the curvature at the outputs."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,11 @@ from svdserve.compression.allocation.registry import Budget, Module, Ranks, allo
 
 @allocator("sensitivity", needs_spectra=True)
 def sensitivity(modules: Mapping[str, Module], budget: Budget, *, floor: Share = 0.5) -> Ranks:
-    """Least sum of whitened tail energies times the mean curvature at the module's outputs."""
+    """Minimise the sum of dropped energies ‖(W − Ŵ)F‖² times the mean curvature at the outputs.
+
+    Args:
+        modules, budget, floor: as for ``energy``.
+    """
     spectra = {
         n: e * c
         for n, m in modules.items()

@@ -15,10 +15,14 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 def uniform(
     modules: Mapping[str, Module], budget: Budget, *, attention_keep: Keep | None = None
 ) -> Ranks:
-    """The same κ for every module, or one for attention and the one that is left for the MLP.
+    """The same keep ratio for every module, or one for attention and another for the MLP.
+
+    Args:
+        modules, budget: as for all allocators.
+        attention_keep: keep ratio of attention; the MLP gets the rest of the budget.
 
     Raises:
-        UserError: ``attention_keep`` leaves nothing for the MLP, or more than all of it.
+        UserError: the rest is no keep ratio above 0 and at most 1.
     """
     if attention_keep is None:
         return budget.share(modules, budget.keep)

@@ -1,4 +1,4 @@
-"""SVD methods, one file per paper. Importing this package registers all of them."""
+"""SVD methods; each paper has its own file. Importing this package registers all methods."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -14,5 +14,5 @@ from svdserve.compression.statistics.moments import Statistics
     statistics={"gram", "shift"},
 )
 def aa_svd(weight: Tensor, statistics: Statistics, rank: int, *, ridge: Ridge = 1e-3) -> Solution:
-    """min ‖W X_f − Ŵ X‖_F, the paper's objective 4: the limit β = 1 of SAES-SVD's CEALC."""
+    """Minimise ‖W X_f − Ŵ X‖_F, the paper's objective 4; this is SAES-SVD's CEALC with β = 1."""
     return saes_svd(weight, statistics, rank, beta=1.0, ridge=ridge)

@@ -1,9 +1,9 @@
 """ACIP (arXiv 2502.01717): masks on the singular components, learned through a threshold.
 
-Ŵ = U diag(mask) Uᵀ W from the plain SVD. The mask is binary in the forward pass and passes its
-gradient straight through to the scores; an L1 term with a growing weight shuts components until
-the budget is met. The paper's LoRA beside it is left to ``svdserve refine``, and its labels are
-replaced by the teacher's predictions.
+Ŵ = U diag(mask) Uᵀ W, where U comes from the plain SVD. The mask is 1 for scores above a threshold
+and 0 below; its gradient is passed straight through to the scores. An L1 term with a growing weight
+closes components until the budget is met. Two things differ from the paper: ``svdserve refine``
+takes the place of its LoRA, and the teacher's predictions take the place of labels.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ _THRESHOLD = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Acip(Learner):
-    """Scores start between ½ and 1 in the order of σ, all open.
+    """Scores start between ½ and 1 in the order of σ, so that all components are open.
 
-    At a score of one for all, the model is the teacher and its divergence has no gradient: the
-    order of σ decides which components are the first to be missed.
+    With all components open the model equals the teacher and its divergence has no gradient.
+    Therefore the order of σ decides which components close first.
 
     Args:
-        l1_weight: at the end; it grows in proportion to the steps. The divergence of uniform
-            truncation is 1.
+        l1_weight: weight of the L1 term at the last step, to which it grows linearly, in units of
+            the divergence of uniform truncation.
     """
 
     learning_rate: PositiveFloat = 0.02
@@ -43,7 +43,7 @@ class Acip(Learner):
         return mask + scores - scores.detach()
 
     def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
-        """λ Σ price · s over 1 − κ while the open components store more than κ."""
+        """λ Σ price · s / (1 − κ) while the open components store more than κ, else 0."""
         over = bool(price @ (scores > _THRESHOLD).to(scores) > keep)
         return (self.l1_weight * progress * over / (1 - keep)) * (price @ scores)
 
@@ -62,5 +62,5 @@ class Acip(Learner):
     learner=Acip,
 )
 def acip(weight: Tensor, statistics: Statistics, rank: int) -> Solution:
-    """The components that are scored: those of the weight."""
+    """The scored components: the singular components of the weight."""
     return Solution(weighted(svd(weight, statistics, rank).factors, None))

@@ -26,10 +26,10 @@ def ada_svd(
     iterations: Annotated[int, Field(ge=0, le=100)] = 1,
     ridge: Ridge = 1e-3,
 ) -> Solution:
-    """From the plain SVD, least squares for U and for V in turn, of ‖(W − U V) X‖_F.
+    """Minimise ‖(W − U V) X‖_F over U and V in turn, starting from the plain SVD.
 
-    U = W H Vᵀ (V H Vᵀ)⁻¹ and V = U⁺ W. Started from the whitened SVD nothing would change, since
-    that is the optimum. Its rank allocation is not part of the method here.
+    U = W H Vᵀ (V H Vᵀ)⁻¹ and V = U⁺ W. The whitened SVD is the optimum of this objective already,
+    so starting from it would change nothing. The paper's rank allocation is left out.
     """
     assert statistics.gram is not None
     whitening = whiten(statistics.gram, ridge)

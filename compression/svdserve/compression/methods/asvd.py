@@ -12,7 +12,7 @@ from svdserve.compression.statistics.moments import Statistics
 
 Alpha = Annotated[float, Field(ge=0, le=1)]
 
-_FLOOR = 1e-6  # of the mean scale: a silent channel keeps a finite inverse
+_FLOOR = 1e-6  # times the mean scale: the least scale, so that a silent channel can be inverted
 
 
 @method(
@@ -30,14 +30,14 @@ def asvd(
 ) -> Solution:
     """Truncate the SVD of W S with S = diag(mean |x|)^α; Ŵ = U_r U_rᵀ W (S cancels).
 
-    The paper's search for ranks by the perplexity of each layer is not part of the method here.
+    The paper's search for ranks by the perplexity of each layer is left out.
     """
     left, _ = left_subspace(weight * channel_scale(statistics, alpha), rank)
     return Solution(Factors(factor_in=left.mT @ weight, factor_out=left))
 
 
 def channel_scale(statistics: Statistics, alpha: float) -> Tensor:
-    """The diagonal of S [n], positive."""
+    """The diagonal [n] of S, positive."""
     assert statistics.teacher_magnitude is not None
     scale = statistics.teacher_magnitude.double() ** alpha
     return scale.clamp_min(_FLOOR * float(scale.mean())).clamp_min(1e-30)

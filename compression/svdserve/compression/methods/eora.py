@@ -1,4 +1,4 @@
-"""EoRA: eigenspace low-rank approximation of what a compression lost (arXiv 2410.21271)."""
+"""EoRA: eigenspace low-rank approximation of a compression's error (arXiv 2410.21271)."""
 
 from typing import Literal
 
@@ -26,17 +26,17 @@ def eora(
     alpha: Alpha = 0.5,
     residual_share: Share = 0.0625,
 ) -> Solution:
-    """A cheap base Ŵ of rank r1, then ΔW = W − Ŵ to rank r2 in the eigenspace of the inputs.
+    """A base Ŵ of rank r1, plus ΔW = W − Ŵ truncated to rank r2 in the eigenspace of the inputs.
 
-    With H = Q Λ Qᵀ the paper adds [ΔW Q √Λ]_{r2} (Q √Λ)⁻¹, which is U Uᵀ ΔW with U the top left
-    singular vectors of ΔW Q √Λ.
+    With H = Q Λ Qᵀ the paper adds [ΔW Q √Λ]_{r2} (Q √Λ)⁻¹. This equals U Uᵀ ΔW, where U are the top
+    left singular vectors of ΔW Q √Λ.
 
     Args:
         weight: [m, n], float64.
-        statistics: H of the inputs on the compressed path, mean |x| of the teacher's.
-        rank: r = r1 + r2, 1..min(m, n).
-        base: plain SVD, or ASVD with ``alpha``.
-        residual_share: r2 over mn / (m + n); the paper's rank 128 at m = n = 4096.
+        statistics: Gram matrix H of the student's inputs, and mean |x| of the teacher's inputs.
+        rank: r = r1 + r2, in 1..min(m, n).
+        base: method of the base: plain SVD, or ASVD with ``alpha``.
+        residual_share: r2 / (mn / (m + n)); the default is the paper's rank 128 for m = n = 4096.
     """
     assert statistics.gram is not None
     root = eigen_root(statistics.gram)

@@ -15,14 +15,14 @@ from svdserve.compression.statistics.moments import Statistics
     statistics={"row_fisher"},
 )
 def fwsvd(weight: Tensor, statistics: Statistics, rank: int) -> Solution:
-    """Î⁻¹ [Î W]_r with Î_ii the root of the Fisher information of row i (equation 7).
+    """Î⁻¹ [Î W]_r, where Î_ii is the root of the Fisher information of row i (equation 7).
 
-    Rows that the loss does not see at all get the least weight that any other row has.
+    Rows without any Fisher information get the smallest weight of all other rows.
 
     Args:
         weight: [m, n], float64.
-        statistics: the row Fisher of the module.
-        rank: 1..min(m, n).
+        statistics: the row Fisher information of the module.
+        rank: r, in 1..min(m, n).
     """
     assert statistics.row_fisher is not None
     fisher = statistics.row_fisher.double()

@@ -1,7 +1,7 @@
-"""What a learned method adds to its closed form: how the scores of components are learned.
+"""Learners: the rules by which a learned method learns a score for each singular component.
 
-The components of all modules are taken together: K scores s >= 0. Like a method, a Learner touches
-no model, no file and chooses no device; the driver is in driver.py.
+The K components of all modules together have scores s >= 0. Like a method, a Learner accesses no
+model and no file and chooses no device; pipeline/stages/learning.py drives it.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +20,14 @@ _EVALUATIONS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Learner(ABC):
-    """The rules of one method; the fields are hyper-parameters, as a function's keywords are.
+    """The rules of one method; the fields are hyper-parameters of the method.
 
-    ``progress`` is the share of the steps that are done, from 0 to 1. ``strength`` [K] is σ of a
-    component over that of the last one that uniform ranks keep in its module: the components of
-    strength 1 and more are the uniform truncation.
+    In the methods below, ``progress`` is the share of finished steps, from 0 to 1. ``strength`` [K]
+    is a component's σ divided by the smallest σ that uniform ranks keep in its module, so uniform
+    truncation keeps the components of strength 1 or more.
 
     Args:
-        epochs, batch_size, learning_rate, precision: of the training (trainer.py).
+        epochs, batch_size, learning_rate, precision: settings of the training (trainer.py).
     """
 
     epochs: PositiveInt = 6
@@ -36,7 +36,7 @@ class Learner(ABC):
     precision: Precision = "bfloat16"
 
     def training(self, seed: int) -> Training:
-        """Never stops early: the first stages are worse than what comes of them."""
+        """The settings of the training; it never stops early, as quality may fall at first."""
         return Training(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -49,40 +49,40 @@ class Learner(ABC):
 
     @abstractmethod
     def start(self, strength: Tensor) -> Tensor:
-        """The first scores [K]; their order must be that of uniform ranks."""
+        """The initial scores [K]; by them the budget must select those of uniform truncation."""
 
     def reach(self, strength: Tensor) -> Tensor:
-        """How far a score moves where another one moves by 1 [K]."""
+        """Relative step sizes of the scores [K]."""
         return torch.ones_like(strength)
 
     @abstractmethod
     def amplitudes(self, scores: Tensor, progress: float) -> Tensor:
-        """What each component is multiplied by while training [K]; a gradient passes."""
+        """Differentiable factors [K] that multiply the components during training."""
 
     @abstractmethod
     def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
-        """Added to the KL divergence, in units of that of uniform truncation.
+        """A term added to the KL divergence, in units of the divergence of uniform truncation.
 
         Args:
-            price: what a component stores over the dense parameters of the whole model [K].
-            keep: κ, below 1.
+            price: stored parameters of a component / dense parameters of all modules [K].
+            keep: the keep ratio κ, below 1.
         """
 
     @abstractmethod
     def order(self, scores: Tensor, strength: Tensor) -> Tensor:
-        """The greatest stay [K]."""
+        """Importance of the components [K]; the budget keeps the largest."""
 
     @abstractmethod
     def kept(self, scores: Tensor) -> Tensor:
-        """What those that stay are multiplied by in the end [K]."""
+        """Factors [K] that multiply the components that are kept in the end."""
 
 
 def weighted(factors: Factors, gram: Tensor | None) -> Factors:
-    """The same components with σ as the norms of the columns of ``factor_out``.
+    """The same components, scaled so that the columns of ``factor_out`` have norm σ.
 
     Args:
-        factors: a pair with orthonormal ``factor_out``.
-        gram: the metric of σ; None for that of the weight itself.
+        factors: factors with orthonormal columns of ``factor_out``.
+        gram: the Gram matrix [n, n] of the metric of σ; None for the identity.
     """
     inner = factors.factor_in
     energy = ((inner if gram is None else inner @ gram.double()) * inner).sum(dim=1)

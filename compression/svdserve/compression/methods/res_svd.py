@@ -13,11 +13,11 @@ from svdserve.compression.statistics.linalg import left_subspace, whiten
 from svdserve.compression.statistics.moments import Statistics
 
 Metric = Callable[[Tensor], Tensor]
-"""M [m, n] to M F, whose Frobenius norm the truncation keeps; F Fᵀ is the metric."""
+"""Maps M [m, n] to M F; the truncation error is measured as ‖(M − M̂) F‖_F."""
 
 MetricName = Literal["plain", "whitened"]
 Share = Annotated[float, Field(ge=0, le=1)]
-"""Rank of the residual over the break-even rank mn / (m + n)."""
+"""Rank of the residual divided by the break-even rank mn / (m + n)."""
 
 
 @method(
@@ -36,16 +36,16 @@ def res_svd(
     residual_metric: MetricName = "plain",
     ridge: Ridge = 1e-3,
 ) -> Solution:
-    """W_{r1} of W, then the residual W − W_{r1} to rank r2; r1 + r2 = r.
+    """Truncate W to W_{r1}, then the residual W − W_{r1} to rank r2; r1 + r2 = r.
 
     Args:
         weight: [m, n], float64.
-        statistics: H of the module's inputs.
-        rank: r, 1..min(m, n).
-        residual_share: r2 over mn / (m + n); the paper's 0.05.
-        metric, residual_metric: of either truncation. In one metric the sum is the rank-r
-            truncation itself (Eckart and Young): only two metrics change anything.
-        ridge: λ over the mean of diag H.
+        statistics: Gram matrix H of the module's inputs.
+        rank: r, in 1..min(m, n).
+        residual_share: r2 / (mn / (m + n)); the default is the paper's 0.05.
+        metric, residual_metric: metrics of the two truncations. With equal metrics the sum would be
+            the rank-r truncation itself (Eckart and Young).
+        ridge: λ / mean(diag H).
     """
     assert statistics.gram is not None
     whitening = whiten(statistics.gram, ridge)
@@ -55,12 +55,12 @@ def res_svd(
 
 
 def compensated(weight: Tensor, rank: int, share: float, first: Metric, second: Metric) -> Factors:
-    """Factors [m, r] · [r, n] of W_{r1} + R_{r2}, both truncations as U Uᵀ of what they truncate.
+    """Factors [m, r] · [r, n] of W_{r1} + R_{r2}; both truncations are projections U Uᵀ.
 
     Args:
         weight: W [m, n].
-        rank: r = r1 + r2, r1 at least 1.
-        share: r2 over mn / (m + n).
+        rank: r = r1 + r2, where r1 is at least 1.
+        share: r2 / (mn / (m + n)).
         first: metric in which W is truncated to W_{r1}.
         second: metric in which R = W − W_{r1} is truncated.
     """

@@ -1,10 +1,10 @@
 """SAES-SVD (arXiv 2602.03051, ICLR 2026): cumulative-error-aware layer compression.
 
-CEALC pulls a factored layer towards the output that the *original* model would give: with
-H = X Xᵀ and Δ = (X_f − X) Xᵀ its optimum is the rank-r truncation of
-G(β) = W (H + βΔ) F⁻ᵀ, F Fᵀ = H (equations 6 to 12), β = α / (1 + α). ACES picks β (equations 13 to
-19). One damped H_λ = H + λI stands in the metric and in the target, so that full rank gives W back
-whatever λ is: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹.
+CEALC moves the output of a factored module towards the output in the *original* model. With
+H = X Xᵀ and Δ = (X_f − X) Xᵀ, its optimum is the rank-r truncation of G(β) = W (H + βΔ) F⁻ᵀ, where
+F Fᵀ = H (equations 6 to 12) and β = α / (1 + α). ACES chooses β (equations 13 to 19). Here the
+damped H_λ = H + λI replaces H in the metric and in the target: G(β) = W F + β W Δ F⁻ᵀ and
+W_eff = W + β W Δ H_λ⁻¹. Full rank therefore returns W_eff for every λ, and W for β = 0.
 """
 
 import math
@@ -26,7 +26,7 @@ _GRID = 6
 
 def _ordered(caps: tuple[float, float]) -> tuple[float, float]:
     if caps[0] > caps[1]:
-        raise ValueError("the lower cap must not be above the upper one")
+        raise ValueError("the lower bound must not be above the upper bound")
     return caps
 
 
@@ -35,9 +35,9 @@ Range = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
 Beta = Share | Literal["aces", "exact", "held-out"]
 
 
-def beta_needs(parameters: dict[str, Any]) -> set[str]:
-    """The names of what the choice of β reads besides H and Δ."""
-    return {"held_out"} if parameters["beta"] == "held-out" else set()
+def beta_needs(hyper_parameters: dict[str, Any]) -> set[str]:
+    """The names of the statistics that the choice of β reads besides H and Δ."""
+    return {"held_out"} if hyper_parameters["beta"] == "held-out" else set()
 
 
 @method(
@@ -56,17 +56,18 @@ def saes_svd(
     beta_range: Range = (0.25, 0.75),
     ridge: Ridge = 1e-3,
 ) -> Solution:
-    """CEALC with a β that is fixed, chosen by ACES, or by the error on held-out sequences.
+    """CEALC with a fixed β, or with a β that a rule chooses for each module.
 
     Args:
         weight: [m, n], float64.
         statistics: H and Δ of the module's inputs.
-        rank: 1..min(m, n).
-        beta: a number in [0, 1]; ``aces`` for the paper's closed form (fixed-subspace first-order
-            approximation); ``exact`` for a search over the true retained-energy ratio; ``held-out``
-            for a search over the error against the teacher's outputs on held-out sequences.
-        beta_range: caps of ACES and of the searches (paper, table 4).
-        ridge: λ over the mean of diag H.
+        rank: r, in 1..min(m, n).
+        beta: a number in [0, 1], or a rule. ``aces`` is the paper's closed form (a first-order
+            approximation with fixed subspaces); ``exact`` searches for the least dropped share of
+            energy; ``held-out`` searches for the least error against the teacher's outputs on
+            held-out sequences.
+        beta_range: bounds of β for the rules (paper, table 4).
+        ridge: λ / mean(diag H).
     """
 
     def truncate(whitened: Tensor, effective: Tensor) -> Factors:
@@ -88,9 +89,10 @@ def solve_shifted(
     """CEALC with any truncation.
 
     Args:
-        weight, statistics, rank, beta, caps, ridge: as for ``saes_svd``.
-        truncate: G(β) = W F + β W Δ F⁻ᵀ and W_eff = W + β W Δ H_λ⁻¹ = G(β) F⁻¹, both [m, n], to
-            factors of ``rank``.
+        weight, statistics, rank, beta, ridge: as for ``saes_svd``.
+        caps: ``beta_range`` of ``saes_svd``.
+        truncate: computes factors of rank r from G(β) = W F + β W Δ F⁻ᵀ and
+            W_eff = W + β W Δ H_λ⁻¹ = G(β) F⁻¹, both [m, n].
     """
     assert statistics.gram is not None
     assert statistics.shift is not None
@@ -102,7 +104,7 @@ def solve_shifted(
     def factors(at: float) -> Factors:
         return truncate(base + at * pull, weight + at * moved)
 
-    # Without accumulated error (the first block's q, k, v) every β gives the same factors.
+    # If Δ is zero (the first block's q, k, v), every β gives the same factors.
     if not bool(statistics.shift.any()):
         chosen = 0.0
     elif beta == "held-out":
@@ -118,7 +120,7 @@ def solve_shifted(
 
 
 def output_error(approximation: Tensor, weight: Tensor, statistics: Statistics) -> float:
-    """‖Ŵ X − W X_f‖² / T up to a constant, from H and Δ: X_f Xᵀ = H + Δ."""
+    """‖Ŵ X − W X_f‖² / T up to a constant, from H and Δ, since X_f Xᵀ / T = H + Δ."""
     assert statistics.gram is not None
     assert statistics.shift is not None
     own = approximation @ statistics.gram.double()
@@ -128,10 +130,10 @@ def output_error(approximation: Tensor, weight: Tensor, statistics: Statistics) 
 
 @dataclass(frozen=True)
 class TailRatio:
-    """ρ̃(β) = (a + 2bβ + cβ²) / (A + 2Bβ + Cβ²), the share of energy that truncation drops.
+    """ρ̃(β) = (a + 2bβ + cβ²) / (A + 2Bβ + Cβ²), the approximate share of energy that is dropped.
 
-    First order in β with the singular subspaces of G(0) held fixed (equations 15 to 19); exact at
-    β = 0, where its derivative is that of the true ratio.
+    The approximation keeps the singular subspaces of G(0) for all β (equations 15 to 19). Its value
+    and its derivative are exact at β = 0.
     """
 
     a: float
@@ -154,7 +156,7 @@ class TailRatio:
         scale = max(abs(quadratic), abs(linear), abs(constant))
         if scale == 0:
             return []
-        # Their squares would overflow where weights are large; a power of two rounds nothing.
+        # Scale so that squares do not overflow for large weights; a power of two does not round.
         unit = math.frexp(scale)[1]
         quadratic, linear, constant = (
             math.ldexp(value, -unit) for value in (quadratic, linear, constant)
@@ -165,16 +167,16 @@ class TailRatio:
         discriminant = linear**2 - 4 * quadratic * constant
         if discriminant < 0:
             return []
-        # The sum that does not cancel, and its partner by Vieta.
+        # The root without cancellation, and the other root by Vieta's formula.
         half = -(linear + (1 if linear >= 0 else -1) * discriminant**0.5) / 2
         return [half / quadratic, constant / half] if half != 0 else [0.0]
 
 
 @dataclass(frozen=True)
 class Energies:
-    """S Sᵀ, S Dᵀ and D Dᵀ of G(β) = S + βD, [k, k] with k the smaller side (transposed if tall).
+    """S Sᵀ, S Dᵀ and D Dᵀ [k, k] of G(β) = S + βD [m, n], k = min(m, n), transposed if m > n.
 
-    G Gᵀ = S Sᵀ + β (S Dᵀ + D Sᵀ) + β² D Dᵀ holds all that the choice of β needs.
+    The choice of β needs only G Gᵀ = S Sᵀ + β (S Dᵀ + D Sᵀ) + β² D Dᵀ.
     """
 
     square: Tensor
@@ -190,10 +192,10 @@ def energies(base: Tensor, pull: Tensor) -> Energies:
 
 
 def tail_ratio(energy: Energies, rank: int) -> TailRatio:
-    """The coefficients of ρ̃ at ``rank``.
+    """The coefficients of ρ̃ for a truncation to ``rank``.
 
-    With P and P' the projectors off the top singular subspaces of S, c = ‖P D P'‖² is taken as
-    ‖P D‖² − ‖P D V_r‖², and D V_r = D Sᵀ U_r Σ_r⁻¹.
+    P and P' project onto the complements of the top left and right singular subspaces of S. Then
+    c = ‖P D P'‖² is computed as ‖P D‖² − ‖P D V_r‖², with D V_r = D Sᵀ U_r Σ_r⁻¹.
     """
     values, vectors = torch.linalg.eigh(energy.square)
     values = values.clamp_min(0)
@@ -213,14 +215,14 @@ def tail_ratio(energy: Energies, rank: int) -> TailRatio:
 
 
 def aces(energy: Energies, rank: int, beta_min: float, beta_max: float) -> float:
-    """ACES: the candidate of least ρ̃ among the caps and the stationary points between them."""
+    """ACES: the β of least ρ̃ among the two bounds and the stationary points between them."""
     ratio = tail_ratio(energy, rank)
     inside = [root for root in ratio.stationary_points() if beta_min < root < beta_max]
     return min([beta_min, beta_max, *inside], key=ratio)
 
 
 def exact_search(energy: Energies, rank: int, beta_min: float, beta_max: float) -> float:
-    """The β of least true tail ratio on an even grid of six between the caps."""
+    """The β that drops the least share of energy, from an even grid of six between the bounds."""
     best = (float("inf"), beta_min)
     both = energy.cross + energy.cross.mT
     for beta in torch.linspace(beta_min, beta_max, _GRID, dtype=torch.float64).tolist():

@@ -1,8 +1,9 @@
 """SoCo (arXiv 2502.15092): learnable importance scores on the singular spectrum.
 
-Ŵ = Σ s_i σ_i u_i v_iᵀ of the whitened weight, with scores of the whole model learned end to end
-and a loss of three terms: divergence from the teacher, stored parameters, polarisation of the
-scores. The weights of the terms and the number of steps are not published; those here are ours.
+Ŵ = Σ s_i σ_i u_i v_iᵀ of the whitened weight. The scores s of the whole model are learned end to
+end with a loss of three terms: divergence from the teacher, stored parameters, and polarisation of
+the scores. The paper gives neither the weights of the terms nor the number of steps; the values
+here are our own.
 """
 
 from dataclasses import dataclass
@@ -19,20 +20,20 @@ from svdserve.compression.methods.svd_llm import svd_llm
 from svdserve.compression.statistics.moments import Statistics
 from svdserve.compression.system.errors import UserError
 
-_SOFTNESS = 0.05  # of the ratio term, in shares of what κ removes
-_SHARPEST = 0.1  # width of the gate at the end
+_SOFTNESS = 0.05  # softness δ of the ratio term, as a share of 1 − κ
+_SHARPEST = 0.1  # width of the gate at the last step
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights of the loss, and the gate on the scores, at one moment of the training.
+    """Weights of the loss, and the gate on the scores, at one step of the training.
 
     Args:
-        ratio, polarisation: weights of those terms.
-        gate: how much of the gate acts on the amplitudes, 0 to 1.
-        width: of the scores between shut and open.
+        ratio, polarisation: weights of these terms.
+        gate: how much the gate affects the amplitudes, 0 to 1.
+        width: width of the range of scores over which the gate opens.
     """
 
     ratio: float
@@ -43,19 +44,19 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Soco(Learner):
-    """Scores start at 1, and move by equal steps of score · σ: the greater σ, the more the loss
-    curves along a score, and steps of one size would first of all shrink what matters most.
+    """Scores start at 1 and move by equal steps of score · σ.
 
-    Three stages, in each of which every weight stays or rises:
+    The loss's curvature along a score grows with σ, so steps of equal size in the scores would
+    shrink the most important components first. The training has three stages:
 
-    1. exploration: the ratio term grows from nothing to its full weight, and most scores fall;
-    2. refinement: all is constant, and the scores settle around the target;
+    1. exploration: the weight of the ratio term grows from zero, and most scores fall;
+    2. refinement: all weights are constant, and the scores settle around the target;
     3. decision: the polarisation term grows, and the gate closes on scores below ½.
 
     Args:
-        ratio_weight, polarisation_weight: of the terms at the end; the divergence of uniform
-            truncation is 1.
-        exploration, refinement: shares of the steps; the rest is for the decision.
+        ratio_weight, polarisation_weight: weights of the terms at the last step, in units of the
+            divergence of uniform truncation.
+        exploration, refinement: shares of the steps; the decision has the rest.
     """
 
     ratio_weight: PositiveFloat = 2.0
@@ -71,7 +72,7 @@ class Soco(Learner):
             )
 
     def stage(self, progress: float) -> Stage:
-        """The schedule."""
+        """The weights and the gate at ``progress``."""
         settled = self.exploration + self.refinement
         decided = max(0.0, progress - settled) / (1 - settled)
         return Stage(
@@ -92,10 +93,10 @@ class Soco(Learner):
         return scores * (1 - stage.gate + stage.gate * _gate(scores, stage.width))
 
     def penalty(self, scores: Tensor, price: Tensor, keep: float, progress: float) -> Tensor:
-        """λ_r δ softplus(x / δ) + λ_p mean of s(1 − s)₊, weighted by what they store.
+        """λ_r δ softplus(x / δ) + λ_p mean s(1 − s)₊, where the mean is weighted by price.
 
-        x is the excess over κ as a share of 1 − κ: the divergence rises by a few times its value
-        at κ over that range, whatever κ is.
+        x is the stored excess over κ divided by 1 − κ. In this unit the divergence changes by a
+        similar multiple for every κ.
         """
         stage = self.stage(progress)
         excess = (price @ _gate(scores, stage.width) - keep) / (1 - keep)
@@ -111,7 +112,7 @@ class Soco(Learner):
 
 
 def _gate(scores: Tensor, width: float) -> Tensor:
-    """0 below, 1 above, linear over ``width`` around ½; at width 1 the score itself."""
+    """A ramp from 0 to 1 of the given width, centred on a score of ½."""
     return ((scores - 0.5) / width + 0.5).clamp(0, 1)
 
 
@@ -123,6 +124,6 @@ def _gate(scores: Tensor, width: float) -> Tensor:
     learner=Soco,
 )
 def soco(weight: Tensor, statistics: Statistics, rank: int, *, ridge: Ridge = 1e-6) -> Solution:
-    """The components that are scored: those of SVD-LLM."""
+    """The scored components: those of SVD-LLM."""
     plain = svd_llm(weight, statistics, rank, ridge=ridge)
     return Solution(weighted(plain.factors, statistics.teacher_gram), plain.facts)

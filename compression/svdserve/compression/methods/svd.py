@@ -15,6 +15,6 @@ from svdserve.compression.statistics.moments import Statistics
     statistics=set(),
 )
 def svd(weight: Tensor, _statistics: Statistics, rank: int) -> Solution:
-    """Ŵ = U_r U_rᵀ W: the best rank-r approximation of the weight, blind to its inputs."""
+    """Ŵ = U_r U_rᵀ W, the best rank-r approximation of the weight; the inputs are ignored."""
     left, _ = left_subspace(weight, rank)
     return Solution(Factors(factor_in=left.mT @ weight, factor_out=left))

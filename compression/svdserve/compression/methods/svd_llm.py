@@ -15,7 +15,7 @@ from svdserve.compression.statistics.moments import Statistics
     statistics={"teacher_gram"},
 )
 def svd_llm(weight: Tensor, statistics: Statistics, rank: int, *, ridge: Ridge = 1e-6) -> Solution:
-    """Truncate the SVD of W F with F Fᵀ = X_f X_fᵀ, the inputs of the original model.
+    """Truncate the SVD of W F with F Fᵀ = X_f X_fᵀ, where X_f are the teacher's inputs.
 
     Ŵ = U_r U_rᵀ W with U_r from W F equals the paper's U_r Σ_r V_rᵀ F⁻¹ in exact arithmetic.
     ``ridge`` is relative to the mean of the diagonal; the paper damps only on failure.

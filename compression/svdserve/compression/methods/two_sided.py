@@ -1,8 +1,9 @@
-"""Low rank in a two-sided metric: inputs by their Gram matrix, outputs by the loss's curvature.
+"""Truncation in a two-sided metric: the inputs' Gram matrix and the curvature of the loss.
 
-To second order, changing W by δ costs the loss ½ vec(δ)ᵀ (H ⊗ G) vec(δ) = ½ ‖Cᵀ δ F‖² where
-H = F Fᵀ is the Gram matrix of the inputs and G = C Cᵀ that of the gradients at the outputs
-(Kronecker-factored Fisher: KFAC, arXiv 1503.05671). The best rank r is C⁻ᵀ [Cᵀ W F]_r F⁻¹.
+To second order, a change δ of W changes the loss by ½ vec(δ)ᵀ (H ⊗ G) vec(δ) = ½ ‖Cᵀ δ F‖², where
+H = F Fᵀ is the Gram matrix of the inputs and G = C Cᵀ is the Gram matrix of the gradients at the
+outputs (Kronecker-factored Fisher information: KFAC, arXiv 1503.05671). The best approximation of
+rank r is C⁻ᵀ [Cᵀ W F]_r F⁻¹.
 """
 
 from typing import Annotated
@@ -34,16 +35,17 @@ def kfac_svd(
     shrinkage: Shrinkage = 0.3,
     input_shrinkage: Shrinkage = 0.1,
 ) -> Solution:
-    """C⁻ᵀ [Cᵀ W F]_r F⁻¹ of the teacher's inputs and gradients, both Gram matrices shrunk.
+    """C⁻ᵀ [Cᵀ W F]_r F⁻¹ with shrunk Gram matrices of the teacher's inputs and gradients.
 
-    The metric of GFWSVD with the token-wise gradients, clipping and shrinkage of LEMS (KFAC-SVD,
-    ICML 2026), which mend its collapse.
+    This is the metric of GFWSVD with the token-wise gradients, clipping and shrinkage of LEMS
+    (KFAC-SVD, ICML 2026), without which the metric collapses.
 
     Args:
         weight: [m, n], float64.
         statistics: Gram matrices of the teacher's inputs and of the gradients.
-        rank: 1..min(m, n).
-        shrinkage, input_shrinkage: of either Gram matrix towards its mean diagonal.
+        rank: r, in 1..min(m, n).
+        shrinkage: shrinkage of the gradients' Gram matrix towards its mean diagonal.
+        input_shrinkage: the same for the inputs' Gram matrix.
     """
     assert statistics.teacher_gram is not None
     assert statistics.gradient_gram is not None
@@ -71,16 +73,17 @@ def saes_kfac(
 ) -> Solution:
     """The target of SAES-SVD, G(β) = W F + β W Δ F⁻ᵀ, truncated as Cᵀ G(β).
 
-    A fixed β, as on held-out text it beats ACES and the search that ACES approximates: ρ says how
-    much of the target a truncation keeps, not how right the target is, and falls where β adds
-    energy to directions that are kept anyway.
+    The default β is fixed, because it gives better results on held-out text than ACES or the search
+    that ACES approximates. Both minimise the dropped share of the target's energy. That share does
+    not measure how good the target is, and it falls if β adds energy to kept directions.
 
     Args:
         weight: [m, n], float64.
-        statistics: H and Δ of the module's inputs, and the gradient Gram matrix of its outputs.
-        rank: 1..min(m, n).
+        statistics: H and Δ of the module's inputs, and the Gram matrix of the gradients at its
+            outputs.
+        rank: r, in 1..min(m, n).
         beta, beta_range, ridge: as for ``saes-svd``.
-        shrinkage: of the gradient Gram matrix towards its mean diagonal (LEMS takes 0.3).
+        shrinkage: shrinkage of the gradients' Gram matrix towards its mean diagonal (0.3 in LEMS).
     """
     assert statistics.gradient_gram is not None
     root = shrunk_root(statistics.gradient_gram, shrinkage)
@@ -92,16 +95,16 @@ def saes_kfac(
 
 
 def two_sided(whitened: Tensor, weight: Tensor, root: Tensor, rank: int) -> Factors:
-    """Factors of C⁻ᵀ U Uᵀ Cᵀ W, U the top left singular vectors of Cᵀ (W F).
+    """Factors of C⁻ᵀ U Uᵀ Cᵀ W, where U [m, r] are the top left singular vectors of Cᵀ W F.
 
     Args:
         whitened: W F [m, n].
         weight: W [m, n].
-        root: C [m, m], lower.
-        rank: columns of U.
+        root: C [m, m], lower triangular.
+        rank: r, the number of columns of U.
     """
     left, _ = left_subspace(root.mT @ whitened, rank)
     outer = torch.linalg.solve_triangular(root.mT, left, upper=True)
-    # An orthonormal factor is the best scaled one in few bits: C⁻ᵀ U = Q R.
+    # C⁻ᵀ U = Q R: a factor with orthonormal columns loses least when it is stored in few bits.
     basis, upper = torch.linalg.qr(outer)
     return Factors(factor_in=upper @ (left.mT @ (root.mT @ weight)), factor_out=basis)

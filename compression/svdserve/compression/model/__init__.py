@@ -1,1 +1,1 @@
-"""A Hugging Face model, block by block, and the plug-in by which transformers loads ours."""
+"""Hugging Face models block by block, and the plug-in with which transformers loads checkpoints."""

@@ -1,9 +1,10 @@
-"""What a block is made of: found by running it once on the meta device, not listed by names.
+"""The groups of a block and their roles, found by running the block once on the meta device.
 
-The linears that read the same tensor in the same module are a group. A container is the module
-whose output is the output of its closing linear, such as the attention or the MLP. The groups that
-read what the first linear of a container reads are its ``*_in``, the closing one is its ``*_out``,
-and a container that is called with masks, positions or caches is an attention.
+The linears of one module that read the same tensor are a group. A container is a module whose
+output is the output of one of its linears, the closing linear; attention and MLP are containers. A
+group that reads the same input as the container's first group has a role ``*_in``, and the group of
+the closing linear has a role ``*_out``. A container that is called with masks, positions or caches
+is an attention.
 """
 
 import copy
@@ -28,8 +29,8 @@ class Group:
     """The linears of one block that read the same input.
 
     Args:
-        role: what the group is in its block.
-        parent: path of the module that holds the linears, inside the block.
+        role: the role of the group in its block.
+        parent: path inside the block of the module that holds the linears.
         members: attribute names of the linears in ``parent``, in stacking order.
     """
 
@@ -49,24 +50,24 @@ class Group:
 
     @property
     def attends(self) -> bool:
-        """Whether it is part of an attention."""
+        """Whether the group belongs to an attention."""
         return self.role in ("attention_in", "attention_out")
 
     @property
     def closes(self) -> bool:
-        """Whether the output of its container is that of one of its linears."""
+        """Whether one of the linears is the closing linear of its container."""
         return self.role in ("attention_out", "mlp_out", "expert_out")
 
     def linear(self, block: nn.Module, member: str) -> nn.Module:
-        """One member in a block, dense or factored."""
+        """The linear ``member`` of a block, dense or factored."""
         return block.get_submodule(self.parent).get_submodule(member)
 
 
 def merged_name(members: tuple[str, ...]) -> str:
-    """The name of several linears as one.
+    """One name for several linears, such as ``qkv_proj``, ``gate_up_proj``, ``query_key_value``.
 
-    A suffix that all of them share, from an underscore on, is put once behind the joined rests:
-    ``qkv_proj``, ``gate_up_proj``, ``query_key_value``. Single letters are joined directly.
+    A suffix that all names share, from the last underscore on, appears once at the end. Stems of a
+    single letter are joined without an underscore.
     """
     if len(members) == 1:
         return members[0]
@@ -80,7 +81,7 @@ def merged_name(members: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """The first call of a linear in the run of a block; ``path`` is inside the block."""
+    """The first call of a linear in a run of a block; ``path`` is relative to the block."""
 
     path: str
     input: Tensor
@@ -92,12 +93,14 @@ class Trace:
 
     Args:
         block: the block; its parameters may be on meta.
-        call: the arguments besides the hidden states, as the decoder hands them to it.
-        shape: of the hidden states, [B, L, d].
-        name: of the block, for messages.
+        call: the arguments besides the hidden states, as the decoder passes them.
+        shape: shape [B, L, d] of the hidden states.
+        name: the block's name, for messages.
 
-    ``linears`` has the block's linears in the order of their calls, ``outputs`` what every module
-    has returned, by its path, and ``given`` the tensors that it was called with.
+    Attributes:
+        linears: calls of the block's linears, in order.
+        outputs: the output of each module, by path.
+        given: the tensors that each module was called with, by path.
 
     Raises:
         UserError: the block's own code fails.
@@ -115,12 +118,12 @@ class Trace:
             for path, module in self.block.named_modules()
             if path
         ]
-        self.run("one of its blocks was run")
+        self.run("one of its blocks fails")
         for hook in hooks:
             hook.remove()
 
     def run(self, step: str) -> Any:
-        """What the block returns; ``step`` says in a message what was tried."""
+        """Run the block and return its output; ``step`` says in an error message what failed."""
         args, kwargs = self.call
         with foreign_code(self.name, step), torch.no_grad():
             return self.block(self.hidden, *args, **kwargs)
@@ -136,19 +139,19 @@ class Trace:
         return hook
 
     def container(self, closing: LinearCall) -> str | None:
-        """The outermost module below the block whose output is that of a linear."""
+        """Path of the outermost module inside the block with the same output as a linear."""
         parts = closing.path.split(".")[:-1]
         paths = (".".join(parts[: end + 1]) for end in range(len(parts)))
         return next((p for p in paths if holds(self.outputs.get(p), closing.output)), None)
 
     def attends(self, path: str) -> bool:
-        """Whether a module was given a tensor that the block has besides the hidden states."""
+        """Whether a module is called with a tensor of the block's other arguments, as a mask."""
         handed = {id(leaf) for leaf in tree_leaves(self.call) if isinstance(leaf, Tensor)}
         return any(id(tensor) in handed for tensor in self.given.get(path, ()))
 
 
 def holds(output: Any, tensor: Tensor) -> bool:
-    """Whether a module's output is ``tensor``, alone or in one place of a tuple."""
+    """Whether a module's output is ``tensor``, or a tuple that contains it once."""
     items = output if isinstance(output, tuple) else (output,)
     return sum(item is tensor for item in items) == 1
 
@@ -167,7 +170,7 @@ def find_groups(trace: Trace) -> tuple[Group, ...]:
     for place, groups in inside.items():
         opens: Role = "attention_in" if place in attentions else "mlp_in"
         ends: Role = "attention_out" if place in attentions else "mlp_out"
-        # Without a linear whose output is the module's own, the last one called comes nearest.
+        # In a module that is no container, the last linear called takes the closing linear's role.
         closing = places.get(place, groups[-1][-1].path)
         for calls in groups:
             role: Role = "other"
@@ -184,12 +187,12 @@ def find_groups(trace: Trace) -> tuple[Group, ...]:
 
 
 def _place(parent: str, containers: Iterable[str]) -> str:
-    """The outermost container that a group's parent is in, or the parent itself."""
+    """The outermost container around a group's parent, or the parent itself."""
     around = [path for path in containers if f"{parent}.".startswith(f"{path}.")]
     return min(around, key=len, default=parent)
 
 
-# The blocks that this version takes: each of these groups once, of separate linears.
+# svdserve supports blocks that have each of these groups exactly once, as separate linears.
 _TAKEN: dict[Role, tuple[str, ...]] = {
     "attention_in": ("q_proj", "k_proj", "v_proj"),
     "attention_out": ("o_proj",),
@@ -199,9 +202,9 @@ _TAKEN: dict[Role, tuple[str, ...]] = {
 
 
 def not_taken(block: nn.Module) -> str | None:
-    """Why this version takes no block like this one, as far as its modules tell; None if it does.
+    """Why svdserve does not support a block, judged by its modules; None if it does.
 
-    What else there is, such as fused linears, MLPs without a gate and experts, is refused here.
+    This refuses fused linears, MLPs without a gate, experts and so on.
     """
     for members in _TAKEN.values():
         holders = [
@@ -211,17 +214,20 @@ def not_taken(block: nn.Module) -> str | None:
         ]
         if len(holders) != 1:
             return (
-                f"has {len(holders)} modules with the linears {', '.join(members)}, and exactly "
-                "one is needed"
+                f"has {len(holders)} modules with the linears {', '.join(members)}; exactly one is "
+                "needed"
             )
     return None
 
 
 def taken(groups: tuple[Group, ...], name: str) -> tuple[Group, ...]:
-    """Those of a block's groups that are factored, in the order of their calls.
+    """The groups of a block that are factored, in the order of their calls.
+
+    Args:
+        name: the block's name, for messages.
 
     Raises:
-        UserError: they are not as ``not_taken`` has them; ``name`` is the block's.
+        UserError: the linears are not called in the groups that svdserve supports.
     """
     called = [member for group in groups for member in group.members]
     chosen: dict[Group, Group] = {}

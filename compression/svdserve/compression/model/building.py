@@ -1,7 +1,7 @@
-"""How transformers builds a model: which class, which attention, and what it says when it cannot.
+"""Building models and tokenizers with transformers: attention implementation and error messages.
 
-Everything that builds a model for compression or evaluation asks here, so that all of them compute
-attention as the model means it.
+Compression and evaluation both build their models here, so that both compute the attention that the
+model defines.
 """
 
 import logging
@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.permissions import remote_code
 
-_SMALLEST_VOCABULARY = 256  # the bytes
+_SMALLEST_VOCABULARY = 256  # a vocabulary of single bytes
 _PROBE = "svdserve_probe"
-# What sdpa's function reads, and what the mask or the flash kernels have already taken in.
+# Arguments that sdpa reads, that the mask already contains, or that only flash kernels read.
 _TAKEN_IN = {"dropout", "scaling", "is_causal", "position_bias", "sliding_window", "position_ids"}
 _TAKEN_IN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
 _NO_LANGUAGE_HEAD = ("Classification", "QuestionAnswering", "Reward")
@@ -35,7 +35,7 @@ def load_config(directory: Path) -> Any:
     """The transformers configuration of a model directory.
 
     Raises:
-        UserError: transformers cannot read it, or it needs code that is not trusted.
+        UserError: transformers cannot read it, or it needs code that the user does not trust.
     """
     with transformers_says(directory, "read config.json"):
         return AutoConfig.from_pretrained(directory, local_files_only=True, **remote_code())
@@ -44,8 +44,8 @@ def load_config(directory: Path) -> Any:
 def build(directory: Path, config: Any) -> nn.Module:
     """The causal language model of a configuration, in evaluation mode, in float32.
 
-    With the attention that computes what the model means, and parameters that have no values yet;
-    inside accelerate's ``init_empty_weights`` they take no memory.
+    Uses the attention of ``attention_of``. The parameters have no meaningful values yet; inside
+    accelerate's ``init_empty_weights`` they take no memory.
 
     Raises:
         UserError: it is no causal language model, or transformers cannot build it.
@@ -62,7 +62,7 @@ def build(directory: Path, config: Any) -> nn.Module:
 
 
 def attention_of(directory: Path) -> str:
-    """``sdpa`` or ``eager``: the implementation of attention that computes what the model means.
+    """``sdpa``, or ``eager`` for models whose attention sdpa computes incompletely.
 
     Raises:
         UserError: as ``build``.
@@ -76,13 +76,13 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
-        UserError: it has none, or transformers cannot load it.
+        UserError: the directory has no tokenizer, or transformers cannot load it.
     """
     with transformers_says(directory, "load the tokenizer"):
         if not any(_is_tokenizer(path.name) for path in directory.iterdir()):
             raise _without_tokenizer(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **remote_code())
-        # Some classes of transformers make an empty tokenizer where the vocabulary is missing.
+        # Some classes of transformers make an empty tokenizer if the vocabulary is missing.
         files = tokenizer.vocab_files_names.values()
         found = not files or any((directory / name).exists() for name in files)
         if not found and len(tokenizer.get_vocab()) < _SMALLEST_VOCABULARY:
@@ -91,32 +91,35 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def starts_with_bos(tokenizer: Any) -> list[int]:
-    """The token that a tokenizer puts before every text, or none."""
+    """The BOS token in a list if the tokenizer puts it before every text, else an empty list."""
     ids = tokenizer("").input_ids
     return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def embedding_rows(config: Any) -> int | None:
-    """How many token ids a model has an embedding for, where its configuration says so."""
+    """Number of token ids that have an embedding; None if the configuration does not say."""
     rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
 def check_ids(directory: Path, config: Any, ids: torch.Tensor, text: object) -> None:
-    """Raise UserError where a text has tokens that the model's embedding has no row for."""
+    """Raise UserError if a text has token ids for which the model has no embedding.
+
+    ``text`` names the text in the message.
+    """
     rows, largest = embedding_rows(config), int(ids.max())
     if rows is not None and largest >= rows:
         raise UserError(
-            f"{text}: has the token id {largest}, and the model has embeddings for {rows} ids: "
+            f"{text}: has the token id {largest}, but the model has embeddings for {rows} ids: "
             f"tokens were added to the tokenizer of {directory} and the model was not resized; "
-            "take them out, or resize the model's embeddings"
+            "remove the tokens, or resize the model's embeddings"
         )
 
 
 def _without_tokenizer(directory: Path) -> UserError:
     return UserError(
         f"{directory}: has no tokenizer, such as tokenizer.json or tokenizer.model; copy the "
-        "tokenizer's files of the original model there"
+        "original model's tokenizer files there"
     )
 
 
@@ -133,13 +136,13 @@ def _build(config: Any, attention: str) -> nn.Module:
 
 
 def _beyond_sdpa(model: Any) -> bool:
-    """Whether a model hands to its attention what the function of ``sdpa`` passes over.
+    """Whether a model passes arguments to its attention that ``sdpa`` ignores.
 
-    That is more than queries, keys, values and masks: a cap of the logits (Gemma 2), sinks. It is
-    seen by one run that computes nothing.
+    Such arguments are a cap of the logits (Gemma 2) or sinks. One run with fake tensors, which
+    compute nothing, shows them.
     """
     chosen, ignored = model.config._attn_implementation, set[str]()
-    if chosen != "sdpa":  # code of a model's own may decide by itself
+    if chosen != "sdpa":  # a model's own code may have chosen another implementation
         return False
 
     def probe(
@@ -160,14 +163,14 @@ def _beyond_sdpa(model: Any) -> bool:
         model.set_attn_implementation(_PROBE)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             state = {
-                # The grouped products of experts know shapes of bfloat16 only.
+                # The grouped products of experts infer shapes for bfloat16 only.
                 name: torch.empty(tensor.shape, dtype=_narrow(tensor.dtype))
                 for name, tensor in [*model.named_parameters(), *model.named_buffers()]
             }
             tokens = torch.zeros(1, 8, dtype=torch.int64)
             functional_call(model, state, (tokens,), {"use_cache": False})
     except Exception:
-        pass  # what was seen before decides; the real run tells what is wrong
+        pass  # judge by the calls so far; the real run will report the error
     finally:
         log.disabled = before
         model.set_attn_implementation(chosen)
@@ -186,7 +189,7 @@ def nested(directory: Path, kind: str) -> UserError:
 
 
 def require_language_head(directory: Path, config: Any) -> None:
-    """Raise UserError where config.json names a classifier or a reward model."""
+    """Raise UserError if config.json names a classifier or a reward model."""
     for name in getattr(config, "architectures", None) or ():
         if any(word in name for word in _NO_LANGUAGE_HEAD):
             raise UserError(
@@ -210,7 +213,10 @@ def _require_causal(directory: Path, config: Any) -> None:
 
 @contextmanager
 def transformers_says(directory: Path, step: str) -> Iterator[None]:
-    """Turn whatever transformers or a model's own code raises into one line."""
+    """Turn any error of transformers or of a model's own code into a UserError of one line.
+
+    ``step`` completes the sentence "transformers cannot ...".
+    """
     try:
         yield
     except UserError:
@@ -230,10 +236,10 @@ def transformers_says(directory: Path, step: str) -> Iterator[None]:
 
 @contextmanager
 def foreign_code(architecture: str, step: str) -> Iterator[None]:
-    """Turn what a model's own code raises while it is traced into one line.
+    """Turn any error of a model's own code while it is traced into a UserError of one line.
 
     Raises:
-        UserError: names the architecture, the step and the reason.
+        UserError: the code fails; the message has the architecture, ``step`` and the reason.
     """
     try:
         yield

@@ -1,7 +1,8 @@
-"""What belongs to a model beside its weights: which files are downloaded and copied.
+"""The files of a model besides its weights, which svdserve downloads and copies.
 
-Tokenizer, chat templates, configurations and the terms of use. No weights, and code only where
-config.json names it: it runs where the user trusts it, and without it the model could not be built.
+They are tokenizer, chat templates, configurations and terms of use. Python code is copied only if
+config.json refers to it, because such a model cannot be built without it; the code runs only if the
+user trusts it.
 """
 
 import shutil
@@ -25,8 +26,8 @@ _NAMES = (
     "sentencepiece*",
 )
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
-# Files of a Hub model that svdserve reads, with code that the user may come to trust; in these
-# patterns a star stands for slashes too.
+# Patterns of the files of a Hub model that svdserve downloads, including code that the user may
+# trust later. In these patterns a star also matches slashes.
 DOWNLOADED = (*_NAMES, *_TERMS, *(name.lower() for name in _TERMS), "README.md")
 DOWNLOADED += ("*.safetensors", "*.py")
 NOT_DOWNLOADED = (
@@ -39,9 +40,9 @@ _OTHER_WEIGHTS = (".msgpack", ".npy", ".tflite", ".pb", ".index.json")
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to the model in ``source``, whose entries have been checked, to ``target``.
+    """Copy the files besides the weights from ``source``, whose entries are checked, to ``target``.
 
-    The copies can be written to, whatever the rights of the originals.
+    The copies are writable even if the originals are not.
     """
     found = [path for path in source.iterdir() if path.is_file() and _belongs(path.name)]
     found += (source / TEMPLATES).glob("*.jinja")

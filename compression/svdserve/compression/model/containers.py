@@ -1,8 +1,8 @@
-"""Running a block piecewise: stop it at a linear, or replay a container from a stored output.
+"""Running a block piecewise: stop it at a linear, or replay a container with a stored output.
 
-A container's output must be that of its closing linear, alone or in a tuple beside things that the
-block does not use, such as the weights of eager attention; ``learn_containers`` proves this by runs
-on the meta device before any real work.
+A container's output must be the output of its closing linear, alone or in a tuple with items that
+the block does not use, such as the weights of eager attention. ``learn_containers`` checks this by
+runs on the meta device before the walk starts.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +21,18 @@ from svdserve.compression.system.errors import UserError
 
 @dataclass(frozen=True)
 class Container:
-    """Where a container is in the block, and how its output wraps that of its closing linear.
+    """A container of a block, and the form of its output.
 
-    ``closing`` is the closing linear's path in the block.
+    Attributes:
+        path: path of the container in the block.
+        closing: path of its closing linear in the block.
+        wrapped: None if the output is a tensor; otherwise the output tuple, with None in place of
+            its tensors.
+        position: index in that tuple of the closing linear's output.
     """
 
     path: str
     closing: str
-    # None: a bare tensor. Otherwise the tuple, with None where tensors were.
     wrapped: tuple[Any, ...] | None = None
     position: int = 0
 
@@ -39,7 +43,7 @@ class Container:
 
     @contextmanager
     def replayed(self, block: nn.Module, value: Tensor) -> Iterator[None]:
-        """While inside, the container returns ``value`` instead of computing."""
+        """Inside the block, the container returns ``value`` instead of computing."""
         module = block.get_submodule(self.path)
         output = self.output(value)
         module.forward = lambda *_args, **_kwargs: output
@@ -50,7 +54,7 @@ class Container:
 
 
 class Reached(Exception):
-    """A block was run as far as wanted; carries the input of the linear it stopped at."""
+    """Stops the run of a block at a linear, and carries the linear's input."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class Reached(Exception):
 
 
 def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Call ``run`` until it calls ``linear``, and return what it calls it with."""
+    """Call ``run`` until it calls ``linear``, and return that linear's input."""
 
     def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise Reached(args[0])
@@ -70,12 +74,12 @@ def input_of(linear: nn.Module, run: Callable[[], object]) -> Tensor:
         return reached.value
     finally:
         hook.remove()
-    raise RuntimeError("the linear was not called")  # the trace of the block has seen the call
+    raise RuntimeError("the linear was not called")  # learn_containers has seen it called
 
 
 @contextmanager
 def inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
-    """While inside, what ``linear`` is called with is added to the list."""
+    """Inside the block, each input of ``linear`` is appended to the list."""
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
@@ -91,14 +95,14 @@ def learn_containers(
 
     Args:
         block: the block; its parameters may be on meta.
-        groups: the groups that the walk will advance through, in its order.
+        groups: the groups in the order in which the walk replaces them.
         call: the arguments besides the hidden states.
-        shape: of the hidden states, [B, L, d].
-        name: of the block, for messages.
+        shape: shape [B, L, d] of the hidden states.
+        name: the block's name, for messages.
 
     Raises:
-        UserError: the linears are called in another order, or a container does more after its
-            closing linear than return its output.
+        UserError: the linears are called in another order, a container changes the output of its
+            closing linear, or the block does not return hidden states.
     """
     trace = Trace(block, call, shape, name)
     calls = {linear.path: linear for linear in trace.linears}
@@ -116,7 +120,7 @@ def learn_containers(
         for container in containers.values():
             output = calls[container.closing].output
             stack.enter_context(container.replayed(trace.block, output))
-        result = trace.run("it was run with its attention and MLP left out")
+        result = trace.run("it fails without its attention and MLP")
     result = result[0] if isinstance(result, tuple) else result
     if not isinstance(result, Tensor) or result.shape != shape:
         raise UserError(
@@ -130,10 +134,11 @@ def _paths(group: Group) -> list[str]:
 
 
 def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
-    """Find out before the long part whether the walk can take a model's blocks apart.
+    """Check before a long job that the walk can run a model's blocks piecewise.
 
     Raises:
-        UserError: the arguments of a block depend on the tokens, or see ``learn_containers``.
+        UserError: the arguments of a block depend on the tokens, or ``learn_containers`` refuses
+            the block.
     """
     tokens = [torch.tensor([ids]) for ids in ([0, 1], [1, 0])]
     (hidden, calls), (_, others) = skeleton.embed(tokens, device)

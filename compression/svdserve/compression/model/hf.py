@@ -1,11 +1,13 @@
-"""The transformers quantizer plug-in: ``from_pretrained`` of an svdserve checkpoint.
+"""The transformers quantizer plug-in, with which ``from_pretrained`` loads svdserve checkpoints.
 
-Importing this module registers it. hook.py imports it once transformers loads its quantizers, so
-``AutoModelForCausalLM.from_pretrained(DIR)`` works after ``import svdserve.compression``, without
-trust_remote_code.
-``AutoModel`` and other heads over the same base model load it as well. The attention is what
-transformers or its caller chooses: for models with a soft cap of attention (Gemma 2) that is sdpa,
-which ignores the cap; pass ``attn_implementation="eager"``, as perplexity.py does.
+Importing this module registers the plug-in. hook.py imports it when transformers loads its
+quantizers, so ``AutoModelForCausalLM.from_pretrained(DIR)`` works after
+``import svdserve.compression``, without trust_remote_code. ``AutoModel`` and other heads over the
+same base model work too.
+
+transformers or its caller chooses the attention. By default that is sdpa, which ignores the soft
+cap of attention that some models have (Gemma 2): pass ``attn_implementation="eager"`` for those, as
+loading.py does.
 """
 
 from contextlib import suppress
@@ -27,23 +29,24 @@ from svdserve.compression.system.errors import UserError
 
 @register_quantization_config(QUANT_METHOD)
 class SvdserveConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` block as transformers carries it; UserError when malformed."""
+    """transformers' form of the ``quantization_config`` block; UserError if it is malformed."""
 
     def __init__(self, **block: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.checkpoint = parse_config({"quant_method": QUANT_METHOD, **block})
 
     def to_dict(self) -> dict[str, Any]:
-        """The block exactly as config.json has it, so that ``save_pretrained`` round-trips."""
+        """The block as config.json has it, so that ``save_pretrained`` writes it unchanged."""
         return self.checkpoint.dump()
 
 
 @register_quantizer(QUANT_METHOD)
 class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts factored modules in place of linears before transformers loads the weights.
+    """Replaces linears by factored modules before transformers loads the weights.
 
-    The checkpoint is validated while the model is still on the meta device: a broken one raises
-    UserError before memory is taken. Factors of a plain codec train like any other parameters.
+    The checkpoint is validated while the model is still on the meta device, so a broken checkpoint
+    raises UserError before memory is allocated. Factors of a plain codec can be trained like any
+    other parameters.
     """
 
     quantization_config: SvdserveConfig
@@ -64,8 +67,8 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *_: Any, **__: Any) -> None:
         if not self.pre_quantized:
             raise UserError(
-                "svdserve cannot compress while loading: run `svdserve compress MODEL --out DIR` "
-                "and load DIR"
+                "svdserve cannot compress a model while transformers loads it; run `svdserve "
+                "compress MODEL --out DIR` and load DIR"
             )
 
     def _process_model_before_weight_loading(
@@ -78,10 +81,10 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
             if {Path(file) for file in checkpoint_files} != set(checkpoint.files.paths):
                 raise UserError(
                     f"{checkpoint.directory}: transformers chose {checkpoint_files}, which are not "
-                    "the checkpoint's files; leave variant and gguf_file away"
+                    "the checkpoint's files; omit the arguments variant and gguf_file"
                 )
             check_finite(checkpoint)
-        # From here on by the model's own names, so that what is saved agrees with itself.
+        # Use the model's own names from here on, so that save_pretrained writes consistent names.
         config = self.quantization_config.checkpoint = config.model_copy(
             update={
                 "modules": {_own(model, n): spec for n, spec in config.modules.items()},
@@ -96,17 +99,18 @@ class SvdserveQuantizer(HfQuantizer):  # type: ignore[misc]
             old = getattr(parent, leaf, None)
             if not isinstance(old, nn.Linear):
                 raise UserError(
-                    f"config.json: linears: {name} is no linear of {type(model).__name__}"
+                    f"config.json: linears: {name} is no linear of {type(model).__name__}; "
+                    "config.json does not belong to this model"
                 )
             sizes = old.in_features, old.out_features
             setattr(parent, leaf, EncodedLinear(*sizes, linear, old.bias, dtype, "meta"))
 
 
 def _own(model: Any, name: str) -> str:
-    """The model's name of a module of the checkpoint.
+    """The model's own name for a module of the checkpoint.
 
-    A base model (``AutoModel``) lacks the prefix that models with a head have, and so does what it
-    has saved.
+    The names in a base model (``AutoModel``), and in what it has saved, lack the prefix that they
+    have in a model with a head.
     """
     prefix = f"{model.base_model_prefix}."
     for other in (name, name.removeprefix(prefix), prefix + name):
@@ -114,7 +118,10 @@ def _own(model: Any, name: str) -> str:
             model.get_submodule(other.rpartition(".")[0])
             return other
     parent = name.rpartition(".")[0]
-    raise UserError(f"config.json: module {name}: {type(model).__name__} has no {parent}")
+    raise UserError(
+        f"config.json: module {name}: {type(model).__name__} has no {parent}; config.json does not "
+        "belong to this model"
+    )
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,8 +1,8 @@
-"""How transformers learns of svdserve's checkpoints, and the opt-in hook for whole environments.
+"""Registration with transformers, and the opt-in hook that registers in a whole environment.
 
 ``svdserve install-hook`` writes a .pth file that imports svdserve.compression whenever Python
-starts. It is for programs that nobody can add an import to; scanners rightly look at such files, so
-no installation writes it by itself.
+starts, for programs to which the user cannot add an import. Security scanners flag such files, so
+installing svdserve does not write one.
 """
 
 import sys
@@ -13,12 +13,12 @@ from types import ModuleType
 TABLE = "transformers.quantizers.auto"
 PLUGIN = "svdserve.compression.model.hf"
 PTH_FILE = "svdserve_hook.pth"
-# pip does not know of the file and leaves it behind; then it must not print at every start.
+# Uninstalling svdserve leaves the file behind, which must then not print an error at every start.
 _LINE = r'import sys; exec("try: import svdserve.compression\nexcept ImportError: pass")'
 
 
 class _AfterTable:
-    """A finder that finds nothing itself and removes itself after its one use."""
+    """A finder that registers the plug-in after ``TABLE`` is imported, and then removes itself."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name != TABLE:
@@ -49,7 +49,7 @@ def _register() -> None:
 
 
 def register_with_transformers() -> None:
-    """Make transformers know svdserve checkpoints: now, or as soon as it loads its quantizers."""
+    """Register the plug-in now if transformers' quantizers are loaded, else when they are."""
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "register_quantizer"):
         _register()
@@ -58,12 +58,12 @@ def register_with_transformers() -> None:
 
 
 def install_hook(folder: Path | None = None) -> Path:
-    """Write the .pth file into the environment's site-packages, or ``folder``; returns its path."""
+    """Write the .pth file into ``folder`` or the environment's site-packages; returns its path."""
     path = hook_path(folder)
     path.write_text(f"{_LINE}\n")
     return path
 
 
 def hook_path(folder: Path | None = None) -> Path:
-    """Where the .pth file is, or would be."""
+    """Path of the .pth file, whether or not it exists."""
     return (folder or Path(sysconfig.get_path("purelib"))) / PTH_FILE

@@ -1,4 +1,4 @@
-"""Where a model is: a directory of this machine, or a snapshot of a model of the Hub."""
+"""Finding a model: a local directory, or a snapshot of a model of the Hub."""
 
 import os
 from pathlib import Path
@@ -13,16 +13,16 @@ from svdserve.compression.system.errors import UserError
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A local model directory: the given one, or a Hub model's snapshot (safetensors only).
+    """The directory of a model: the given one, or the downloaded snapshot of a Hub model.
 
     Raises:
-        UserError: neither a directory nor a model that the Hub (or its cache) has.
+        UserError: ``model`` is neither a directory nor a model of the Hub or its cache.
     """
     name = str(model)
     if os.path.isdir(name):
         return Path(model)
     if "\0" not in name and os.path.lexists(name):
-        raise UserError(f"{name}: is no directory; give the model directory, or a Hub name")
+        raise UserError(f"{name}: is no directory; give a model directory or a Hub name")
     if not _may_be_hub_name(name):
         raise UserError(f"{name}: no such directory; give a model directory or a Hub name")
     try:
@@ -36,8 +36,8 @@ def resolve_model(model: str | Path) -> Path:
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: no such directory, and the Hub says: {first}; give a model directory, or a "
-            "Hub name that can be reached or is in the cache"
+            f"{name}: no such directory, and the Hub says: {first}; give a model directory, or the "
+            "name of a Hub model that can be reached or is in the cache"
         ) from None
 
 
@@ -47,7 +47,7 @@ def _may_be_hub_name(name: str) -> bool:
 
 
 def hub_name(directory: Path) -> str | None:
-    """The name on the Hub of a model whose directory is a snapshot in the Hub's cache."""
+    """The Hub name of a model whose directory is a snapshot in the Hub's cache, else None."""
     snapshots = directory.resolve().parent
     if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
         return None
@@ -55,7 +55,7 @@ def hub_name(directory: Path) -> str | None:
 
 
 def as_hub_name(value: Any) -> str | None:
-    """The value where it could be the name of a repository of the Hub; None for all else."""
+    """``value`` if it could be the name of a repository of the Hub, else None."""
     try:
         validate_repo_id(value)
     except HFValidationError:
@@ -64,5 +64,5 @@ def as_hub_name(value: Any) -> str | None:
 
 
 def model_name(directory: str | Path) -> str:
-    """What to call the model of a directory: the Hub's name of a snapshot, or the folder's name."""
+    """Name of the model in a directory: the Hub name of a snapshot, or the folder's name."""
     return hub_name(Path(directory)) or Path(directory).resolve().name

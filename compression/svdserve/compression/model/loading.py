@@ -1,4 +1,4 @@
-"""A whole model of transformers, dense or compressed, as evaluation and training need it."""
+"""Loading whole transformers models, dense or compressed, for evaluation and training."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
     """The transformers model of a dense or compressed directory, in evaluation mode.
 
     Raises:
-        UserError: no such model, or a checkpoint that ``open_checkpoint`` refuses.
+        UserError: transformers cannot load the model, a weight is missing, or ``open_checkpoint``
+            refuses the checkpoint.
     """
     if is_checkpoint(model_dir):
         open_checkpoint(model_dir)
@@ -49,21 +50,21 @@ def load_model(model_dir: Path, dtype: str = "auto", device: str = "cpu") -> Any
 
 
 def _require_loaded(model_dir: Path, loaded: dict[str, Any]) -> None:
-    """transformers fills what it does not find with random numbers and goes on."""
+    """Raise UserError for missing weights, which transformers fills with random numbers."""
     wrong = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
     if wrong:
         raise UserError(
-            f"{model_dir}: {sorted(wrong)[0]} is missing from the files or has another size; a "
-            "model without output head (a reward or embedding model) predicts nothing: give a "
-            "complete causal language model"
+            f"{model_dir}: {sorted(wrong)[0]} is missing from the files or has another size, as in "
+            "a model without output head (a reward or embedding model); give a complete causal "
+            "language model"
         )
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [B, L, V] of final hidden states [B, L, d].
 
-    The model's own forward runs with its decoder left out, so that soft-capping or scaling of the
-    logits is applied as it is there.
+    Runs the model's own forward with its decoder skipped, so that soft-capping and scaling of the
+    logits are applied as the model defines them.
     """
     output = BaseModelOutputWithPast(last_hidden_state=hidden)
     decoder = model.base_model

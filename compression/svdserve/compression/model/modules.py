@@ -1,9 +1,9 @@
-"""The torch modules of a factored model: what stands in a block where dense linears stood.
+"""The torch modules that replace dense linears in a factored model.
 
 The transformers quantizer plug-in builds them before it loads weights, and the block walk puts
 them into the student. Their parameter names are the tensor names of the checkpoint. Encoded
-matrices are decoded at every call: exact, for evaluation; vLLM's int8 products also round the
-activations.
+matrices are decoded at every call, so only the weights are rounded; vLLM's int8 products also round
+the activations.
 """
 
 import weakref
@@ -21,15 +21,15 @@ from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import lowrank_linear
 
-# PEFT prints a module that it cannot put an adapter on, and nothing else of ours.
+# PEFT prints the module that it cannot adapt, so the repr is the only place for this hint.
 _NO_ADAPTERS = "factored, takes no PEFT adapter: merge it into the dense model and compress that"
 
 
 class EncodedModule(nn.Module):
-    """A module whose tensors have the names of a checkpoint, and are decoded when they are used.
+    """A module that holds tensors under their names in a checkpoint, and decodes them on use.
 
-    Tensors of plain codecs are parameters that can be trained, in the dtype of the model; those of
-    other codecs are frozen parameters, and indices are buffers.
+    Tensors of plain codecs are trainable parameters in the dtype of the model. Tensors of other
+    codecs are frozen parameters, and indices are buffers.
     """
 
     codec: Codec
@@ -45,9 +45,9 @@ class EncodedModule(nn.Module):
             self.register_parameter(f"{name}{suffix}", parameter)
 
     def matrix(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A matrix to multiply activations of ``dtype`` with."""
+        """A matrix for products with activations of ``dtype``."""
         if self.codec.plain:
-            # As it is: what a caller computes in is that of the parameters, or autocast's.
+            # Not cast: the caller computes in the dtype of the parameters or under autocast.
             plain: Tensor = getattr(self, name)
             return plain
         return decoded(self.codec, name, self._tensors(), dtype)
@@ -57,14 +57,14 @@ class EncodedModule(nn.Module):
 
 
 class FactoredWeight(EncodedModule):
-    """The tensors of one ModuleSpec, from ``factors`` or, when None, uninitialised.
+    """The tensors of one ModuleSpec, taken from ``factors`` or, if None, uninitialised.
 
-    Matrices are parameters and indices buffers, under their suffixes (format/layouts). Only the
-    weights are rounded by a codec; products are in the dtype of x.
+    Matrices are parameters and indices are buffers; their names are the suffixes (format/layouts).
+    Products are in the dtype of x.
     """
 
     component_scale: Tensor | None = None
-    """[r], multiplies the latent; set while scores of the components are learned."""
+    """[r], multiplies the latent while the scores of components are learned."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class FactoredWeight(EncodedModule):
         return StoredFactors(self.layout, self.codec, tensors)
 
     def tensors(self, dtype: torch.dtype) -> "Decoded":
-        """Matrices and indices by suffix, to compute with activations of ``dtype``."""
+        """Matrices and indices by suffix, for products with activations of ``dtype``."""
         return Decoded(self, dtype)
 
     def thaw(self) -> None:
-        """Turn encoded matrices into float32 parameters of the same values, to be trained."""
+        """Replace encoded matrices by trainable float32 parameters of the same values."""
         if self.codec.plain:
             return
         values = {name: self.matrix(name, torch.float32) for name in self.layout.matrices}
@@ -128,7 +128,7 @@ class FactoredWeight(EncodedModule):
 
 
 class Decoded(Mapping[str, Tensor]):
-    """The matrices of a module, each decoded when it is asked for, and its indices."""
+    """The matrices and indices of a module; a matrix is decoded at each access."""
 
     def __init__(self, module: FactoredWeight, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
@@ -173,7 +173,7 @@ class LowRankLinear(FactoredWeight):
 
 @dataclass
 class _Latent:
-    """The latent of one input, and the members that have not used it yet."""
+    """The latent of one input tensor, and the members that have not used it yet."""
 
     source: "weakref.ref[Tensor]"
     version: int | None
@@ -193,9 +193,9 @@ class _Latent:
 class SharedFactors(FactoredWeight):
     """The stacked weight of a group whose members are called in turn with the same input tensor.
 
-    The latent is computed by the first member that is called, and the others use it again. It is
-    recognised by the identity of the input tensor, and dropped as soon as every member has used it,
-    the input dies, or a gradient has passed through it; a member uses it at most once.
+    The first member that is called computes the latent, and the others reuse it if their input is
+    the same tensor object. The latent is dropped when every member has used it, when the input is
+    freed, or when a gradient has passed through it. A member uses a latent at most once.
     """
 
     _memo: _Latent | None
@@ -227,7 +227,7 @@ class SharedFactors(FactoredWeight):
             members = set(range(len(self.sizes)))
             source = weakref.ref(x, self._forget)
             memo = _Latent(source, _version(x), torch.is_grad_enabled(), value, members)
-            if value.requires_grad:  # a second backward could not pass through a freed graph
+            if value.requires_grad:  # backward frees the latent's graph, so it cannot be reused
                 value.register_hook(self._forget)  # type: ignore[no-untyped-call]
         memo.waiting.discard(member)
         self._memo = memo if memo.waiting else None
@@ -237,7 +237,7 @@ class SharedFactors(FactoredWeight):
         self._memo = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles carry no activation."""
+        """Leave the latent out of copies and pickles."""
         return {**self.__dict__, "_memo": None}
 
 
@@ -248,8 +248,8 @@ class SharedMember(nn.Module):
 
     def __init__(self, shared: SharedFactors, member: int, bias: nn.Parameter | None) -> None:
         super().__init__()
-        # In a tuple, so that torch does not register it here and store its tensors twice;
-        # deepcopy of a block still maps it to the copied SharedFactors.
+        # The tuple hides the module from torch, which would register it here and store its tensors
+        # twice. deepcopy of a block still maps it to the copied SharedFactors.
         self._shared = (shared,)
         self.member = member
         self.in_features = shared.in_features
@@ -266,7 +266,7 @@ class SharedMember(nn.Module):
 
 
 class EncodedLinear(EncodedModule):
-    """A linear [..., n] to [..., m] that is stored whole, with an encoded weight [m, n]."""
+    """An unfactored linear, [..., n] to [..., m], with an encoded weight [m, n]."""
 
     bias: Tensor | None
 
@@ -300,22 +300,22 @@ def replace_group(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Put factored modules where ``parent`` holds the linears of one group.
+    """Replace the linears of one group in ``parent`` by factored modules.
 
-    The biases of the linears stay the same parameters. Linears that are factored already are
+    The new modules keep the bias parameters of the linears. Linears that are already factored are
     replaced too.
 
     Args:
         parent: the module that holds the linears, such as ``layers[0].self_attn``.
-        module_name: last part of the module's name, such as ``qkv_proj``; state-dict names become
-            ``<parent>.<module_name>.factor_in`` and so on.
-        spec: members, layout, rank and sizes.
+        module_name: last part of the module's name, such as ``qkv_proj``; its tensors get names
+            like ``<parent>.<module_name>.factor_in``.
+        spec: members, layout, codec, rank and sizes.
         factors: the tensors, or None for uninitialised ones that a loader fills.
-        dtype, device: of the factors.
+        dtype, device: dtype and device of the factors.
 
     Raises:
-        UserError: a member does not exist or has other sizes than ``spec`` says, or the name of the
-            module is taken.
+        UserError: a member does not exist or its sizes differ from ``spec``, or ``parent`` already
+            has something else called ``module_name``.
     """
     for member, size in zip(spec.members, spec.out_features, strict=True):
         old = getattr(parent, member, None)
@@ -324,12 +324,12 @@ def replace_group(
             found = "none" if old is None else f"{type(old).__name__} {list(have)}"
             raise UserError(
                 f"{module_name}: the checkpoint has a linear {member} [{size}, {spec.in_features}]"
-                f" and the model has {found}; config.json does not belong to these weights"
+                f" but the model has {found}; config.json does not belong to these weights"
             )
     taken = getattr(parent, module_name, None)
     if module_name not in spec.members and not isinstance(taken, SharedFactors | None):
         raise UserError(
-            f"{module_name}: the checkpoint has a module of this name, and the model has a "
+            f"{module_name}: the checkpoint has a module of this name, but the model has a "
             f"{type(taken).__name__} there; config.json does not belong to these weights"
         )
     biases = [getattr(parent, member).bias for member in spec.members]
@@ -343,9 +343,9 @@ def replace_group(
 
 
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The factors of a model or a block by their names; everything else is frozen.
+    """Make the factors of a model or block trainable and freeze all else; the factors by name.
 
-    Encoded factors become float32 ones.
+    Encoded factors become float32 parameters.
     """
     for module in model.modules():
         if isinstance(module, FactoredWeight):
@@ -364,5 +364,5 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _version(x: Tensor) -> int | None:
-    """Changes when ``x`` is written in place; inference tensors do not count."""
+    """A number that changes with each in-place write to ``x``; None for inference tensors."""
     return None if x.is_inference() else x._version

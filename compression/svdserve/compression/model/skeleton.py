@@ -1,7 +1,7 @@
 """A Hugging Face model whose weights are read from safetensors one block at a time.
 
-The model is built with its parameters on the meta device, so that its own modules (norms, rotary
-embedding, q/k norms, masks, soft-capping) run unchanged while only the block in hand has memory.
+The model is built with its parameters on the meta device. Its own code (norms, rotary embedding,
+masks, soft-capping) runs unchanged, while only the current block takes memory.
 """
 
 import copy
@@ -38,11 +38,10 @@ TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 class Skeleton:
-    """The structure of a model directory; parameters are on meta until they are asked for.
+    """A model whose parameters stay on the meta device until they are requested.
 
     Raises:
-        UserError: no model, an architecture whose blocks do not have the four groups, weights that
-            are quantised or missing.
+        UserError: the directory holds no supported model, or its weights are quantised or missing.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +69,7 @@ class Skeleton:
         self.groups = self._find_groups()
 
     def _name_as_in_memory(self) -> None:
-        """Give the tensors of a directory that was saved from the base model their full names."""
+        """Add the prefix that tensor names lack if the base model alone was saved."""
         base = str(getattr(self.model, "base_model_prefix", ""))
         known = {name for name, _ in self.model.named_parameters()}
         known |= {name for name, _ in self.model.named_buffers()}
@@ -79,7 +78,7 @@ class Skeleton:
             self.files.add_prefix(base)
 
     def _require_weights(self) -> None:
-        """Raise UserError unless every parameter has its tensor, or is tied to one that has."""
+        """Raise UserError unless every parameter has a tensor or is tied to one that has."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         missing = [n for n in names if n not in self.files and tied.get(n) not in self.files]
@@ -87,7 +86,7 @@ class Skeleton:
             return
         if (found := self._other_names(missing[0])) is not None:
             raise self._unsupported(
-                f"it keeps {missing[0]} in memory and {found} in the files"
+                f"it calls a weight {missing[0]} in memory and {found} in the files"
                 f"{', as mixtures of experts do' if 'expert' in missing[0] + found else ''}; "
                 "such weights are not factored yet"
             )
@@ -104,7 +103,7 @@ class Skeleton:
         )
 
     def _other_names(self, missing: str) -> str | None:
-        """A tensor of the files beside ``missing`` that the model does not know by that name."""
+        """A tensor in the same block as ``missing`` whose name the model does not know."""
         known = {name for name, _ in self.model.named_parameters()}
         known |= {name for name, _ in self.model.named_buffers()}
         prefix = f"{self.layers_name}."
@@ -122,12 +121,10 @@ class Skeleton:
                 return name, module
         if getattr(self.config, "text_config", None) is not None:
             raise nested(self.directory, self.model_type)
-        raise self._unsupported(
-            "its model holds no list of as many blocks as config.json has num_hidden_layers"
-        )
+        raise self._unsupported("it has no list of num_hidden_layers blocks")
 
     def _find_groups(self) -> list[tuple[Group, ...]]:
-        """The groups of every block, from how the decoder calls it."""
+        """The groups of every block, from a trace of the block with the decoder's arguments."""
         two, cpu = torch.tensor([[0, 1]]), torch.device("cpu")
         ((hidden, calls),) = self.embed([two], cpu, weights=False)
         found: list[tuple[Group, ...]] = []
@@ -139,8 +136,8 @@ class Skeleton:
     def _unsupported(self, reason: str) -> UserError:
         return UserError(
             f"architecture {self.model_type!r} is not supported: {reason}; tested: "
-            f"{', '.join(TESTED)}; serve the dense model, or give one whose blocks have "
-            "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, once each"
+            f"{', '.join(TESTED)}; serve the dense model, or give one whose blocks have q_proj, "
+            "k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj exactly once"
         )
 
     @property
@@ -173,8 +170,8 @@ class Skeleton:
                 tensor = self.files.load([full])[full]
                 if tensor.shape != parameter.shape:
                     raise UserError(
-                        f"{self.directory}: {full} is {list(tensor.shape)}, and config.json asks "
-                        f"for {list(parameter.shape)}"
+                        f"{self.directory}: {full} is {list(tensor.shape)}, but config.json asks "
+                        f"for {list(parameter.shape)}; copy the whole model again"
                     )
                 value = tensor.to(device=device, dtype=dtype or tensor.dtype)
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
@@ -183,16 +180,17 @@ class Skeleton:
     def embed(
         self, batches: list[Tensor], device: torch.device, *, weights: bool = True
     ) -> Iterator[tuple[Tensor, list[Call]]]:
-        """What the decoder itself hands to its blocks, batch by batch.
+        """Run the decoder without its blocks and record its calls of them, batch by batch.
 
         Yields the first block's hidden states [B, L, d] in float32 and, for every block, the other
-        arguments of its call (rotary embedding, mask, positions). They do not depend on the tokens.
-        Without ``weights`` no file is read: the shapes are right, and the values are not.
+        arguments of its call (rotary embedding, mask, positions), which do not depend on the
+        tokens. If ``weights`` is False, no file is read; shapes are right but parameters are zeros.
         """
         fill = self._fill if weights else _fill_with_zeros
         decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         attribute = self.layers_name.rpartition(".")[2]
-        # Before the first call, since decoders put the tokens where it lies (Llama 4).
+        # Filled before the first call, because some decoders move the tokens to the embedding's
+        # device (Llama 4).
         embedding = decoder.get_input_embeddings()
         name = next(path for path, module in self.model.named_modules() if module is embedding)
         fill(embedding, name, device, None)
@@ -201,7 +199,7 @@ class Skeleton:
             module.register_forward_pre_hook(_filler(fill, path, device, filled))
             for path, module in self._outside()
         ]
-        # In float32 from here on: the rotary embedding takes its dtype from the hidden states.
+        # Cast to float32, because the rotary embedding takes its dtype from the hidden states.
         hooks += [
             module.register_forward_hook(lambda _module, _args, output: output.float())
             for _, module in self._outside()
@@ -214,7 +212,7 @@ class Skeleton:
         setattr(decoder, attribute, recorders.modules)
 
         def run(tokens: Tensor) -> tuple[Tensor, list[Call]]:
-            with foreign_code(self.model_type, "its decoder was run without its blocks"):
+            with foreign_code(self.model_type, "its decoder fails without its blocks"):
                 return recorders.record(lambda: decoder(input_ids=tokens, use_cache=False))
 
         try:
@@ -229,7 +227,7 @@ class Skeleton:
                 _empty(module)
 
     def _outside(self) -> list[tuple[str, nn.Module]]:
-        """The modules with parameters of their own that are in no block."""
+        """The modules outside the blocks that have parameters of their own."""
         return [
             (path, module)
             for path, module in self.model.named_modules()
@@ -239,10 +237,10 @@ class Skeleton:
 
     @contextmanager
     def head(self, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While inside: the model's own way from the last block's output to the logits.
+        """Yield a function from the last block's output to the logits, with the head loaded.
 
-        The function takes hidden states [B, L, d] and returns float32 logits [B, L, vocabulary];
-        final norm, output head and whatever the model does to logits are its own.
+        The function takes hidden states [B, L, d] and returns float32 logits [B, L, vocabulary]. It
+        applies the model's own final norm, output head and soft-capping or scaling of logits.
         """
         decoder = self.model.get_submodule(self.layers_name.rpartition(".")[0])
         attribute = self.layers_name.rpartition(".")[2]
@@ -250,7 +248,7 @@ class Skeleton:
         embedding = next(name for name, other in self.model.named_modules() if other is inputs)
         outside = [(path, module) for path, module in self._outside() if module is not inputs]
         for path, module in outside:
-            # A tied head has no tensor of its own; _require_weights has seen that it is tied.
+            # A tied head has no tensor of its own; _require_weights has checked that it is tied.
             source = path if f"{path}.weight" in self.files else embedding
             self._fill(module, source, device, torch.float32)
         last = _Given()
@@ -271,19 +269,19 @@ class Skeleton:
 
 
 _Fill = Callable[[nn.Module, str, torch.device, torch.dtype | None], None]
-"""Gives a module of this name its weights, on a device and in a dtype; None is the stored one."""
+"""Loads the weights of a named module to a device, in a dtype or, if None, the stored dtype."""
 
 
 def _filler(
     fill: _Fill, path: str, device: torch.device, filled: list[nn.Module]
 ) -> Callable[[nn.Module, Any], None]:
-    """A hook that gives a module its weights when the decoder first calls it."""
+    """A hook that loads a module's weights when the decoder first calls it."""
 
     def hook(module: nn.Module, given: Any) -> None:
         if any(isinstance(value, Tensor) and value.is_meta for value in given):
             raise RuntimeError(f"{path} is called with tensors that have no values")
         if module not in filled:
-            # Of a large table of embeddings only a few rows are wanted.
+            # A table of embeddings is large and only few rows are read, so it keeps its dtype.
             dtype = None if isinstance(module, nn.Embedding) else torch.float32
             fill(module, path, device, dtype)
             filled.append(module)
@@ -294,7 +292,7 @@ def _filler(
 def _fill_with_zeros(
     module: nn.Module, _name: str, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Zeros that take no memory, whatever their shape."""
+    """Fill a module with expanded zeros, which take no memory."""
     for owner in module.modules():
         for key, parameter in owner.named_parameters(recurse=False):
             zero = torch.zeros((), dtype=dtype or parameter.dtype, device=device)
@@ -304,14 +302,14 @@ def _fill_with_zeros(
 
 
 def _empty(module: nn.Module) -> None:
-    """Give the memory of a module's parameters back; its buffers stay as they are."""
+    """Free the memory of a module's parameters; its buffers stay."""
     for key, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class _Given(nn.Module):
-    """Stands for all blocks: returns the hidden states that it was given, with their graph."""
+    """Replaces all blocks: returns the hidden states that ``hidden`` holds, with their graph."""
 
     hidden: Tensor
 
@@ -320,11 +318,11 @@ class _Given(nn.Module):
 
 
 class _LastBlock(Exception):
-    """Every block has been called; what the decoder does after them has no weights here."""
+    """Stops the decoder after its last block, because later modules have no weights."""
 
 
 class _Recorders:
-    """Stand for the blocks of a decoder, and keep how it calls them."""
+    """Replaces the blocks of a decoder by modules that record their calls."""
 
     def __init__(self, blocks: int) -> None:
         self.calls: list[Call] = []
@@ -333,10 +331,10 @@ class _Recorders:
         self.modules = nn.ModuleList(_Recorder(self, i == blocks - 1) for i in range(blocks))
 
     def record(self, run: Callable[[], object]) -> tuple[Tensor, list[Call]]:
-        """Let the decoder run; the hidden states that it starts with, and the other arguments.
+        """Run the decoder; the first block's hidden states, and every block's other arguments.
 
         Raises:
-            UserError: the decoder computes with the hidden states between its blocks.
+            UserError: the decoder changes the hidden states between its blocks.
         """
         for in_tuple in dict.fromkeys((self.in_tuple, True)):
             self.in_tuple, self.calls, self.hidden = in_tuple, [], None
@@ -345,17 +343,17 @@ class _Recorders:
             if self.hidden is not None and len(self.calls) == len(self.modules):
                 return self.hidden, self.calls
         raise UserError(
-            "the decoder does more between its blocks than pass the hidden states on; "
-            "this architecture is not supported"
+            "this architecture is not supported: its decoder changes the hidden states between "
+            "its blocks"
         )
 
 
 class _Changed(Exception):
-    """A block was given other hidden states than the one before it has returned."""
+    """A block got other hidden states than the block before it returned."""
 
 
 class _Recorder(nn.Module):
-    """Stands for a block: keeps how it was called and passes the hidden states on."""
+    """Replaces a block: records its call and returns the hidden states unchanged."""
 
     def __init__(self, all_: _Recorders, last: bool) -> None:
         super().__init__()

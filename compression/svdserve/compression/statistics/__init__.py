@@ -1,4 +1,4 @@
-"""What methods know of inputs and gradients, and the linear algebra on it.
+"""Statistics of inputs and gradients, which methods use, and the linear algebra on them.
 
 Importing this package registers every statistic.
 """

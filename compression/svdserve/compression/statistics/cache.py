@@ -1,11 +1,11 @@
-"""What depends on the teacher and the calibration tokens alone, kept for other compressions.
+"""A cache of results that depend only on the teacher and the calibration tokens.
 
-Methods, keep ratios, layouts and allocators that are compared on one model share its gradients at
-the block boundaries, its spectra, and the statistics of its inputs and gradients. The statistics of
-the student, and of the teacher beside it, do not keep: they are those of one student.
+Compressions of one model that differ in method, keep ratio, layout or allocator share the teacher's
+gradients at the block boundaries, its spectra, and the statistics of its inputs and gradients. If a
+method also needs statistics of the student, none of its statistics are cached.
 
-Several processes may share a cache. One sweeps the teacher while the others wait for its files;
-statistics may be taken twice at the same time, to the same bytes.
+Several processes may share a cache. One process sweeps the teacher while the others wait for its
+files. Two processes may collect the same statistics at the same time; they write the same bytes.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from svdserve.compression.system.files import exclusive, remove_temporaries
 
 
 def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[str, Any]) -> Path:
-    """The folder in ``root`` for one teacher, calibration and way of summation.
+    """The folder in ``root`` for one teacher, calibration and order of summation.
 
     Args:
-        root: the cache.
+        root: the folder of the cache.
         skeleton: the teacher.
-        tokens: [N, L].
-        settings: all else that changes what is kept, as JSON holds it.
+        tokens: the calibration tokens [N, L].
+        settings: everything else that changes the cached values, as JSON values.
     """
     key = hashlib.sha256(json.dumps([skeleton.files.fingerprint, settings]).encode())
     key.update(tokens.contiguous().numpy().tobytes())
@@ -44,7 +44,7 @@ def cache_folder(root: Path, skeleton: Skeleton, tokens: Tensor, settings: dict[
 
 @contextmanager
 def sweeping(folder: Path) -> Iterator[None]:
-    """While inside, no other process carries gradients through the teacher into this folder."""
+    """Inside the block, no other process sweeps the teacher into this folder."""
     with exclusive(folder / "sweep", wait=True):
         for kind in ("gradient", "hidden", "spectra"):
             remove_temporaries(folder, f"{kind}-*")
@@ -52,15 +52,16 @@ def sweeping(folder: Path) -> Iterator[None]:
 
 
 class TeacherStatistics:
-    """Finished statistics of the teacher, one file for each group of each block.
+    """Cached statistics of the teacher, one file for each group of each block.
 
     Args:
-        folder: of ``cache_folder``.
+        folder: the result of ``cache_folder``.
         skeleton: the teacher.
-        wanted: names of what is read and written; only statistics of the teacher.
+        wanted: names of the statistics to read and write; all must be of the teacher only.
 
-    ``ready`` tells whether all of them were there from the start, so that no pass over the tokens
-    is needed.
+    Attributes:
+        ready: whether all statistics were cached at the start, so that no pass over the tokens is
+            needed.
     """
 
     def __init__(self, folder: Path, skeleton: Skeleton, wanted: frozenset[str]) -> None:

@@ -1,10 +1,10 @@
-"""Gradients of the teacher's loss, block by block, one block in memory.
+"""Gradients of the teacher's loss, block by block, with one block in memory.
 
 The loss is the cross-entropy against tokens drawn from the teacher's own predictions, summed over
-tokens: its gradients have the true Fisher information as their second moment, which is the
-curvature of the KL divergence from the teacher (Martens, arXiv 1412.1193, section 5). One sweep
-carries the loss back from the head to the first block and stores it at every block boundary. A
-block's own gradients are taken from there when the walk reaches it.
+tokens. The second moment of its gradients is the true Fisher information, which is the curvature of
+the KL divergence from the teacher (Martens, arXiv 1412.1193, section 5). One sweep goes back from
+the head to the first block and stores the loss's gradient at every block boundary. When the walk
+reaches a block, it computes the gradients inside the block from the stored one.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ _HEAD_SLICE = 128  # positions whose logits are in memory at the same time
 
 @dataclass(frozen=True)
 class Flow:
-    """What passes through the linears of a group: x [B, L, n] forward, g [B, L, m] backward."""
+    """A group's inputs x [B, L, n] and the loss's gradients g [B, L, m] at its stacked outputs."""
 
     inputs: Tensor
     gradients: Tensor
 
 
 Watch = Callable[[int, dict[str, Flow]], None]
-"""Called for every block and sequence of a sweep, with the flow of each group by its path."""
+"""Called for every block and sequence of a sweep, with the block's index and its groups' flows."""
 
 
 def back_through(
@@ -42,13 +42,13 @@ def back_through(
 
     Args:
         block: the teacher's block; its parameters need no gradient.
-        groups: its groups.
+        groups: the groups of the block.
         hidden: the block's input [B, L, d].
         call: the other arguments of the block.
-        gradient: of the loss by the block's output [B, L, d].
+        gradient: the loss's gradient [B, L, d] at the block's output.
 
     Returns:
-        The flow of each group by its path (members stacked), and the gradient by ``hidden``.
+        The flow of each group by its path, and the loss's gradient [B, L, d] at ``hidden``.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[tuple[str, str], Tensor] = {}
@@ -86,7 +86,7 @@ def back_through(
 
 
 def _in_sequences(value: Tensor, hidden: Tensor) -> Tensor:
-    """[B, L, n] of what linears see as [B L, n] where a block flattens its tokens (Llama 4)."""
+    """Reshape [B L, n] to [B, L, n], for blocks that flatten their tokens (Llama 4)."""
     return value.view(*hidden.shape[:2], -1) if value.dim() == 2 else value
 
 
@@ -103,13 +103,13 @@ def stacked_weights(block: nn.Module, groups: tuple[Group, ...]) -> dict[str, Te
 class BoundaryGradients:
     """∂loss/∂h [B, L, d] at the output of every block, for some calibration sequences.
 
-    Kept as one file for each block in ``folder``, as are the hidden states of the teacher during
-    the sweep: what is in memory does not grow with the depth.
+    Each block's gradients are one file in ``folder``, and so are the teacher's hidden states during
+    the sweep. Memory therefore does not grow with the number of blocks.
 
     Args:
-        folder: where the files are, or will be.
+        folder: the folder for the files.
         rows: indices of the sequences that have gradients.
-        dtype: of the files; float16 could not hold the range of gradients.
+        dtype: the dtype of the files; the range of float16 would be too small for gradients.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class BoundaryGradients:
 
     @property
     def complete(self) -> bool:
-        """Whether the sweep has reached the first block; later ones are written before it."""
+        """Whether the sweep is finished; it writes the first block last."""
         return self._file(0).exists()
 
     def read(self, block: int) -> Tensor:
-        """[B, L, d] of the sequences ``rows``, in ``dtype``."""
+        """The gradients [B, L, d] of the sequences ``rows`` behind a block, in ``dtype``."""
         gradient: Tensor = load_file(self._file(block))["gradient"]
         return gradient
 
@@ -142,14 +142,18 @@ class BoundaryGradients:
         watch: Watch | None = None,
         done: Callable[[int, nn.Module], None] = lambda _index, _block: None,
     ) -> None:
-        """Carry the loss of the sequences ``rows`` of ``tokens`` [N, L] back to block 0.
+        """Backpropagate the loss of the sequences ``rows`` to block 0, and store the gradients.
 
         Args:
-            watch: sees the flow of every block and sequence on the way.
-            done: told the index of every block that is finished, and given the block.
+            skeleton: the teacher.
+            tokens: all calibration tokens [N, L].
+            device: the device of the blocks.
+            seed: the seed for drawing the targets of the loss.
+            watch: called for every block and sequence.
+            done: called with the index and the block after each block.
 
         Raises:
-            FloatingPointError: hidden states or gradients that are not finite.
+            FloatingPointError: a hidden state, logit or gradient is not finite.
         """
         batches = [tokens[row : row + 1] for row in self.rows]
         embedded = list(skeleton.embed(batches, device))
@@ -186,7 +190,7 @@ class BoundaryGradients:
                 if watch is not None:
                     watch(index, flows)
             done(index, block)
-            # Last, since its presence says that the block is finished.
+            # Written last, because its existence means that the block is finished.
             save_tensors({"gradient": stored}, self._file(index))
             self._inputs(index).unlink()
 
@@ -194,7 +198,7 @@ class BoundaryGradients:
 def _at_the_head(
     skeleton: Skeleton, hidden: list[Tensor], device: torch.device, seed: int
 ) -> list[Tensor]:
-    """∂loss/∂h of the last block's outputs, each [1, L, d], with targets drawn by the seed."""
+    """∂loss/∂h [1, L, d] of each sequence at the last block; ``seed`` draws the targets."""
     generator = torch.Generator().manual_seed(seed)
     gradients: list[Tensor] = []
     with skeleton.head(device) as predict:

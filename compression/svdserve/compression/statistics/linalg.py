@@ -15,8 +15,8 @@ class Whitening:
     """A square root F [n, n] of the damped Gram matrix: F Fᵀ = H_λ = H + λI.
 
     ``unwhiten(G)`` returns G F⁻¹ and ``dual(G)`` returns G F⁻ᵀ for G [k, n]. ``damping`` is λ.
-    Any square root gives the same singular values and the same optimum (methods differ in which
-    they take); Cholesky is the cheap one, the eigendecomposition the one that never fails.
+    Every square root gives the same singular values and the same optimum. Cholesky is the cheapest,
+    and the eigendecomposition never fails.
     """
 
     root: Tensor
@@ -28,9 +28,9 @@ class Whitening:
 def whiten(gram: Tensor, ridge: float, *, cholesky: bool = True) -> Whitening:
     """Damp and factor a Gram matrix [n, n].
 
-    λ = ridge · mean(diag H); each failure of Cholesky multiplies λ by 10, eight times at most,
-    after which an eigendecomposition with clamped eigenvalues is taken. A zero matrix (inputs that
-    never fire) whitens to the identity.
+    λ = ridge · mean(diag H). Each failure of Cholesky multiplies λ by 10; after eight failures, or
+    if ``cholesky`` is False, an eigendecomposition with clamped eigenvalues is used. A zero matrix
+    gives the identity.
     """
     gram = gram.double()
     scale = float(gram.diagonal().mean())
@@ -45,7 +45,7 @@ def whiten(gram: Tensor, ridge: float, *, cholesky: bool = True) -> Whitening:
         damping = max(damping * 10, 1e-12 * scale)
     damping = ridge * scale
     values, vectors = torch.linalg.eigh(_with_diagonal(gram, damping))
-    # A singular Gram matrix with no ridge has eigenvalues of either sign at rounding level.
+    # Rounding gives a singular Gram matrix small eigenvalues of either sign if ridge is 0.
     roots = values.clamp_min(1e-12 * float(values[-1])).sqrt()
     return Whitening(
         root=vectors * roots,
@@ -56,10 +56,10 @@ def whiten(gram: Tensor, ridge: float, *, cholesky: bool = True) -> Whitening:
 
 
 def lower_products(matrix: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """M Mᵀ [m, m] of a matrix M [m, n], on and below its diagonal.
+    """The entries of M Mᵀ [m, m] on and below the diagonal, for M [m, n].
 
-    In panels of columns: the rows and columns of each, and its values. They spare nearly half of
-    the work, which symmetry gives for free.
+    Yields panels of columns as (rows, columns, values). By symmetry the panels need only little
+    more than half of the work of the whole product.
     """
     m = matrix.shape[0]
     panel = -(-m // max(1, min(6, m // 256)))
@@ -69,14 +69,14 @@ def lower_products(matrix: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle, in place."""
+    """Copy the lower triangle of a matrix to its upper triangle, in place."""
     lower.tril_()
     lower += lower.tril(-1).T
     return lower
 
 
 def _smaller_gram(matrix: Tensor) -> Tensor:
-    """M Mᵀ or, where M [m, n] is tall, Mᵀ M; the lower triangle, which is all that LAPACK reads."""
+    """The lower triangle, which LAPACK reads, of the smaller of M Mᵀ and Mᵀ M, for M [m, n]."""
     short = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
     product = short.new_zeros(short.shape[0], short.shape[0])
     for rows, columns, values in lower_products(short):
@@ -85,7 +85,7 @@ def _smaller_gram(matrix: Tensor) -> Tensor:
 
 
 def _with_diagonal(gram: Tensor, added: float, share: float = 1.0) -> Tensor:
-    """share · G + added · I, with one matrix of memory."""
+    """share · G + added · I, in the memory of one matrix."""
     found = gram * share
     found.diagonal().add_(added)
     return found
@@ -102,10 +102,10 @@ def _triangular(root: Tensor, damping: float) -> Whitening:
 
 
 def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
-    """(1 − s) G + s · mean(diag G) · I [m, m], float64; I where G is zero.
+    """(1 − s) G + s · mean(diag G) · I [m, m], float64; the identity if G is zero.
 
-    Shrinking towards a multiple of the identity (Ledoit and Wolf, 2004) keeps directions alive
-    that few gradients have shown.
+    Shrinking towards a multiple of the identity (Ledoit and Wolf, 2004) gives some weight to
+    directions that occur in few gradients.
     """
     gram = gram.double()
     scale = float(gram.diagonal().mean())
@@ -115,14 +115,14 @@ def shrunk(gram: Tensor, shrinkage: float) -> Tensor:
 
 
 def shrunk_root(gram: Tensor, shrinkage: float) -> Tensor:
-    """A lower root C [m, m] of ``shrunk``: C Cᵀ = G_s."""
+    """A lower triangular root C [m, m] of the shrunk matrix G_s: C Cᵀ = G_s."""
     return whiten(shrunk(gram, shrinkage), 0.0).root
 
 
 def squared_singular_values(matrix: Tensor, outer: Tensor | None = None) -> Tensor:
-    """σ² of a matrix M [m, n], or of Cᵀ M with C Cᵀ = ``outer`` [m, m], descending [min(m, n)].
+    """σ² [min(m, n)] of M [m, n], or of Cᵀ M with C Cᵀ = ``outer`` [m, m], descending.
 
-    From the smaller Gram matrix: where that is Mᵀ C Cᵀ M, no root C is needed.
+    They are eigenvalues of the smaller Gram matrix. If that is Mᵀ C Cᵀ M, the root C is not needed.
     """
     m, n = matrix.shape
     if outer is not None and m > n:
@@ -135,10 +135,10 @@ def squared_singular_values(matrix: Tensor, outer: Tensor | None = None) -> Tens
 
 
 def eigen_root(gram: Tensor) -> Tensor:
-    """Q √Λ [n, n] of a Gram matrix H = Q Λ Qᵀ; the identity where H is zero.
+    """Q √Λ [n, n] of a Gram matrix H = Q Λ Qᵀ; the identity if H is zero.
 
-    Without a ridge rounding leaves eigenvalues that are not positive: they become the smallest one
-    that is (EoRA, arXiv 2410.21271).
+    Eigenvalues that are not positive after rounding are replaced by the smallest positive one
+    (EoRA, arXiv 2410.21271).
     """
     values, vectors = torch.linalg.eigh(gram.double())
     positive = values[values > 0]
@@ -151,9 +151,9 @@ def eigen_root(gram: Tensor) -> Tensor:
 def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The top ``rank`` left singular vectors U_r [m, r] and all singular values, descending.
 
-    Taken from the eigenvectors of the smaller of M Mᵀ and Mᵀ M in float64: several times cheaper
-    than an SVD. Squaring loses components below 1e-8 of the largest, so where rank reaches that
-    noise the exact SVD is taken instead.
+    They come from the eigenvectors of the smaller of M Mᵀ and Mᵀ M in float64, which is several
+    times cheaper than an SVD. Squaring loses components below 1e-8 of the largest, so an exact SVD
+    is used if ``rank`` includes components close to that limit.
     """
     m, n = matrix.shape
     tall = m > n
@@ -165,17 +165,17 @@ def left_subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return left[:, :rank], sigma
     top = vectors.flip(1)[:, :rank]
     if tall:
-        # M V Σ⁻¹ is orthonormal up to 1e-16 / reach²; QR repairs what would be visible.
+        # M V Σ⁻¹ is orthonormal up to 1e-16 / reach²; QR restores orthonormality for small reach.
         top = matrix @ top
         top = top / sigma[:rank] if reach > 1e-4 else torch.linalg.qr(top).Q
     return top, sigma
 
 
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> float:
-    """‖(W − Ŵ)X‖_F / ‖W X‖_F from H = X Xᵀ.
+    """‖(W − Ŵ)X‖_F / ‖W X‖_F from the Gram matrix H = X Xᵀ, for W and Ŵ [m, n].
 
-    Of the weights themselves without a Gram matrix, and where no output differs from zero. Zeros
-    that are given back have no error; anything else in place of zeros has an infinite one.
+    Without a Gram matrix, or if W X is zero, this is ‖W − Ŵ‖_F / ‖W‖_F. If W is zero too, the error
+    is 0 for a zero Ŵ and infinite for any other.
     """
     weight, approximation = weight.double(), approximation.double()
     residual = weight - approximation
@@ -186,7 +186,7 @@ def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None) -
 
 
 def _energy(matrix: Tensor, gram: Tensor) -> float:
-    """‖M X‖²_F = ⟨MᵀM, H⟩, of H = X Xᵀ [n, n] and M [m, n]: half the work of M H."""
+    """‖M X‖²_F = ⟨MᵀM, H⟩ for H = X Xᵀ [n, n] and M [m, n], at half the work of M H."""
     total = 0.0
     for rows, columns, values in lower_products(matrix.mT):
         square = columns.stop - columns.start

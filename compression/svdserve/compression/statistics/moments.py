@@ -1,8 +1,8 @@
 """Statistics of one group, summed over the calibration tokens.
 
-A statistic is a class: it says which streams it needs, adds batches and finishes (of_inputs.py and
-of_gradients.py hold one each for the inputs and for the gradients of a group). A method names those
-that it wants, and the walk asks them what must run.
+Each statistic is a class that declares which streams it reads, adds batches, and returns the
+result (see of_inputs.py and of_gradients.py). A method names the statistics that it needs, and
+their declarations tell the walk which streams to run.
 """
 
 from abc import ABC, abstractmethod
@@ -18,8 +18,8 @@ from torch import Tensor
 class Statistics:
     """The finished statistics of one group, divided by the number of tokens.
 
-    Those of inputs are float64, those of gradients float32. A field is None where the method did
-    not ask for it. The names of the fields are those of the classes.
+    Statistics of inputs are float64, and statistics of gradients are float32. A field is None if
+    the method does not need it. Each field is named like its class's ``name``.
     """
 
     tokens: int
@@ -32,7 +32,7 @@ class Statistics:
     row_fisher: Tensor | None = None
 
     def of_rows(self, rows: slice) -> "Statistics":
-        """What belongs to some rows of the stacked weight, such as one linear of the group."""
+        """The statistics for some rows of the stacked weight, such as one linear of the group."""
         values = {name: getattr(self, name) for name in STATISTICS}
         cut = {n: STATISTICS[n].of_rows(v, rows) for n, v in values.items() if v is not None}
         return replace(self, **cut)
@@ -40,11 +40,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Batch:
-    """What passed through the linears of a group; None where that did not run.
+    """The inputs and gradients of a group for some tokens; None for a stream that did not run.
 
     Args:
-        student, teacher: the inputs x of the group in either stream, [..., n].
-        gradients: of the loss by the group's stacked outputs in the teacher, [B, L, m].
+        student, teacher: the group's inputs x [..., n] in the student and in the teacher.
+        gradients: the loss's gradients [B, L, m] at the group's stacked outputs in the teacher.
     """
 
     student: Tensor | None = None
@@ -59,12 +59,11 @@ class Batch:
 
 
 class Statistic(ABC):
-    """One statistic of one group, while it is summed.
+    """The running sum of one statistic of one group.
 
     Args:
-        outputs: m of the group's stacked weight [m, n].
-        inputs: n.
-        device: where the sums are.
+        outputs, inputs: m and n of the group's stacked weight [m, n].
+        device: the device of the sums.
     """
 
     name: ClassVar[str]
@@ -74,9 +73,9 @@ class Statistic(ABC):
     teacher: ClassVar[bool] = False
     """Whether it reads the teacher's inputs."""
     gradients: ClassVar[bool] = False
-    """Whether it reads gradients, which are taken by running the teacher's block backward."""
+    """Whether it reads gradients, for which the teacher's block runs backward."""
     held_out: ClassVar[bool] = False
-    """Whether it is of the held-out sequences: where one is wanted, no other statistic has them."""
+    """Whether it reads the held-out sequences, which all other statistics then skip."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -91,12 +90,12 @@ class Statistic(ABC):
         """Add one batch.
 
         Raises:
-            FloatingPointError: a value is NaN or infinite; ``finish`` may say so instead.
+            FloatingPointError: a value is NaN or infinite; ``finish`` may raise this instead.
         """
 
     @abstractmethod
     def finish(self) -> Any:
-        """The mean over the tokens that were added; the object is of no use any more.
+        """The mean over all added tokens; the object must not be used afterwards.
 
         Raises:
             FloatingPointError: a value is NaN or infinite.
@@ -104,36 +103,36 @@ class Statistic(ABC):
 
     @staticmethod
     def of_rows(value: Any, rows: slice) -> Any:  # noqa: ARG004
-        """What of a finished value belongs to some rows of the stacked weight."""
+        """The share of a finished value that belongs to some rows of the stacked weight."""
         return value
 
 
 STATISTICS: dict[str, type[Statistic]] = {}
-"""Every statistic by its name."""
+"""All statistics by name."""
 
 
 def needing_gradients(names: Collection[str]) -> frozenset[str]:
-    """Those of some statistics that need gradients."""
+    """The names of the given statistics that read gradients."""
     return frozenset(name for name in names if STATISTICS[name].gradients)
 
 
 def without_gradients(names: Collection[str]) -> frozenset[str]:
-    """Those of some statistics that need none."""
+    """The names of the given statistics that read no gradients."""
     return frozenset(name for name in names if not STATISTICS[name].gradients)
 
 
 def of_teacher_alone(names: Collection[str]) -> bool:
-    """Whether some statistics are the same for every student."""
+    """Whether none of the given statistics reads the student's inputs."""
     return not any(STATISTICS[name].student for name in names)
 
 
 class Sums:
-    """Several statistics of one group, while they are summed.
+    """The running sums of several statistics of one group.
 
     Args:
-        names: which.
+        names: the names of the statistics.
         outputs, inputs: m and n of the group's stacked weight [m, n].
-        device: where the sums are.
+        device: the device of the sums.
     """
 
     def __init__(
@@ -147,8 +146,9 @@ class Sums:
         """Add one batch; a stream that no statistic reads may be None.
 
         Args:
-            batch: what passed through the linears.
-            held_out: it is for the statistics of held-out sequences, if there are any here.
+            batch: inputs and gradients of the group.
+            held_out: whether the batch is held out. It then goes only to statistics of held-out
+                sequences, if ``names`` has any.
 
         Raises:
             FloatingPointError: as ``Statistic.add``.
@@ -161,7 +161,7 @@ class Sums:
                 statistic.add(batch)
 
     def finish(self) -> Statistics:
-        """The means.
+        """The finished statistics.
 
         Raises:
             FloatingPointError: as ``Statistic.finish``.
@@ -169,5 +169,5 @@ class Sums:
         return self.into(Statistics(self._tokens))
 
     def into(self, statistics: Statistics) -> Statistics:
-        """``statistics`` with these beside it; otherwise as ``finish``."""
+        """A copy of ``statistics`` with these statistics added; raises as ``finish`` does."""
         return replace(statistics, **{s.name: s.finish() for s in self._sums})

@@ -1,11 +1,11 @@
 """Second moments of the gradients at a group's outputs.
 
-With g the gradients of the loss by the group's stacked outputs in the teacher, [m] for a token:
+Let g [m] be the loss's gradient at the group's stacked outputs in the teacher, for one token:
 
-* gradient gram  mean g gᵀ            [m, m], symmetric
-* row Fisher  Σ_j mean (∂L/∂W_ij)²    [m], of the loss of a sequence, over its tokens
+* gradient Gram matrix  mean g gᵀ     [m, m], symmetric
+* row Fisher  Σ_j mean (∂L/∂W_ij)²    [m], where L is the loss of one sequence
 
-Both are summed in float32.
+Means are over tokens. Both are summed in float32.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ from svdserve.compression.statistics.linalg import mirrored
 from svdserve.compression.statistics.moments import Batch, Statistic
 from svdserve.compression.statistics.of_inputs import add_gram
 
-# Shares of the mean norm of a sequence that a token's gradient is clipped to.
+# Bounds for the norm of a token's gradient, as multiples of the mean norm in its sequence.
 _CLIP = (0.1, 10.0)
 
 
@@ -51,7 +51,7 @@ class _OfGradients(Statistic):
         """Add a sequence, x [L, n] and g [L, m], to the total in place."""
 
     def _whole(self, total: Tensor) -> Tensor:
-        """The total with what ``_sum`` leaves out."""
+        """The total, completed by what ``_sum`` does not compute."""
         return total
 
     def finish(self) -> Tensor:
@@ -62,10 +62,10 @@ class _OfGradients(Statistic):
 
 
 class GradientGram(_OfGradients):
-    """The mean of g gᵀ, with the norm of every g clipped.
+    """The mean of g gᵀ, after clipping the norm of every g.
 
-    To [0.1, 10] times the mean of its sequence, so that a few tokens do not decide the metric
-    (LEMS / KFAC-SVD, ICML 2026).
+    The norm is clipped to [0.1, 10] times the mean norm of its sequence, so that few tokens do not
+    dominate the metric (LEMS / KFAC-SVD, ICML 2026).
     """
 
     name = "gradient_gram"
@@ -90,7 +90,7 @@ class GradientGram(_OfGradients):
 
 
 class RowFisher(_OfGradients):
-    """The squares of a sequence's gradients by the weight, summed over each row."""
+    """The squared gradients of each sequence's loss by the weight, summed over each row."""
 
     name = "row_fisher"
     description = "Fisher information of the teacher's weights, summed over each row"

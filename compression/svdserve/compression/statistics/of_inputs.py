@@ -1,14 +1,14 @@
 """Second moments of a group's inputs.
 
-With x the student's and x_f the teacher's inputs of the same tokens (columns of X and X_f):
+Let x be the student's and x_f the teacher's inputs for the same T tokens, as columns of X and X_f:
 
-* gram  H  = X Xᵀ / T             [n, n], symmetric
-* shift Δ  = (X_f − X) Xᵀ / T     [n, n], not symmetric
-* teacher gram  X_f X_fᵀ / T      [n, n], symmetric
-* teacher magnitude  mean |x_f|   [n]
+* Gram matrix  H = X Xᵀ / T                 [n, n], symmetric
+* shift  Δ = (X_f − X) Xᵀ / T               [n, n], not symmetric
+* teacher's Gram matrix  X_f X_fᵀ / T       [n, n], symmetric
+* teacher's magnitude  mean |x_f|           [n]
 
-SAES-SVD, arXiv 2602.03051, Algorithm 1, without its constant factor 2. Products are taken in
-float32 per batch and summed over batches in float64.
+H and Δ are those of SAES-SVD (arXiv 2602.03051, Algorithm 1) without its constant factor 2. The
+products of a batch are computed in float32, and summed over batches in float64.
 """
 
 from abc import abstractmethod
@@ -41,7 +41,7 @@ class _OfInputs(Statistic):
         """Add a batch to the total, in place."""
 
     def _whole(self, total: Tensor) -> Tensor:
-        """The total with what ``_sum`` leaves out."""
+        """The total, completed by what ``_sum`` does not compute."""
         return total
 
     def finish(self) -> Tensor:
@@ -94,7 +94,7 @@ class TeacherGram(_OfInputs):
 
 
 class TeacherMagnitude(_OfInputs):
-    """The mean of |x_f| of every channel."""
+    """The mean of |x_f| for every channel."""
 
     name = "teacher_magnitude"
     description = "mean magnitude of the teacher's inputs"
@@ -109,7 +109,7 @@ class TeacherMagnitude(_OfInputs):
 
 
 class HeldOut(Statistic):
-    """H and Δ of sequences that no other statistic has, for choices that must not overfit."""
+    """H and Δ of held-out sequences, which no other statistic reads, for choices such as β."""
 
     name = "held_out"
     description = (
@@ -128,7 +128,7 @@ class HeldOut(Statistic):
         self._shift.add(batch)
 
     def finish(self) -> Statistics | None:
-        """None where there were too few sequences to keep any apart."""
+        """The statistics; None if there were too few sequences to hold any out."""
         if not self._tokens:
             return None
         return Statistics(self._tokens, gram=self._gram.finish(), shift=self._shift.finish())
@@ -140,6 +140,6 @@ def _rows(inputs: Tensor | None) -> Tensor:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """total += xᵀ x, on and below the diagonal only."""
+    """Add xᵀ x [n, n] to the total on and below the diagonal, for x [T, n]."""
     for rows, columns, values in lower_products(x.T):
         total[rows, columns] += values

@@ -1,8 +1,9 @@
-"""The spectra that allocators compare modules by, gathered while the gradients sweep the teacher.
+"""The spectra by which allocators compare modules, collected during the sweep of the teacher.
 
-For each module, with F Fᵀ the Gram matrix of the teacher's inputs and C Cᵀ that of the gradients
-at its outputs: the squared singular values of W F, those of Cᵀ W F, and the mean diagonal of C Cᵀ.
-Kept as one file for each block, so that a resumed job plans the same ranks.
+Let F Fᵀ be the Gram matrix of the teacher's inputs and C Cᵀ the Gram matrix of the gradients at a
+module's outputs. The module's spectra are the squared singular values of W F (``energies``) and
+half of those of Cᵀ W F (``losses``); ``curvature`` is the mean diagonal of the gradients' Gram
+matrix. Each block has its own file, so that a resumed job plans the same ranks.
 """
 
 from pathlib import Path
@@ -24,12 +25,13 @@ class Spectra:
     """Writes and reads the spectra of a model's modules.
 
     Args:
-        folder: where the files are, or will be.
-        units: for every block, the modules of each group: (name, rows of the stacked weight).
+        folder: the folder for the files.
+        modules: for every block, the modules of each group by its path; a module is given as its
+            name and its rows of the group's stacked weight.
     """
 
-    def __init__(self, folder: Path, units: list[dict[str, list[tuple[str, slice]]]]) -> None:
-        self._folder, self._units = folder, units
+    def __init__(self, folder: Path, modules: list[dict[str, list[tuple[str, slice]]]]) -> None:
+        self._folder, self._modules = folder, modules
         self._sums: dict[str, Sums] = {}
 
     def _file(self, block: int) -> Path:
@@ -37,11 +39,11 @@ class Spectra:
 
     @property
     def complete(self) -> bool:
-        """Whether all blocks have their file."""
-        return all(self._file(block).exists() for block in range(len(self._units)))
+        """Whether every block has its file."""
+        return all(self._file(block).exists() for block in range(len(self._modules)))
 
     def watch(self, _block: int, flows: dict[str, Flow]) -> None:
-        """Add one sequence of the block in hand."""
+        """Add one sequence of the current block."""
         for group, flow in flows.items():
             if group not in self._sums:
                 n, m = flow.inputs.shape[-1], flow.gradients.shape[-1]
@@ -49,19 +51,24 @@ class Spectra:
             self._sums[group].add(Batch(teacher=flow.inputs, gradients=flow.gradients))
 
     def finish(self, block: int, weights: dict[str, Tensor]) -> None:
-        """Write the spectra of a block; ``weights`` are the stacked ones [m, n] of its groups.
+        """Write the spectra of a block.
+
+        Args:
+            block: the block's index.
+            weights: the stacked weight [m, n] of each of its groups, by path.
 
         Raises:
-            FloatingPointError: names the first module whose inputs or gradients are not finite.
+            FloatingPointError: inputs or gradients are not finite; the message names the first
+                module.
         """
         tensors: dict[str, Tensor] = {}
         for group, sums in self._sums.items():
             try:
                 statistics = sums.finish()
             except FloatingPointError as error:
-                first = self._units[block][group][0][0]
+                first = self._modules[block][group][0][0]
                 raise FloatingPointError(f"{first}: {error}") from None
-            for name, rows in self._units[block][group]:
+            for name, rows in self._modules[block][group]:
                 found = _spectra(weights[group][rows].double(), statistics.of_rows(rows))
                 tensors |= {f"{name}.{key}": value.cpu() for key, value in found.items()}
         self._sums.clear()
@@ -69,8 +76,8 @@ class Spectra:
         save_tensors(tensors, self._file(block))
 
     def read(self) -> dict[str, Tensor]:
-        """``<module>.energies``, ``<module>.curvature`` and ``<module>.losses`` of all modules."""
-        files = (self._file(block) for block in range(len(self._units)))
+        """Tensors ``<module>.energies``, ``.curvature`` and ``.losses`` of all modules."""
+        files = (self._file(block) for block in range(len(self._modules)))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 

@@ -9,12 +9,12 @@ from pydantic import BaseModel, ValidationError, create_model
 from svdserve.compression.system.errors import UserError
 
 
-class Parameters:
+class HyperParameters:
     """The keyword-only arguments of ``functions``, with their annotations and defaults.
 
     Args:
-        owner: what the messages call it, such as ``method svd-llm``.
-        functions: all their keyword-only arguments have a default.
+        owner: the functions' name in messages, such as ``method svd-llm``.
+        functions: functions whose keyword-only arguments all have a default.
     """
 
     def __init__(self, owner: str, *functions: Callable[..., Any]) -> None:
@@ -26,16 +26,16 @@ class Parameters:
         self._schema: type[BaseModel] = create_model(owner, **fields)
 
     def check(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The full set: what is given, checked, and the defaults of the rest.
+        """All hyper-parameters: the given values after validation, and defaults for the others.
 
         Raises:
-            UserError: a name that the function does not take, or a value that is out of range.
+            UserError: no function has a hyper-parameter of a given name, or a value is invalid.
         """
         fields = self._schema.model_fields
         unknown = sorted(set(given) - set(fields))
         if unknown:
             raise UserError(
-                f"{self._owner} has no parameter {unknown[0]!r}; it takes: "
+                f"{self._owner} has no hyper-parameter {unknown[0]!r}; it takes: "
                 + (", ".join(sorted(fields)) or "none")
             )
         try:
@@ -48,7 +48,7 @@ class Parameters:
 
     @staticmethod
     def of(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-        """Those of ``values`` that ``function`` takes."""
+        """The items of ``values`` that are keyword-only arguments of ``function``."""
         return {p.name: values[p.name] for p in _keywords(function) if p.name in values}
 
 

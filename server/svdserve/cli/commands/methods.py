@@ -21,6 +21,8 @@ def methods(
     table = Table("method", "title", "paper", "statistics", "parameters")
     for name, entry in sorted(METHODS.items()):
         needs = ", ".join(sorted(entry.statistics)) or "none"
-        takes = ", ".join(f"{key}={value}" for key, value in entry.parameters.items()) or "none"
+        takes = (
+            ", ".join(f"{key}={value}" for key, value in entry.hyper_parameters.items()) or "none"
+        )
         table.add_row(name, entry.title, entry.paper, needs, takes)
     Console().print(table)

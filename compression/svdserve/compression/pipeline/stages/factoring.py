@@ -26,7 +26,7 @@ from svdserve.compression.pipeline.progress import Progress
 from svdserve.compression.pipeline.stages.assembly import dense_in_block
 from svdserve.compression.pipeline.stages.block_refinement import refine_block
 from svdserve.compression.pipeline.stages.sweep import shared_folder
-from svdserve.compression.pipeline.walk.student import put_factors, put_whole, replay
+from svdserve.compression.pipeline.walk.student import put_back, put_factors, put_whole
 from svdserve.compression.pipeline.walk.walk import BlockPass, Walk
 from svdserve.compression.pipeline.workdir import WorkDirectory
 from svdserve.compression.statistics.cache import TeacherStatistics
@@ -42,10 +42,10 @@ Solve = Callable[[ModulePlan, Tensor, Statistics, int], Solution]
 
 def by_method(plan: Plan) -> Solve:
     """The closed form of the recipe's method."""
-    method, parameters = get_method(plan.recipe.method), plan.recipe.parameters
+    method, given = get_method(plan.recipe.method), plan.recipe.parameters
 
     def solve(_: ModulePlan, weight: Tensor, statistics: Statistics, rank: int) -> Solution:
-        return method.solve(weight, statistics, rank, parameters)
+        return method.solve(weight, statistics, rank, given)
 
     return solve
 
@@ -198,7 +198,7 @@ def _resume_block(
         return specs
     block = walk.block(index)
     whole = whole_linears([plan.modules[index]], plan.recipe, specs)
-    replay(block, plan.modules[index], specs, whole, stored)
+    put_back(block, plan.modules[index], specs, whole, stored)
     block.finish(refined=plan.recipe.block_refinement is not None and bool(specs))
     return specs
 

@@ -47,7 +47,7 @@ def put_whole(
     return _replace_weights(block, module, storage.codec, tensors)
 
 
-def replay(
+def put_back(
     block: BlockPass,
     modules: list[ModulePlan],
     specs: Mapping[str, ModuleSpec],
