@@ -1,9 +1,9 @@
-"""What each choice of the default recipe is worth: the recipe with one choice changed at a time.
+"""What each choice of the default recipe is worth: compares it with one choice changed at a time.
 
     python benchmarks/ablation.py --model DIR --calibration FILE --text FILE \
         --work DIR --json results/ablation.json [--only beta --only allocator]
 
-Take a validation text, not a test. Every finished cell is kept in the work directory, so that a
+Use a validation text, not a test text. The work directory keeps every finished cell, so that a
 killed run goes on where it stopped.
 """
 
@@ -31,13 +31,13 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         f"beta {beta}": {"parameters": {"beta": beta}}
         for beta in (0.0, 0.5, 0.75, 1.0, "aces", "exact", "held-out")
     },
-    # The same without the metric of the outputs, where each module stands for itself.
+    # The same without the metric of the outputs, with the error of each module on its own.
     "beta of saes-svd": {
         f"saes-svd beta {beta}": {"method": "saes-svd", "parameters": {"beta": beta}} | UNIFORM
         for beta in ("aces", 0.25, 0.5, 0.75, "exact", "held-out")
     },
-    # As in the paper; then both truncations in one metric, where the residual changes nothing, in
-    # the two metrics the other way round, and with the last blocks alone.
+    # The first is as in the paper. Then both truncations have one metric, where the residual
+    # changes nothing; the two metrics are swapped; and only the last blocks are compressed.
     "res-svd": {
         "res-svd": RES_SVD,
         "res-svd, both whitened": RES_SVD | {"parameters": {"residual_metric": "whitened"}},
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def mean_beta(cell: Cell, work: Path) -> float | None:
-    """Over the factored modules; None for the dense model and methods without β."""
+    """The mean of β over the factored modules; None for the dense model and methods without β."""
     if cell.recipe is None:
         return None
     modules = inspect_checkpoint(checkpoint_of(work, cell.name, cell.keep)).modules

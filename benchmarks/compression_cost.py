@@ -5,11 +5,11 @@
 
 Time: this process compresses the model, then runs one teacher pass and one student pass of plain
 transformers over the same calibration tokens with the same threads and the same dtype (float32).
-The ratio is compress / (teacher pass + student pass + factorisations alone); the spectra that the
-allocator compares modules by (Cholesky roots and eigenvalues of every module) are factorisations
-too, and the file says them apart. Memory: the peak of this process up to the end of compress, above
-what it had once torch was imported. Random models of one shape with 8 and 32 blocks, compressed
-in fresh processes, show whether the peak depends on the depth.
+The ratio is compress / (teacher pass + student pass + factorisations alone). The allocator's
+spectra (Cholesky roots and eigenvalues of every module) are factorisations too; the file lists
+their time separately. Memory is the peak of this process up to the end of compress, above its
+memory after importing torch. Random models of one shape with 8 and 32 blocks, compressed in fresh
+processes, show whether the peak depends on the depth.
 """
 
 # ruff: noqa: E402 (the baseline is taken between two imports)
@@ -64,7 +64,7 @@ def pass_seconds(directory: Path, tokens: torch.Tensor) -> float:
 
 
 def main_costs(model: Path, out: Path, recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Time and memory of compressing ``model``; the passes come last, they take more memory."""
+    """Time and memory of compressing ``model``; the passes come last, as they need more memory."""
     started = time.perf_counter()
     report = compress(str(model), out, recipe, Run(force=True))
     total = time.perf_counter() - started
@@ -95,7 +95,7 @@ def main_costs(model: Path, out: Path, recipe: Recipe) -> dict[str, dict[str, fl
 
 
 def peak(model: Path, text: Path, tokens: int, seq_len: int) -> dict[str, int]:
-    """Peak of a fresh process that compresses, and of the same process after importing torch."""
+    """Peak bytes of a fresh process that compresses, and its bytes after importing torch."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(model), f"{folder}/out", str(text), str(tokens), str(seq_len)]
         printed = subprocess.run(
@@ -106,7 +106,7 @@ def peak(model: Path, text: Path, tokens: int, seq_len: int) -> dict[str, int]:
 
 
 def depth_costs(model: Path, text: Path) -> dict[str, object]:
-    """Peaks of random models of one shape that differ in their number of blocks only."""
+    """Peaks for random models of one shape that differ only in their number of blocks."""
     peaks = {}
     for blocks in DEPTHS:
         with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536)
     given = parser.parse_args()
     recipe = make_recipe(calibration=str(given.calibration), tokens=given.tokens)
-    # The cheap part first: what it shows may save the long one.
+    # The cheap part comes first, because its result may make the long one unnecessary.
     result: dict[str, object] = {
         "model": given.model.name,
         "tokens": given.tokens,

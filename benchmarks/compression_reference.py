@@ -6,11 +6,11 @@
 The reference and ``svdserve compress`` factor the same model on the same token ids at the same
 keep ratio with the same threads, each in a process of its own, in turn. A process is timed from
 its start to the end of its stage: svdserve's up to the finished checkpoint, the reference's
-without writing its result (reference_stages.py says how it is run). Both results, and the dense
-model, are read on the same text; the reference's as dense weights. A third process, ``bare``, does
-only the arithmetic that no such stage can do without, in plain torch: reference over bare is what
-leaving everything else out would reach. Results of several references stay side by side in one
-file.
+without writing its result (reference_stages.py says how it is run). The perplexity of both results
+and of the dense model is measured on the same text; the reference's result has dense weights. A
+third process, ``bare``, does only the arithmetic that every such stage needs, in plain torch, so
+the reference's time over its time is the largest speed-up that any code could reach. One file holds
+the results of several references.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def timed(command: list[str], threads: int) -> dict[str, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     last = done.stdout.rstrip().rpartition("\n")[2]
-    if last.startswith("{"):  # the reference knows better when its stage was over
+    if last.startswith("{"):  # the reference prints when its stage ended
         told = json.loads(last)
         wall, cpu = told["finished"] - started, told["cpu_seconds"]
     return {"seconds": wall, "cpu_seconds": cpu}
 
 
 def commands(given: argparse.Namespace, recipe: Recipe) -> dict[str, list[str]]:
-    """What each side runs; both inputs are written to the work directory."""
+    """The command of each side; both inputs are written to the work directory."""
     given.work.mkdir(parents=True, exist_ok=True)
     tokens, written = given.work / "tokens.safetensors", given.work / "recipe.yaml"
     save_file({"tokens": calibration_tokens(given.model, recipe)}, tokens)
@@ -89,13 +89,15 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(ADAPTED))
     for place in ("clone", "model", "calibration", "text", "work", "json"):
         parser.add_argument(f"--{place}", type=Path, required=True)
-    parser.add_argument("--recipe", type=Path, default=None, help="of svdserve; default its own")
+    parser.add_argument(
+        "--recipe", type=Path, default=None, help="svdserve's recipe; `default` if not given"
+    )
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--max-chunks", type=int, default=40)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--dtype", default="bfloat16", help="in which the reference's model runs")
+    parser.add_argument("--dtype", default="bfloat16", help="the dtype of the reference's model")
     given = parser.parse_args()
     fields = {"calibration": str(given.calibration.resolve()), "tokens": given.tokens}
     code = commit(given.clone)
@@ -137,7 +139,7 @@ def main() -> None:
 
 
 def commit(clone: Path) -> str:
-    """The commit of a clone; fails at once where there is none."""
+    """The commit of a clone; fails at once if the folder is no clone."""
     command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,7 +1,7 @@
-"""Serve a model under load and take the dashboard's picture.
+"""Serve a model under load and take a screenshot of the dashboard.
 
 ``python benchmarks/dashboard_screenshot.py MODEL OUT.png`` made docs/dashboard.png; it needs
-Debian's Chromium and the extra ``dev``. Other flags go to ``vllm serve``.
+Debian's Chromium and the extra ``dev``. All other flags are passed to ``vllm serve``.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         with load(server.url, name, arguments.clients):
             page.wait_for_timeout(1000 * arguments.seconds)
             picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.quantize(128).save(arguments.out, optimize=True)  # A third of the bytes.
+    picture.quantize(128).save(arguments.out, optimize=True)  # saves two thirds of the bytes
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@
 
 NAME is one of
 
-* ``swift-svd``, CLONE is one of github.com/hiahei/Swift-SVD: ``train_svd.py`` as a program, then
+* ``swift-svd``, with a CLONE of github.com/hiahei/Swift-SVD: ``train_svd.py`` as a program, then
   the function of ``update_svd_weights_end.py`` that replaces the weights.
-* ``svd-llm``, CLONE is one of github.com/AIoT-MLSys-Lab/SVD-LLM: ``profle_svdllm`` and
+* ``svd-llm``, with a CLONE of github.com/AIoT-MLSys-Lab/SVD-LLM: ``profle_svdllm`` and
   ``whitening`` of ``SVDLLM.py``.
-* ``bare``, no reference at all but the arithmetic that such a stage cannot do without, of the
-  method of SVD-LLM: how much faster than a reference could any code be? CLONE is not read.
+* ``bare``, which is no reference but only the arithmetic that every stage of SVD-LLM's method
+  needs. It shows how much faster than a reference any code could be. CLONE is not read.
 
-Nothing of either is copied or edited; ``ADAPTED`` says what is put in their place from outside.
-TOKENS is a safetensors file with ``tokens`` [N, L]. OUT becomes a Hugging Face directory with the
-approximated weights stored dense. The last line printed is JSON: when the stage, without writing
-OUT, was finished (seconds of time.time).
+No code of the references is copied or edited; ``ADAPTED`` lists what this program replaces in them
+from outside. TOKENS is a safetensors file with ``tokens`` [N, L]. OUT becomes a Hugging Face
+directory with the approximated weights stored dense. The last line printed is JSON: the time at
+which the stage, without writing OUT, was finished (seconds of time.time).
 """
 
 import argparse
@@ -59,7 +59,7 @@ _SWIFT = {"q": "query", "k": "key", "v": "value", "o": "output"}
 
 
 def without_datasets(rows: Callable[[], Any]) -> Any:
-    """Stands in for the package ``datasets``, which both repositories import at once."""
+    """Replace the package ``datasets``, which both repositories import when they start."""
     module = ModuleType("datasets")
     module.load_dataset = lambda *_args, **_kwargs: rows()  # type: ignore[attr-defined]
     return patch.dict(sys.modules, {"datasets": module})
@@ -87,7 +87,7 @@ def swift_svd(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
     arguments |= {"max_samples": count, "seqlen": length}
     argv = ["train_svd.py", *(str(x) for k, v in arguments.items() for x in (f"--{k}", v))]
     with (
-        # Only its length matters: the program draws offsets into the text.
+        # Only the text's length matters, because the program draws offsets into it.
         without_datasets(lambda: {"train": {"text": [" " * (length + 2)]}}),
         patch.object(os, "system", lambda _command: 0),
         patch.object(sys, "argv", argv),
@@ -125,10 +125,10 @@ def svd_llm(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
 
 
 def bare(model: Path, tokens: Tensor, keep: float, dtype: str) -> Any:
-    """What no such method does without, and nothing else: no pivots, no error, no checkpoint.
+    """The arithmetic that every such method needs, without pivots, errors and a checkpoint.
 
-    One pass of the dense model, the Gram matrix of every group's inputs (half of it: it is
-    symmetric), and of every weight the whitened product and its left singular vectors.
+    It is one pass of the dense model, the Gram matrix of every group's inputs (half of it, as it is
+    symmetric), and for every weight the whitened product and its left singular vectors.
     """
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     sums: dict[torch.nn.Module, Tensor] = {}
@@ -175,7 +175,7 @@ def _truncate(weight: Tensor, gram: Tensor, keep: float) -> None:
 
 
 def dense_of_pairs(network: Any, model: Path) -> Any:
-    """A fresh model with the products of the factors that ``svd_llm`` left."""
+    """A fresh model with the products of the factors that ``svd_llm`` computed."""
     fresh = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     for done, layer in zip(network.model.layers, fresh.model.layers, strict=True):
         for parent, names in _PARENTS.items():
@@ -196,7 +196,7 @@ def main() -> None:
     for place in ("clone", "model", "tokens", "out"):
         parser.add_argument(place, type=lambda given: Path(given).resolve())
     parser.add_argument("--keep", type=float, required=True)
-    parser.add_argument("--dtype", default="auto", help="auto is the model's own")
+    parser.add_argument("--dtype", default="auto", help="`auto` is the model's own dtype")
     parser.add_argument("--threads", type=int, default=None)
     given = parser.parse_args()
     if given.threads is not None:
@@ -204,7 +204,7 @@ def main() -> None:
     tokens = load_file(given.tokens)["tokens"]
     sys.path.insert(0, str(given.clone))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        os.chdir(folder)  # they write beside themselves
+        os.chdir(folder)  # the references write into the current directory
         network = STAGES[given.name](given.model, tokens, given.keep, given.dtype)
         finished = {"finished": time.time(), "cpu_seconds": time.process_time()}
         if given.name == "svd-llm":

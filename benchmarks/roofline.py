@@ -1,9 +1,10 @@
 """What low rank can gain on GPUs, by arithmetic: ``python benchmarks/roofline.py``.
 
-A PREDICTION, not a measurement: nothing runs. Every product takes the longer of its bytes at the
-memory bandwidth and its operations at the peak of the tensor cores, and every phase costs a fixed
-time more: a dense layer is one, a low-rank layer two, shrink and expand, as expand needs all of z.
-``svdserve bench --kernels`` measures the same layers on a GPU.
+This is a PREDICTION, not a measurement: nothing runs. Every product takes the longer of two times,
+its bytes over the memory bandwidth and its operations over the peak of the tensor cores. Every
+phase costs a fixed time more. A dense layer is one phase; a low-rank layer is two, shrink and
+expand, because expand needs all of z. ``svdserve bench --kernels`` measures the same layers on a
+GPU.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ITEM = 2  # bytes of a bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks of one GPU as its maker states them; dense bfloat16 on tensor cores."""
+    """The peaks of one GPU by its data sheet, for dense bfloat16 on tensor cores."""
 
     name: str
     bytes_per_second: float
@@ -75,7 +76,8 @@ MODELS = (
     Model("Llama-3-8B", 4096, 32, 14336, 32, 8, 128_256),
     Model("Llama-3-70B", 8192, 80, 28672, 64, 8, 128_256),
 )
-# Ranks of GPUs: one for the 8B model, one and eight for the 70B model, which one GPU cannot hold.
+# Numbers of GPUs (TP ranks): one for the 8B model; one and eight for the 70B model, which does not
+# fit one GPU.
 PARALLEL = {"Llama-3-8B": (1,), "Llama-3-70B": (1, 8)}
 
 
@@ -100,10 +102,10 @@ class Product:
 
 
 def products(layer: Layer, rank: int | None, gpus: int) -> tuple[Product, ...]:
-    """What one of ``gpus`` GPUs computes: one product if dense, two if of a rank.
+    """The products that one of ``gpus`` GPUs computes: one if ``rank`` is None (dense), else two.
 
-    Sharded by outputs, every GPU needs all of z and so all of factor_in; by inputs, every GPU makes
-    all of y from the summed z and so holds all of factor_out.
+    If the layer is sharded by outputs, every GPU needs all of z and so all of factor_in. If it is
+    sharded by inputs, every GPU computes all of y from the summed z and so holds all of factor_out.
     """
     m, n = layer.outputs, layer.inputs
     by_outputs = layer.sharded == "outputs"
@@ -119,10 +121,11 @@ class Prediction:
     """One layer at one number of rows.
 
     Attributes:
-        bytes, operations: of dense and of low rank, on one GPU.
-        launches: of low rank; a dense layer is one.
-        bound: seconds over seconds from bytes and operations alone.
-        gain: the same with the fixed time of every phase.
+        dense_bytes, lowrank_bytes: that one GPU reads and writes.
+        dense_operations, lowrank_operations: of one GPU.
+        launches: of the low-rank layer; a dense layer is one launch.
+        bound: dense over low-rank seconds, from bytes and operations alone.
+        gain: the same ratio with the fixed time of every phase.
         spare_microseconds: what the second phase may cost before low rank is slower than dense.
     """
 
@@ -154,7 +157,7 @@ def predict(layer: Layer, rank: int, gpus: int, rows: int, gpu: Gpu, phase: floa
 
 
 def model_gain(model: Model, keep: float, gpus: int, rows: int, gpu: Gpu, phase: float) -> float:
-    """Of a step: its layers, dense where low rank loses at one row, and the output head.
+    """The gain of a step: of its layers (dense if low rank loses at one row) and the output head.
 
     Attention, norms and communication are left out, so a real step gains less.
     """
@@ -173,7 +176,7 @@ def model_gain(model: Model, keep: float, gpus: int, rows: int, gpu: Gpu, phase:
 
 
 def report(phase: float) -> dict[str, object]:
-    """Everything, as JSON has it."""
+    """All predictions, as the JSON file has them."""
     layers, models = [], []
     for gpu in GPUS:
         for model in MODELS:
@@ -198,27 +201,27 @@ def report(phase: float) -> dict[str, object]:
 
 
 def markdown(found: dict[str, object]) -> str:
-    """docs/roofline.md."""
+    """The page docs/roofline.md."""
     phase = float(found["phase_seconds"]) * 1e6  # type: ignore[arg-type]
     lines = [
         "# Roofline of the low-rank layers on GPUs",
         "",
-        "**A prediction, not a measurement.** No GPU was at hand. `python benchmarks/roofline.py` "
-        "computes this page and [results/roofline.json](../results/roofline.json), which also has "
-        "bytes and operations of every layer; `svdserve bench --kernels` measures the layers on "
-        "whatever device there is.",
+        "**This is a prediction, not a measurement.** No GPU was available. `python "
+        "benchmarks/roofline.py` computes this page and "
+        "[results/roofline.json](../results/roofline.json), which also has bytes and operations of "
+        "every layer; `svdserve bench --kernels` measures the layers on any device.",
         "",
-        "- A product takes the longer of bytes over bandwidth and operations over peak, with the "
-        "peaks of the data sheets: "
+        "- A product takes the longer of two times, bytes over bandwidth and operations over peak, "
+        "with the peaks of the data sheets: "
         + "; ".join(
             f"{gpu.name} {gpu.bytes_per_second / 1e12:g} TB/s and "
             f"{gpu.operations_per_second / 1e12:g} TFLOP/s bfloat16 ({gpu.source})"
             for gpu in GPUS
         )
-        + ". Real kernels reach less, dense ones too; a ratio suffers only where they differ.",
+        + ". Real kernels, dense ones too, reach less; a ratio is wrong only if they differ in it.",
         f"- Every phase costs {phase:g} µs more, an assumption (`--phase-us`) for filling and "
         "draining the GPU. A dense layer is one phase and one launch. A low-rank layer is two "
-        "phases: one launch up to 64 rows, two launches above.",
+        "phases, in one launch up to 64 rows and in two launches above.",
         "- *Spare* is what the second phase may cost before low rank is slower than dense: compare "
         "it with a measured launch.",
         "- Layouts are `interpolative` and `shared`; ranks are those of `rank_for_keep`, not "
@@ -226,8 +229,9 @@ def markdown(found: dict[str, object]) -> str:
         "",
         "## Whole step",
         "",
-        "Linears of all blocks and the output head; layers that lose at one row stay dense. "
-        "Attention, norms and communication are left out: they dilute the gain.",
+        "The table has the gain over the linears of all blocks and the output head; layers that "
+        "lose at one row stay dense. Attention, norms and communication are left out; they would "
+        "lower the gain.",
         "",
         "| GPU | model | GPUs | κ | " + ROW_TITLES + " |",
         "|---|---|---|---|" + "---|" * len(ROWS),
@@ -239,7 +243,7 @@ def markdown(found: dict[str, object]) -> str:
         "",
         "## Layers",
         "",
-        "MB and MFLOP are those of one row, dense → low rank, on one GPU. Gains are with the fixed "
+        "MB and MFLOP are those of one row, dense → low rank, on one GPU. Gains include the fixed "
         "time of the phases; spare is at one row.",
         "",
         "| GPU | model | GPUs | layer | κ | rank | MB | MFLOP | " + ROW_TITLES + " | spare, µs | |",
@@ -258,8 +262,9 @@ def markdown(found: dict[str, object]) -> str:
         )
     lines += [
         "",
-        "On eight GPUs a layer sharded by outputs reads the whole factor_in on each, and one "
-        "sharded by inputs the whole factor_out: the shares of dense weights shrink, these do not.",
+        "On eight GPUs, each GPU reads the whole factor_in of a layer that is sharded by outputs, "
+        "and the whole factor_out of one that is sharded by inputs. Its share of a dense weight "
+        "shrinks with the number of GPUs, but these do not.",
         "",
     ]
     return "\n".join(lines)

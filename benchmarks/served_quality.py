@@ -1,9 +1,9 @@
-"""Perplexity as clients of the server get it, beside that of transformers on the same chunks.
+"""Perplexity that clients of the server measure, beside that of transformers on the same chunks.
 
     python benchmarks/served_quality.py --text FILE MODEL [MODEL ...]
 
-The first model is the dense one. vLLM rounds more than transformers where weights are int8: the
-input of every product too. Chunks, and what counts as a loss, are those of `svdserve eval`.
+The first model is the dense one. With int8 weights vLLM rounds more than transformers: the input of
+every product too. The chunks and the loss are those of `svdserve eval`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FLAGS = ("--kv-cache-memory-bytes", "1G", "--enforce-eager", "--max-num-seqs", "
 
 
 def served_loss(model: Path, chunks: list[list[int]]) -> float:
-    """Mean loss of a token, nats."""
+    """The mean loss of a token in nats, by the server's log-probabilities of the prompt."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
@@ -50,7 +50,7 @@ def served_loss(model: Path, chunks: list[list[int]]) -> float:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the perplexities."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", help="the dense one first")
     parser.add_argument("--text", type=Path, required=True)

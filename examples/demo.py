@@ -1,7 +1,7 @@
-"""`make demo`: fetch a small model, compress it, measure both, serve it and ask it something.
+"""`make demo`: fetch a small model, compress it, measure both, serve it and ask it a question.
 
-Every step is a plain command, printed before it runs. Nothing is taken from a cache of results: the
-table at the end holds what this run measured on this machine.
+Every step is a plain command, printed before it runs. The table at the end holds only what this run
+measured on this machine.
 """
 
 import json
@@ -26,7 +26,7 @@ from svdserve.server.serve import DEFAULT_HOST, check_port
 SMOLLM2 = Path(os.path.relpath(Path(__file__).with_name("smollm2.py")))
 QUESTION = "What is the capital of France?"
 KEEP = "0.8"
-# Short sequences: sampling them from the model itself is most of the calibration's time.
+# Sequences are short, because sampling them from the model takes most of the calibration's time.
 CALIBRATION = ("--calibration", "self", "--tokens", "8192", "--seq-len", "256")
 GRADIENTS = ("--gradient-tokens", "4096")
 EVALUATION = ("--seq-len", "1024", "--max-chunks", "8")
@@ -48,7 +48,7 @@ def demo(
         Path | None,
         typer.Option(
             envvar="SVDSERVE_DEMO_TEXT",
-            help="Text for perplexity; Python's language reference when absent.",
+            help="The text for perplexity. Without it, Python's language reference is used.",
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="Port of the server on 127.0.0.1.")] = 8000,
@@ -80,7 +80,7 @@ def demo(
 
 
 def _table(models: tuple[Path, Path], perplexities: list[Any], bench: dict[str, Any]) -> Table:
-    """One row a figure: dense, compressed, and compressed over dense."""
+    """One row for each figure: dense, compressed, and compressed over dense."""
     rows = [
         ("weights, MiB", [_weight_bytes(model) / 2**20 for model in models]),
         ("perplexity", [entry["perplexity"] for entry in perplexities]),
@@ -103,7 +103,7 @@ def _weight_bytes(model: Path) -> int:
 
 
 def _language_reference(path: Path) -> Path:
-    """Human-written English that no download is needed for: it is part of Python itself."""
+    """Write English text by humans that needs no download, because it is part of Python."""
     from pydoc_data.topics import topics
 
     path.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
@@ -125,7 +125,7 @@ def _ask(url: str) -> str:
 
 @contextmanager
 def _server(model: Path, port: int) -> Iterator[str]:
-    """The URL of `svdserve serve`, ready; it ends with the context."""
+    """The URL of a ready `svdserve serve`, which ends with the context."""
     console.print(f"[bold]$ svdserve serve {model} --port {port} {' '.join(SERVING)}[/bold]")
     with running(model, DEFAULT_HOST, port, model.parent / "server.log", SERVING) as server:
         try:
@@ -139,7 +139,7 @@ def _svdserve(*arguments: str) -> None:
 
 
 def _json(file: Path, *arguments: str) -> Any:
-    """What the command writes with --json."""
+    """Run a command of svdserve and return what it writes with --json."""
     _svdserve(*arguments, "--json", str(file))
     return json.loads(file.read_text())
 
@@ -155,7 +155,7 @@ def _run(*arguments: str) -> None:
 
 
 def main() -> None:
-    """Entry point; a step that fails has said why, and its exit code is passed on."""
+    """Entry point; a failed step prints its own message, and its exit code is passed on."""
     try:
         typer.run(demo)
     except subprocess.CalledProcessError as error:

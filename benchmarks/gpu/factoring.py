@@ -1,4 +1,4 @@
-"""The linear algebra of compression at 8B shapes, and the compression of blocks of that shape."""
+"""Measures the linear algebra of compression at 8B shapes, and compresses blocks of that shape."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def primitives(device: torch.device, dry: bool, left: Callable[[], float]) -> list[dict[str, Any]]:
-    """Seconds, peak memory and errors of what a factorisation is made of."""
+    """Seconds, peak memory and errors of the operations that a factorisation uses."""
     found: list[dict[str, Any]] = []
     hidden, intermediate = (64, 160) if dry else (4096, 14336)
     generator = torch.Generator(device).manual_seed(0)
 
     def gram(n: int, dtype: torch.dtype) -> Tensor:
-        """Of inputs whose spectrum falls off, as those of a model do."""
+        """The Gram matrix [n, n] of inputs whose spectrum decays, as a model's does."""
         x = torch.randn(n, 2 * n, generator=generator, device=device, dtype=torch.float32)
         x *= torch.logspace(0, -3, n, device=device)[:, None]
         mixed = x[torch.randperm(n, generator=generator, device=device)]
@@ -73,7 +73,7 @@ def _pivots(
     timed: Callable[..., Any],
     generator: torch.Generator,
 ) -> list[dict[str, Any]]:
-    """LU with partial pivoting of Vᵀ at the shapes of o_proj and down_proj: time, size of Z."""
+    """Time LU with partial pivoting of Vᵀ at the shapes of o_proj and down_proj; sizes of Z."""
     results = []
     for n, rank in ((hidden, hidden * 9 // 16), (intermediate, hidden * 3 // 4)):
         v = torch.randn(rank, n, generator=generator, device=device, dtype=torch.float64)
@@ -164,7 +164,7 @@ def compression(root: Path, work: Path, dry: bool, seconds: float) -> dict[str, 
 
 
 def make_model(directory: Path, dry: bool) -> None:
-    """Two blocks of the shape of Llama-3-8B, random, with a tokenizer of bytes."""
+    """Write two random blocks of the shape of Llama-3-8B, with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 

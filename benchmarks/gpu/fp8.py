@@ -1,7 +1,8 @@
-"""The same products with weights and inputs in fp8 (e4m3), a scale a row: the yardstick on a GPU.
+"""The same products in fp8 (e4m3), with a scale for each row, for comparison on a GPU.
 
-torch's scaled product, as vLLM's W8A8 layers; inputs are rounded by one compiled function, which
-for low rank also adds the pivots. Inputs of the low-rank side are in order.
+Weights and inputs are in fp8, and torch's scaled product multiplies them, as in vLLM's W8A8 layers.
+One compiled function rounds the inputs; for low rank it also adds the pivots. The inputs of the
+low-rank side are in order, pivots first.
 """
 
 from collections.abc import Callable, Sequence

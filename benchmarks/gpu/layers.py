@@ -1,4 +1,4 @@
-"""The low-rank linear on a GPU: right or not, which configuration, and how fast beside dense."""
+"""Checks the low-rank linear on a GPU, finds its fastest configurations and times it."""
 
 import math
 import statistics
@@ -22,13 +22,13 @@ from svdserve.kernels.triton.linear import TritonFactors
 from svdserve.kernels.triton.table import Entry
 
 T = Tile
-TABLE_ROWS = (16, 32, 64, 128)  # rows up to which a line of a table holds
+TABLE_ROWS = (16, 32, 64, 128)  # the largest numbers of rows of a table's configurations
 
 
 # The linears of a block on one GPU: hidden, intermediate, heads, kv heads, head_dim.
 MODELS = {
     "Llama-3-8B": llama_layers(4096, 14336, 32, 8, 128),
-    # Its attention has the shapes of Llama's.
+    # Its attention has the shapes of Llama's, so only the MLP is measured.
     "Qwen3-8B": llama_layers(4096, 12288, 32, 8, 128)[2:],
     "Llama-3-70B": llama_layers(8192, 28672, 64, 8, 128),
     "Llama-3-70B TP 8": llama_layers(8192, 28672 // 8, 64 // 8, 8 // 8, 128),
@@ -37,7 +37,7 @@ DRY = {"dry": llama_layers(64, 80, 4, 2, 16)[:2]}
 
 
 class Weights:
-    """A layer's dense weight and its factors, in as many copies as no cache holds."""
+    """A layer's dense weight and its factors, in more copies than a cache holds."""
 
     def __init__(self, layer: Layer, keep: float, device: torch.device, dry: bool) -> None:
         rank = INTERPOLATIVE.rank_for_keep(layer.outputs, layer.inputs, keep)
@@ -79,7 +79,7 @@ def medians(
 
 
 def plan_of(*configs: Config) -> Plan:
-    """These configurations by ascending rows, and the two products for more rows."""
+    """A plan of these configurations in ascending order of rows, and the two products above."""
     return configs if configs[-1].rows is None else (*configs, PRODUCTS)
 
 
@@ -110,7 +110,9 @@ def correctness(device: torch.device, configs: Sequence[Config], dry: bool) -> d
                     if rows > limit:
                         continue
                     planned = module.with_plan(plan_of(config))
-                    for _ in range(2):  # the second finds what the first left behind
+                    for _ in range(
+                        2
+                    ):  # the second call starts from the counters that the first left
                         got = planned(x)
                     error = float((got.double() - want).abs().max() / want.abs().max())
                     name = describe(config)
@@ -121,7 +123,7 @@ def correctness(device: torch.device, configs: Sequence[Config], dry: bool) -> d
 
 
 def describe(config: Config) -> str:
-    """A configuration in a few letters."""
+    """A short text for a configuration."""
     if config.shrink is None or config.expand is None:
         return "products"
     parts = [
@@ -131,7 +133,7 @@ def describe(config: Config) -> str:
     return f"{config.launch} " + " ".join(parts)
 
 
-# By block of rows: tiles of shrink with the splits that are tried, tiles of expand.
+# For each number of rows: tiles of shrink with the splits to try, and tiles of expand.
 CANDIDATES: dict[int, tuple[list[tuple[Tile, tuple[int, ...]]], list[Tile]]] = {
     16: (
         [
@@ -178,7 +180,7 @@ LINES = (0, 1, 4)
 
 
 def stages(rows: int, dry: bool) -> Iterator[Callable[[Config], list[Config]]]:
-    """What is tried one after the other, each time from the best so far."""
+    """The steps of the search; each gives configurations to try, given the best so far."""
     shrinks, expands = CANDIDATES[rows]
     if dry:
         shrinks, expands = [(shrinks[0][0], shrinks[0][1][:2])], expands[:2]
@@ -212,18 +214,17 @@ def stages(rows: int, dry: bool) -> Iterator[Callable[[Config], list[Config]]]:
 
 
 def tune(device: torch.device, dry: bool) -> tuple[Entry, dict[str, Any]]:
-    """What is fastest for each number of rows over the layers of an 8B model.
+    """Find what is fastest for each number of rows over the layers of an 8B model.
 
-    The keep ratio goes from layer to layer, so that the columns of all of them reach from those of
-    the lowest to those of the highest.
+    The layers have high and low keep ratios in turn, so that their columns cover the range of both.
 
     Args:
         device: of the weights.
-        dry: few candidates, tiny layers.
+        dry: whether to try few candidates on tiny layers.
 
     Returns:
-        The entry of a dispatch table, where the two products have the rows at which no kernel was
-        faster, and what was measured.
+        The entry of a dispatch table, which has the two products for the rows at which no kernel
+        was faster, and the measurements.
     """
     layers = DRY["dry"] if dry else MODELS["Llama-3-8B"]
     keeps = [(0.8, 0.4)[index % 2] for index in range(len(layers))]
@@ -260,20 +261,20 @@ def tune(device: torch.device, dry: bool) -> tuple[Entry, dict[str, Any]]:
 def _cost(
     config: Config, modules: list[list[TritonFactors]], inputs: list[Tensor], count: int
 ) -> float:
-    """Microseconds of one block's layers in ``count`` rounds; infinite where it cannot run."""
+    """Median microseconds of one block's layers in ``count`` rounds; infinite if it cannot run."""
     total = 0.0
     try:
         for copies_, x in zip(modules, inputs, strict=True):
             calls = [partial(module.with_plan(plan_of(config)), x) for module in copies_]
             total += medians({"own": calls}, count, x.device)["own"]
-    except Exception as error:  # a candidate that does not fit the card
+    except Exception as error:  # a candidate may not fit the GPU
         print(f"  {describe(config)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return math.inf
     return total * 1e6
 
 
 class _compilers:
-    """Processes that compile configurations into Triton's cache, side by side."""
+    """Processes that compile configurations into Triton's cache in parallel."""
 
     def __init__(self, dry: bool) -> None:
         self.pool = None if dry else ProcessPoolExecutor(10, get_context("spawn"))
@@ -291,7 +292,7 @@ class _compilers:
 
 
 def compile_now(config: Config) -> None:
-    """Run a configuration once on a tiny layer; an error is left to the one that measures."""
+    """Run a configuration once on a tiny layer; errors are reported when it is measured."""
     device = torch.device("cuda")
     part = Part(
         torch.zeros(16, 16, dtype=torch.bfloat16, device=device),
@@ -317,9 +318,9 @@ def times(
 
     Args:
         device: of the weights.
-        plan: of what is fastest for how many rows.
-        dry: tiny layers.
-        left: seconds that may still be spent; what does not fit is left out.
+        plan: what is fastest for each number of rows.
+        dry: whether to measure tiny layers.
+        left: gives the seconds that may still be spent; layers beyond them are left out.
     """
     rows_tried = (1, 8) if dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
     first = plan_of(single(16, T(16, 16, 128, 2, 5)), single(64, T(64, 32, 64, 4, 6)))

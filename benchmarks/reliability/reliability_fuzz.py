@@ -1,13 +1,14 @@
-"""Thousands of generated requests, valid and invalid, against the real server: not one 5xx.
+"""Sends thousands of generated requests, valid and invalid, to a real server: none may get a 5xx.
 
     python benchmarks/reliability/reliability_fuzz.py --model DIR --openai openapi.json
 
-Schemathesis generates the cases from two documents: the one that the server publishes, every route;
-and OpenAI's own, the routes that we serve too. Half of them break the schema on purpose. About
-every second body is then cut to the essential fields and two others at most, with the name of the
-served model, since with all fields at once some value is refused nearly always. Most of those get
-essential fields that are valid: the schemas allow no prompt, an empty one, and token ids of any
-size, so what is drawn from them hardly ever gets through to the model. Answers are kept short.
+Schemathesis generates the cases from two documents: the one that the server publishes, with every
+route; and OpenAI's own, with the routes that we serve too. Half of the cases break the schema on
+purpose. About every second body is then cut to the essential fields and at most two others, with
+the name of the served model, since a body with all fields nearly always has a value that is
+refused. Most of these bodies get valid essential fields, because the schemas allow a missing or
+empty prompt and token ids of any size, so that generated values rarely reach the model. Answers
+are kept short.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from hypothesis.errors import Unsatisfiable
 from reliability_client import Target, parse_arguments, serving, write_results
 from schemathesis import APIOperation, Case, GenerationMode
 
-# Would change how many engines run, which is what it is there for.
+# This route is left out because it changes the number of engines.
 LEFT_OUT = ("/scale_elastic_ep",)
 SHORT = 8
-# Requests in the results can be sent again: nothing that looks like a secret is cut out of them.
+# Text that looks like a secret is not removed, so that requests in the results can be sent again.
 WHOLE = schemathesis.Config.from_dict({"output": {"sanitization": {"enabled": False}}})
-# Without these a request asks for nothing.
+# The fields without which a request asks for nothing.
 ESSENTIAL = {"model", "messages", "prompt", "input", "query", "items", "label_token_ids", "tokens"}
 VALID_SHARE = 0.75
 # Token ids that are text in the tokenizers of SmolLM2 and of the tests' models.
@@ -42,10 +43,9 @@ LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_toke
 
 
 class Tally:
-    """Statuses by document and operation, and all failures; the first of a kind is printed.
+    """Statuses by document and operation, and all failures; the first of each kind is printed.
 
-    A request that was sent before, and all but the first of an operation that takes no input, count
-    for nothing.
+    Repeated requests are not counted, so an operation without input counts once.
     """
 
     def __init__(self) -> None:
@@ -89,13 +89,13 @@ def served_part(openai: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         kept = {method: value for method, value in item.items() if method in known}
         if kept:
             paths[path] = kept
-    # A key is no input of interest here: this server asks for none.
+    # Keys are left out, because this server asks for none.
     components = {**openai["components"], "securitySchemes": {}}
     return {**openai, "paths": paths, "components": components, "security": []}
 
 
 def completed(ours: dict[str, Any]) -> dict[str, Any]:
-    """This server's document with a body for /invocations, which takes those of other routes."""
+    """This server's document with a body for /invocations, which accepts that of other routes."""
     body = ours["paths"]["/v1/completions"]["post"]["requestBody"]
     route = {"post": {**ours["paths"]["/invocations"]["post"], "requestBody": body}}
     return {**ours, "paths": {**ours["paths"], "/invocations": route}}
@@ -110,7 +110,7 @@ def operations(document: dict[str, Any]) -> Iterator[APIOperation]:
 
 
 def shortened(body: Any) -> Any:
-    """The body with small lengths."""
+    """The body with its lengths of answers limited to SHORT."""
     if not isinstance(body, dict):
         return body
     changes = {
@@ -120,7 +120,7 @@ def shortened(body: Any) -> Any:
 
 
 def valid_essentials(path: str, source: random.Random) -> dict[str, Any]:
-    """What a route that generates text cannot do without, but for the name of the model."""
+    """Valid values of the essential fields of a route that generates text, without the model."""
     text = " ".join(source.choices(("one", "Two", "3,", "fo\u00fcr", "\u4e94", "\U0001f642"), k=8))
     conversation = [{"role": "user", "content": text}]
     tokens = source.sample(TOKEN_IDS, 3)
@@ -137,9 +137,9 @@ def valid_essentials(path: str, source: random.Random) -> dict[str, Any]:
 
 
 def plausible(body: Any, path: str, model: str, source: random.Random) -> Any:
-    """The served model's name, what is essential, and two more fields of the same body at most.
+    """A body with the served model's name, the essential fields and at most two of its others.
 
-    It may pass all checks, so it gets a length even if it asks for none.
+    It may pass all checks, so it gets a length even if it had none.
     """
     if not isinstance(body, dict):
         return body
@@ -163,7 +163,7 @@ def fuzz(
     chosen: int,
     tally: Tally,
 ) -> None:
-    """Send so many cases of one operation, half of each mode."""
+    """Send ``cases`` cases of one operation, half of them valid and half invalid."""
     name = f"{operation.method.upper()} {operation.path}"
     has_input = bool(operation.body) or any(True for _ in operation.iter_parameters())
     edits = st.none() | st.integers(0, 1 << 32) if operation.body else st.none()
@@ -194,7 +194,7 @@ def fuzz(
                 tally.server_lives = _lives(target)
             tally.add(document, name, case, status, answer)
 
-        # Where any text is valid, nothing can be broken.
+        # If any text is valid, no invalid case exists.
         with contextlib.suppress(Unsatisfiable):
             one()
 
@@ -207,11 +207,11 @@ def _lives(target: Target) -> bool:
 
 
 def main() -> int:
-    """Returns 1 if any answer was a 5xx or none, or if there were fewer cases than asked for."""
+    """Run it; the exit status is 1 after any 5xx or missing answer, or after too few cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--openai", type=Path, help="OpenAI's document as JSON")
-    parser.add_argument("--cases", type=int, default=2000, help="at least so many in total")
-    parser.add_argument("--url", help="of a server that runs, instead of a fresh one")
+    parser.add_argument("--cases", type=int, default=2000, help="least number of cases in total")
+    parser.add_argument("--url", help="of a running server to use, in place of a new one")
     arguments = parse_arguments(parser, "reliability_fuzz.json")
     tally = Tally()
     if arguments.url:

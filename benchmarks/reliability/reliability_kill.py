@@ -1,9 +1,9 @@
-"""kill -9 at random moments of `svdserve compress` and `svdserve refine`: does it resume exactly?
+"""Kills `svdserve compress` and `svdserve refine` by kill -9 at random moments, and resumes them.
 
 Every run is a process of its own. Half of the kills come at a random time, half before a random
-change of the file system; resumptions are killed too. After each the output is either absent or
-complete, and in the end its files are those of an uninterrupted run, byte for byte (the log, which
-has times in it, apart). The first difference ends the command with exit code 1.
+change of the file system; resumed runs are killed too. After each kill the output must be absent or
+complete, and in the end its files must equal those of an uninterrupted run byte for byte (except
+the log, which has times). The first difference ends the command with exit code 1.
 
     python benchmarks/reliability/reliability_kill.py --kills 20 --seed 0
 """

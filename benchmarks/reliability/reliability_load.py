@@ -1,14 +1,14 @@
-"""1,000 requests at concurrency 64, with cancelled, malformed and over-long ones among them.
+"""Sends 1,000 requests, 64 at a time; some are cancelled, malformed or too long.
 
     python benchmarks/reliability/reliability_load.py --model COMPRESSED --dense DENSE
 
-What must hold: no 5xx; every accepted request is answered, or was cut off by us; what cannot be
-answered is refused with 4xx; the server's memory returns to its level within 2 %; and greedy
-answers under load are those of the idle server as often as the dense model's are, whose batches
-change the order of sums just as much (Fisher's exact test at 1 %). vLLM's own metrics must agree
-with the clients: as many requests finished as were answered, none but those that were cut off
-besides, and nothing is left running, waiting or in the KV cache. One such load goes before, so that
-the level is that of a server whose KV cache has been in use.
+These conditions must hold. There is no 5xx. Every accepted request is answered or cut off by us.
+Malformed and over-long requests are refused with 4xx. The server's memory returns to its level
+before the load within 2 %. Greedy answers under load equal those of the idle server as often as the
+dense model's do, whose batches change the order of sums just as much (Fisher's exact test at 1 %).
+vLLM's own metrics agree with the clients: it finished as many requests as were answered, and no
+others but those that were cut off, and nothing is left running, waiting or in the KV cache. A first
+load of the same kind is not counted, so that the KV cache has been in use before.
 """
 
 import argparse
@@ -44,24 +44,24 @@ IN_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_
 
 @dataclass(frozen=True)
 class Metrics:
-    """What vLLM counts: finished requests by reason, and what still is in its engine."""
+    """vLLM's counts: finished requests by reason, and what is still in its engine."""
 
     finished: dict[str, int]
     left: dict[str, float]
 
 
 class LoadResult(BaseModel):
-    """What one server did.
+    """The result of one server.
 
     Attributes:
-        statuses: of HTTP by kind of request, and how often.
-        server_errors: answers with 5xx, or none.
+        statuses: the count of each HTTP status, by kind of request.
+        server_errors: requests that got a 5xx or no answer.
         unanswered: accepted requests that neither ended nor were cut off by us.
         wrongly_accepted: malformed and over-long requests that were not refused.
         compared: requests that were answered in full.
         differing: those whose greedy answer is not the idle server's.
         cut_off: requests that were cut off by us.
-        finished: by vLLM's count, by reason.
+        finished: vLLM's count of finished requests, by reason.
         left: vLLM's gauges of what is in the engine, once the work is over.
         memory_before, memory_after: resident bytes of all processes.
     """
@@ -98,7 +98,7 @@ class LoadResult(BaseModel):
 
 
 async def idle_answers(target: Target, requests: Requests) -> dict[tuple[int, ...], str]:
-    """The greedy continuation of every prompt of the pool, one at a time."""
+    """The greedy continuation of every prompt of the pool, requested one at a time."""
     asked = [Request("whole", prompt, tokens) for prompt, tokens in requests.pool]
     answers = await send_all(target, asked, concurrency=1)
     assert all(answer.complete for answer in answers), [a.error for a in answers if a.error][:3]
@@ -106,7 +106,7 @@ async def idle_answers(target: Target, requests: Requests) -> dict[tuple[int, ..
 
 
 async def load(target: Target, vocabulary: int, arguments: argparse.Namespace) -> LoadResult:
-    """Two rounds of the same kind; the second counts."""
+    """Load a server in two rounds of the same kind, of which the second counts."""
     requests = Requests(arguments.seed, target.max_model_len, vocabulary)
     expected = await idle_answers(target, requests)
     await send_all(target, requests.mix(arguments.requests), arguments.concurrency)
@@ -147,7 +147,7 @@ def scrape(target: Target) -> Metrics:
 
 
 async def settled(target: Target, level: int | None = None) -> int:
-    """Resident bytes once the work is over: the least that is seen, until it is at the level."""
+    """The least resident bytes after the work, measured until they are down to ``level``."""
     least = target.resident_bytes()
     for _ in range(SETTLE_SECONDS if level is not None else 5):
         await asyncio.sleep(1)
@@ -165,7 +165,7 @@ def judge(
     seconds: float,
     memory: tuple[int, int],
 ) -> LoadResult:
-    """Count what went well and what did not."""
+    """Count the answers of each kind."""
     pairs = list(zip(sent, answers, strict=True))
     statuses: dict[str, dict[str, int]] = {}
     for request, answer in pairs:
@@ -194,7 +194,7 @@ def judge(
 
 
 def bars(compressed: LoadResult, dense: LoadResult | None) -> dict[str, bool]:
-    """What was promised, and whether it holds."""
+    """Every condition, and whether it holds."""
     found = {
         "no 5xx": compressed.server_errors == 0,
         "every accepted request answered or cut off by the client": compressed.unanswered == 0,
@@ -225,7 +225,7 @@ def measure(model: Path, arguments: argparse.Namespace) -> LoadResult:
 
 
 def main() -> int:
-    """Returns 1 if a bar is missed."""
+    """Measure and report; the exit status is 1 if a condition does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dense", type=Path, help="to compare greedy answers with")
     parser.add_argument("--requests", type=int, default=1000)

@@ -1,12 +1,12 @@
-"""Twenty minutes of steady load: is memory flat, is latency flat?
+"""Loads a server steadily for twenty minutes: its memory and latency must not grow.
 
     python benchmarks/reliability/reliability_soak.py --model DIR
 
-So many clients ask one request after another. The run is cut into windows; after the first quarter,
-which warms up (the KV cache fills), the median window of the last quarter is compared with that of
-the second: memory within 2 %, latency within 10 %. Latency is normalized: from sending to the end,
-over the tokens of the answer, since answers differ in length; of a window, the median. Requests are
-the mix of reliability_load.
+``--concurrency`` clients each send one request after another, of the mix of reliability_load. The
+run is divided into windows. The first quarter warms up (the KV cache fills). Then the median window
+of the last quarter is compared with that of the second: memory must be within 2 %, latency within
+10 %. A window's latency is the median of its requests', each from sending to the end and divided by
+the tokens of the answer, since answers differ in length.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LEAST_WINDOWS = 8
 
 
 class Window(BaseModel):
-    """What was seen in one window; seconds are those of answered requests, for each token."""
+    """The measurements of one window; seconds are those of answered requests, per token."""
 
     end_seconds: float
     resident_bytes: int
@@ -48,7 +48,7 @@ class Window(BaseModel):
 
 
 async def soak(target: Target, requests: Requests, arguments: argparse.Namespace) -> list[Window]:
-    """Load the server for the given time; one window every so many seconds."""
+    """Load the server for the given time, and measure one window every ``--window`` seconds."""
     windows: list[Window] = []
     done: list[tuple[Request, Answer]] = []
     source = cycle(requests.mix(1000))
@@ -73,7 +73,7 @@ async def soak(target: Target, requests: Requests, arguments: argparse.Namespace
 
 
 def summary(seen: Sequence[tuple[Request, Answer]], end: float, resident: int) -> Window:
-    """What the requests that ended in one window say."""
+    """Summarise the requests that ended in one window."""
     answered = [(r, a) for r, a in seen if r.kind in ("whole", "stream") and a.complete]
     times = sorted(a.seconds / r.tokens for r, a in answered) or [0.0]
     return Window(
@@ -94,14 +94,14 @@ def drift(values: Sequence[float]) -> float:
 
 
 def main() -> int:
-    """Returns 1 if a bar is missed."""
+    """Measure and report; the exit status is 1 if a condition does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--window", type=float, default=15, help="seconds")
     parser.add_argument("--concurrency", type=int, default=4)
     arguments = parse_arguments(parser, "reliability_soak.json")
     if arguments.minutes * 60 < LEAST_WINDOWS * arguments.window:
-        parser.error(f"give time for {LEAST_WINDOWS} windows")
+        parser.error(f"--minutes must hold at least {LEAST_WINDOWS} windows of --window seconds")
     with serving(arguments.model, arguments.flags) as target:
         mix = Requests(arguments.seed, target.max_model_len, vocabulary_of(arguments.model))
         windows = asyncio.run(soak(target, mix, arguments))

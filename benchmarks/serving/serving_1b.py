@@ -1,9 +1,9 @@
 """Throughput of a 1B Llama shape, dense and factored: ``python benchmarks/serving/serving_1b.py``.
 
 Weights are random, since speed and memory do not depend on their values, and the factored models
-are written directly in the checkpoint format. The bars say what this project promises, above all a
-share of the ratio that bytes and operations allow. Eager and compiled are two results files, each
-over the dense model in the same mode.
+are written directly in the checkpoint format. The bars are the goals of this project, above all a
+share of the ideal ratio of bytes or operations. Eager and compiled mode have a results file each,
+relative to the dense model in the same mode.
 """
 
 import argparse
@@ -73,9 +73,9 @@ class Promise:
 
 
 PROMISES = {0.8: Promise(1.10, 1.18), 0.6: Promise(1.30, 1.5), 0.4: Promise(1.60, 1.8)}
-LEAST_DECODE = 1.0  # At every batch size: never slower than dense.
-LEAST_SHARE = 0.95  # Of the ideal ratio, by bytes in decoding and by operations in prefill.
-LEAST_MEMORY = 0.9  # Of the bytes saved in the files must be saved in the worker.
+LEAST_DECODE = 1.0  # decoding is not slower than dense at any batch size
+LEAST_SHARE = 0.95  # of the ideal ratio: of bytes in decoding, of operations in prefill
+LEAST_MEMORY = 0.9  # of the bytes that the files save, to be saved in the worker
 
 
 def write_model(directory: Path, keep: float | None) -> None:
@@ -111,7 +111,7 @@ def write_model(directory: Path, keep: float | None) -> None:
         config["quantization_config"] = block.dump()
     directory.mkdir(parents=True)
     save_file(tensors, directory / SINGLE_FILE)
-    # Last: a directory with a configuration is complete.
+    # The configuration comes last: a directory that has one is complete.
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -127,7 +127,7 @@ def _specs(prefix: str, keep: float) -> Iterator[tuple[str, ModuleSpec]]:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """One word for each token: no server starts without a tokenizer."""
+    """Write a tokenizer with one word for each token, because no server starts without one."""
     words = {f"<{number}>": number for number in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<0>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -135,7 +135,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def bars(result: BenchResult) -> list[Bar]:
-    """Every promise next to its measurement."""
+    """Every goal with its measurement."""
     dense, *others = result.models
     medians = {(ratio.directory, ratio.workload): ratio.median for ratio in result.ratios}
     found = share_bars(result, LEAST_SHARE)
@@ -155,7 +155,7 @@ def bars(result: BenchResult) -> list[Bar]:
 
 
 def main() -> int:
-    """Write the models where they are absent, measure, report; returns 1 if a bar is missed."""
+    """Write the models that are missing, measure and report; returns 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder")
     parser.add_argument("--work", type=Path, default=Path("work/serving_1b"), help="models, 6 GiB")

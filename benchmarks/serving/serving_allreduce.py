@@ -1,10 +1,10 @@
-"""Bytes that tensor parallelism sums over the ranks for each token, beside the dense model's.
+"""Bytes that tensor parallelism sums over the TP ranks for each token, beside the dense model's.
 
     python benchmarks/serving/serving_allreduce.py MODEL SMALL [SMALL ...]
 
-Every model generates from one prompt in vLLM's own engine while rank 0 notes what goes into the
-all-reduces of its groups. Beside it stands the arithmetic: the embedding and every row-parallel
-layer sum m outputs, or the rank r where the layer is factored.
+Every model generates from one prompt in vLLM's own engine, while TP rank 0 counts the bytes of its
+all-reduces. The count is compared with arithmetic: the embedding and every row-parallel layer sum m
+numbers, or r numbers if the layer is factored with rank r.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from svdserve.compression.system.files import write_results
 from svdserve.compression.system.machine import this_machine
 from svdserve.server.cpu_install import work_around
 
-PROMPT, OUTPUT = 8, 9  # The last token is not fed back: 16 tokens pass the model.
+PROMPT, OUTPUT = 8, 9  # the last token is not fed back, so 16 tokens pass through the model
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")  # of Llama and its relatives
 ITEM = 2  # bytes of a bfloat16
 
 
 def expected_bytes(directory: Path) -> int:
-    """What a token needs by the checkpoint's ranks."""
+    """The bytes that the ranks r of the checkpoint's modules make a token sum."""
     config = read_json(directory / "config.json")
     modules = (
         parse_config(config["quantization_config"]).modules if is_checkpoint(directory) else {}
@@ -42,10 +42,10 @@ def expected_bytes(directory: Path) -> int:
 
 
 def measure(directory: Path, ranks: int) -> dict[str, Any]:
-    """Count in a process of its own."""
+    """Count the bytes of a model in a process of its own."""
     environment = {
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of this file goes to the workers
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or vLLM asks for more cores than ranks
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise vLLM needs more cores than TP ranks
         "OMP_NUM_THREADS": "1",
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def measure(directory: Path, ranks: int) -> dict[str, Any]:
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         if done.returncode:
             log = (done.stdout + done.stderr)[-4000:]
-            raise RuntimeError(f"{directory} on {ranks} ranks:\n{log}")
+            raise RuntimeError(f"{directory} on {ranks} TP ranks:\n{log}")
         measured = read_json(answer)
     return {
         "directory": str(directory),
@@ -66,7 +66,7 @@ def measure(directory: Path, ranks: int) -> dict[str, Any]:
 
 
 def count(directory: str, ranks: int) -> dict[str, int]:
-    """Generate, and return how many all-reduces rank 0 took part in and their bytes."""
+    """Generate, and return how many all-reduces TP rank 0 took part in and their bytes."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -107,7 +107,7 @@ def _watched(worker: Any) -> dict[str, int]:
 
 
 def main() -> int:
-    """Measure every model; returns 1 where the engine sums other bytes than the arithmetic says."""
+    """Measure every model; returns 1 if the engine sums other bytes than the arithmetic says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="the dense one first")
     parser.add_argument("--ranks", type=int, default=2)

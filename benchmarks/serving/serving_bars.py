@@ -1,4 +1,4 @@
-"""What the serving benchmarks promise beside what they measured."""
+"""The goals ("bars") of the serving benchmarks, written beside their measurements."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ from svdserve.compression.system.files import write_results
 
 
 class Bar(BaseModel):
-    """One promise: ``measured`` is to lie within ``least`` and ``most``.
+    """One goal: ``measured`` must be within ``least`` and ``most``.
 
-    ``over_dense`` and ``ideal`` are set where ``measured`` is their quotient.
+    ``over_dense`` and ``ideal`` are set if ``measured`` is their quotient.
     """
 
     model: str
@@ -27,7 +27,7 @@ class Bar(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def reached(self) -> bool:
-        """Whether the promise is kept."""
+        """Whether the goal is reached."""
         enough = self.least is None or self.measured >= self.least
         return enough and (self.most is None or self.measured <= self.most)
 
@@ -39,7 +39,7 @@ class Bar(BaseModel):
 
 
 def share_bars(result: BenchResult, least: float) -> list[Bar]:
-    """Of every model and workload the measured ratio over the ideal one."""
+    """One goal for every model and workload: the measured ratio over the ideal one."""
     return [
         Bar(
             model=Path(ratio.directory).name,
@@ -54,7 +54,7 @@ def share_bars(result: BenchResult, least: float) -> list[Bar]:
 
 
 def report(result: BenchResult | LoadResult, bars: list[Bar], file: Path) -> int:
-    """Print the bars and write them with the measurements; returns 1 if one is missed."""
+    """Print the goals and write them with the measurements; returns 1 if one is missed."""
     print(*bars, sep="\n")
     written = {
         "command": " ".join(["python", *sys.argv]),

@@ -2,8 +2,8 @@
 
     python benchmarks/serving/serving_overhead.py MODEL
 
-Both servers run at once and are loaded in turn. A bar judges the median over all rounds, workloads
-and numbers of clients: the difference is one of the API process, and so the same in all.
+Both servers run at once and are loaded in turn. A bar is for the median over all rounds, workloads
+and numbers of clients, because a difference would be in the API process and so the same in all.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MOST_TTFT = 1.01
 
 
 def over_plain(result: LoadResult, figure: str) -> float:
-    """The median over everything that was measured of a figure over plain vLLM's."""
+    """The median ratio of a figure to plain vLLM's, over all measurements."""
     plain, ours = result.servers
     return statistics.median(
         mine / theirs

@@ -2,11 +2,12 @@
 
     python benchmarks/serving/serving_profile.py [DENSE SMALL ...]
 
-The models are those of serving_1b.py unless named. Every engine records the operations of the same
-workloads in turn, A B C, C B A, ...; of the rounds the median. `allowed` is the ratio to dense that
-would be left if the compressed model's products took exactly their share of the dense model's time,
-and everything else took what it takes. That is no upper bound where the fused kernel takes less
-than its share; its time is of all that it does, an MLP's activation included.
+The models are those of serving_1b.py unless others are named. Every engine records the operations
+of the same workloads in turn, A B C, C B A, ..., and the median of the rounds is reported.
+`allowed` is the ratio to dense that would result if the compressed model's products took exactly
+their share of the dense model's time, and everything else the time that it takes. It is no upper
+bound, because the fused kernel may take less than its share. The kernel's time includes an MLP's
+activation.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def parts(recorded: dict[str, float]) -> dict[str, float]:
 
 
 def multiplied(work: ModelWork, workload: str) -> int:
-    """Parameters of a workload's products; of prefill the head sees one token only."""
+    """Parameters of a workload's products; prefill leaves out the head, which sees one token."""
     head = work.head_parameters if workload.startswith("decode") else 0
     return work.linear_parameters + head
 
@@ -54,7 +55,7 @@ Rounds = dict[tuple[str, str], list[dict[str, float]]]  # by workload and model
 
 
 def record(options: BenchOptions) -> Rounds:
-    """Every round that counts, of every workload and model."""
+    """The seconds of every counted round, by workload and model."""
     rounds: Rounds = {}
     names = [directory.name for directory in options.directories]
     with start_engines(options) as engines:
@@ -69,7 +70,7 @@ def record(options: BenchOptions) -> Rounds:
 
 
 def compared(dense: list[dict[str, float]], own: list[dict[str, float]], share: float) -> Any:
-    """Median seconds of a model, its ratio to dense, and the ratio that is allowed."""
+    """Median seconds of a model, its ratio to dense, and the ratio `allowed`."""
     pairs = list(zip(dense, own, strict=True))
     allowed = [
         theirs[TOTAL] / (mine[TOTAL] - mine["products"] + share * theirs["products"])
@@ -84,12 +85,16 @@ def compared(dense: list[dict[str, float]], own: list[dict[str, float]], share: 
 
 
 def main() -> None:
-    """Record, print and write."""
+    """Record, print and write the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="*", help="the dense one first")
     parser.add_argument("--json", type=Path, default=Path("results/serving_profile.json"))
     parser.add_argument("--pairs", type=int, default=5, help="rounds; one more warms up")
-    parser.add_argument("--compiled", action="store_true", help="what Inductor joins is outside")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="compiled mode; operations that Inductor fuses count as outside of operations",
+    )
     given = parser.parse_args()
     folder = Path("work/serving_1b")
     directories = given.models or [folder / "dense", *(folder / f"keep-{k:g}" for k in KEEPS)]

@@ -1,4 +1,4 @@
-"""Decoding of SmolLM2, whose small layers are bound by calls.
+"""Decoding of SmolLM2, whose small layers are limited by the overhead of calls.
 
     python benchmarks/serving/serving_smollm2.py MODEL SMALL
 
@@ -13,7 +13,7 @@ from serving_bars import Bar, report
 
 from svdserve.bench.engine import BenchOptions, print_bench, run_bench
 
-LEAST = {1: 1.0, 8: 1.08, 32: 1.08}  # Tokens per second over dense by batch size.
+LEAST = {1: 1.0, 8: 1.08, 32: 1.08}  # tokens per second over dense, by batch size
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""From starting a server to its first token, compressed over dense.
+"""The time from starting a server to its first token, compressed over dense.
 
     python benchmarks/serving/serving_start.py MODEL SMALL [SMALL ...]
 

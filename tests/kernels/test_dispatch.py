@@ -164,7 +164,7 @@ def test_plans_that_cannot_run_are_refused() -> None:
             to_text(plan)
         with pytest.raises(ValidationError, match=message):
             Entry(dtype="bfloat16", columns=(1, 2), plan=plan)
-    with pytest.raises(ValueError, match="neither has"):
+    with pytest.raises(ValueError, match="give both one, or neither"):
         Config(16, SMALL)
     with pytest.raises(ValueError, match="17 rows; tiles of 16 take 16 in one launch"):
         single(17, SMALL)

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_named() -> None:
     inner, outer, pivots = Shape(16, 32, 8).part(torch.float32)
     x = inputs(4, 32, torch.float32)
     wrong: list[tuple[tuple[Tensor | None, ...], str]] = [
-        ((x[:, :31], inner, outer, pivots), r"x is \[4, 31\]; the factors take 32 channels"),
+        ((x[:, :31], inner, outer, pivots), r"x is \[4, 31\]; the factors expect \[..., 32\]"),
         ((x.half(), inner, outer, pivots), "x is torch.float16"),
         ((x, inner[:7], outer, pivots), r"\[\[7, 24\], \[16, 8\], \[8\]\]; expected"),
         ((x, inner, outer[:, :0], pivots), "r at least 1"),
