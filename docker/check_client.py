@@ -1,4 +1,4 @@
-"""Ask the server that check.sh started: nothing but the standard library is at hand in there."""
+"""Send requests to the server that check.sh started, with the standard library only."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ except HTTPError as error:
         raise
 model = json.loads(ask("/v1/models"))["data"][0]["id"]
 print(f"{model} answers:", repr(complete("The capital of France is", max_tokens=16)))
-# xgrammar has lost its Triton, and must not miss it.
+# The image has no Triton, and xgrammar must work without it.
 chosen = complete("The capital of France is ", structured_outputs={"choice": CHOICES})
 print("of two choices:", chosen)
 assert chosen in CHOICES

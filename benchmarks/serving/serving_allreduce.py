@@ -110,7 +110,7 @@ def main() -> int:
     """Measure every model; returns 1 if the engine sums other bytes than the arithmetic says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path, nargs="+", help="the dense one first")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="the number of TP ranks")
     parser.add_argument("--json", type=Path, default=Path("results/serving_allreduce.json"))
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -50,10 +50,9 @@ def serve(
     """Serve a model with vLLM's OpenAI-compatible server.
 
     Every flag of `vllm serve` works too, such as `--port 8001 --max-model-len 4096`;
-    `vllm serve --help=all` lists them. The server listens on 127.0.0.1:8000 unless told
-    otherwise. A dense model is served dense. The environment variable SVDSERVE_API_KEYS may also
-    hold keys, separated by commas. After SIGTERM, requests have `--shutdown-timeout` seconds to
-    finish, 30 by default.
+    `vllm serve --help=all` lists them. The default address is 127.0.0.1:8000. A dense model is
+    served dense. The environment variable SVDSERVE_API_KEYS may also hold keys, separated by
+    commas. After SIGTERM, requests have `--shutdown-timeout` seconds to finish, 30 by default.
     """
     from svdserve.server.http.security import SecurityOptions
     from svdserve.server.serve import configured_model

@@ -2,7 +2,7 @@
 
 A layer [m, n] has one or more parts (layer_parts.py). Each factored part is two products around
 the latent z: y = C (x[pivots] + Z x[rest]), or y = U (V x). A layer factored as a whole, such as
-a shared qkv_proj, therefore costs two products, or one fused operation where svdserve.kernels has
+a shared qkv_proj, therefore costs two products, or one fused operation if svdserve.kernels has
 one for the device and dtype. On a GPU one fused operation may compute several parts.
 
 Tensor parallelism. A column-parallel layer has its TP rank's rows of factor_out and all of
@@ -349,7 +349,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise UserError(f"{self.prefix}: factors were not loaded; use --load-format svdserve")
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y [.., m] of x [.., n] for this rank's m and n."""
+        """y [.., m] of x [.., n], for the m and n of this TP rank."""
         if self.all_reduces_latent and not layer.skip_bias_add:
             bias = layer.bias  # vLLM passes it on TP rank 0 only, as it expects a sum over them
         if self._product is not None:
