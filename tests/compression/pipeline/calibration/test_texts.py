@@ -263,7 +263,7 @@ def test_the_state_of_a_dataset_is_part_of_a_jobs_signature(dataset: Path, tmp_p
     commit = "0123456789abcdef" * 2 + "01234567"
     given = calibration_digests([make_recipe(calibration=f"hf:some/data@{commit}:en")])
     assert given == {f"hf:some/data@{commit}:en": f"revision {commit}, rows in order"}
-    with pytest.raises(UserError, match="the Hub does not tell its revision"):
+    with pytest.raises(UserError, match="the Hub does not report its revision"):
         calibration_digests([make_recipe(calibration="hf:some/data")])
 
 
