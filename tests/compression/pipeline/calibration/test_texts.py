@@ -190,7 +190,7 @@ def test_too_few_tokens_in_a_large_file_is_one_line(model: Path, tmp_path: Path)
     text = tmp_path / "long.txt"
     text.write_bytes(b"x" * 4_000_000)
     recipe = make_recipe(calibration=str(text), tokens=2048, seq_len=256)
-    with pytest.raises(UserError, match=r"make \d sequences of 256 tokens, and 8 are wanted"):
+    with pytest.raises(UserError, match=r"give \d sequences of 256 tokens, but 8 are needed"):
         calibration_tokens(directory, recipe)
 
 
