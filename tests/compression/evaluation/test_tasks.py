@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import random_tokens, save_model
-from svdserve.compression.evaluation.tasks import TaskScore, task_scores
+from svdserve.compression.evaluation.tasks import TaskAccuracy, task_accuracies
 from svdserve.compression.system.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_equals_sums_by_hand(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "letters.jsonl"
     given = items()
     file.write_text("".join(json.dumps(item) + "\n" for item in given))
-    result = task_scores(model, [str(file)], dtype="float32")
+    result = task_accuracies(model, [str(file)], dtype="float32")
     (score,) = result.scores
     taken = [by_hand(model, item) for item in given]
     gold = [item["gold"] for item in given]
@@ -77,7 +77,7 @@ def test_equals_sums_by_hand(model: Path, tmp_path: Path) -> None:
 def test_reported_accuracy(
     task: str, acc: float | None, acc_norm: float | None, reported: float
 ) -> None:
-    score = TaskScore(task=task, items=4, acc=acc, acc_norm=acc_norm)
+    score = TaskAccuracy(task=task, items=4, acc=acc, acc_norm=acc_norm)
     assert score.accuracy == reported
 
 
@@ -87,11 +87,11 @@ def test_bad_lines_are_named(model: Path, tmp_path: Path) -> None:
     for wrong in ("{", json.dumps(good | {"gold": 3}), json.dumps({"context": "a"})):
         file.write_text(json.dumps(good) + "\n" + wrong + "\n")
         with pytest.raises(UserError, match="line 2 is not a multiple-choice item"):
-            task_scores(model, [str(file)])
+            task_accuracies(model, [str(file)])
     with pytest.raises(UserError, match="cannot be read"):
-        task_scores(model, [str(tmp_path / "absent.jsonl")])
+        task_accuracies(model, [str(tmp_path / "absent.jsonl")])
 
 
 def test_unknown_task_is_named(model: Path) -> None:
     with pytest.raises(UserError, match="no_such_task"):
-        task_scores(model, ["no_such_task"])
+        task_accuracies(model, ["no_such_task"])

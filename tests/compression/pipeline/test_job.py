@@ -157,7 +157,7 @@ def test_a_search_of_another_recipe_is_not_taken_over(tmp_path: Path, calibratio
         compress(str(model), tmp_path / "out", other, run)
     compress(str(model), tmp_path / "out", other, QUIET.model_copy(update={"force": True}))
     uncalibrated = recipe_for(calibration, **search | {"method": "svd"})
-    with pytest.raises(UserError, match="reads no calibration text to measure"):
+    with pytest.raises(UserError, match="reads no calibration text, so blocks cannot"):
         compress(str(model), tmp_path / "svd", uncalibrated, QUIET)
 
 
@@ -288,7 +288,7 @@ def test_resuming_what_is_complete_changes_nothing(tmp_path: Path, calibration: 
     Path(calibration).write_text(TEXT)
     assert not compress(str(model), out, recipe_for(calibration), run).made
     (out / LOG_FILE).write_text('{"event": "published", "job": 1}\n')
-    with pytest.raises(UserError, match="nothing to resume, and its log does not tell"):
+    with pytest.raises(UserError, match="nothing to resume, and its log does not name"):
         compress(str(model), out, recipe_for(calibration), run)
 
 

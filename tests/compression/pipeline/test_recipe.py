@@ -68,7 +68,7 @@ def test_parameters_are_completed_with_the_methods_defaults():
         ),
         (
             {"method": "svd-llm", "allocator": "scores"},
-            r"allocator 'scores': method svd-llm learns none; take one of acip, soco, or another",
+            r"allocator 'scores': method svd-llm learns none; give one of the methods acip, soco",
         ),
         (
             {"method": "soco", "parameters": {"exploration": 1.5}},

@@ -1,1 +1,1 @@
-"""What a compressed model is worth: perplexity, tasks, comparison, inspection."""
+"""Evaluation of compressed models: perplexity, tasks, comparison, inspection."""

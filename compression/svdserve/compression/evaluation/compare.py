@@ -1,8 +1,8 @@
-"""`svdserve compare`: a grid of recipes and keep ratios beside the dense model, from one run.
+"""`svdserve compare`: a grid of recipes and keep ratios, compared with the dense model.
 
 The working folder holds one checkpoint for each cell and a record of every finished evaluation, so
-that a killed comparison goes on where it stopped. A record counts only for the same texts, options
-and recipe.
+that a killed comparison goes on where it stopped. A record is valid only for the same texts,
+options and recipe.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from rich.console import Console
 from svdserve.compression.evaluation.options import Evaluation
 from svdserve.compression.evaluation.perplexity import Perplexity, perplexity
 from svdserve.compression.evaluation.plots import new_figure, save_figure
-from svdserve.compression.evaluation.tasks import TaskScores, task_scores
+from svdserve.compression.evaluation.tasks import TaskAccuracies, task_accuracies
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.format.untrusted import read_json
@@ -49,17 +49,17 @@ class Cell(BaseModel):
     keep: float
     recipe: Recipe | None
     stored_bytes: int
-    """Of all weights in the files."""
+    """Bytes of all weights in the files."""
     perplexities: tuple[Perplexity, ...]
-    scores: TaskScores | None
+    scores: TaskAccuracies | None
 
     def excess(self, dense: "Cell", text: int) -> float:
-        """ln ppl − ln ppl of the dense model on one of the texts."""
+        """ln(perplexity) minus ln(perplexity) of the dense model, on the text of this index."""
         return self.perplexities[text].mean_loss - dense.perplexities[text].mean_loss
 
     @property
     def accuracy(self) -> float | None:
-        """Mean over the tasks of what the literature reports (tasks.py)."""
+        """Mean accuracy over the tasks (tasks.py); None without tasks."""
         return None if self.scores is None else self.scores.accuracy
 
 
@@ -72,7 +72,7 @@ class Comparison(BaseModel):
     cells: list[Cell]
 
     def portable(self) -> dict[str, Any]:
-        """As JSON for a results file: files and folders by their names, not where they lie here."""
+        """JSON for a results file, in which files and folders have names instead of paths."""
         named: dict[str, Any] = _by_name(self.model_dump(mode="json"))
         return named
 
@@ -85,22 +85,22 @@ def compare(
     evaluation: Evaluation,
     run: Run | None = None,
 ) -> Comparison:
-    """Compress with every recipe at every keep ratio, and evaluate everything alike.
+    """Compress with every recipe at every keep ratio, and evaluate all models in the same way.
 
-    The card of every checkpoint gets its results beside those of the dense model.
+    The card of every checkpoint gets its results and those of the dense model.
 
     Args:
         model: a directory or a Hub name.
-        work: holds checkpoints and records; everything finished in it is taken over.
-        recipes: by the name that the tables show; their own keep ratio is replaced. One that
-            changes nothing at κ = 1 gets no row there.
-        keeps: κ.
+        work: the working folder; finished checkpoints and records in it are used again.
+        recipes: the recipes by their names in the tables; ``keeps`` replaces their keep ratios. A
+            recipe that would store the dense model unchanged gets no row.
+        keeps: the keep ratios κ.
         evaluation: texts and tasks.
-        run: how this machine compresses; what depends on the teacher alone is kept in ``work``.
+        run: how this machine compresses; ``work`` also serves as its cache.
 
     Raises:
-        UserError: nothing to measure, or ``work`` holds another recipe under the same name, or
-            results of another model or calibration text.
+        UserError: there is nothing to measure, or ``work`` holds another recipe under the same
+            name, or results of another model or calibration text.
     """
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
@@ -132,7 +132,7 @@ def _compare(
         for name, template in recipes.items():
             recipe = template.model_copy(update={"keep": keep})
             if recipe.keeps_all:
-                continue  # the dense model, which has its row
+                continue  # the dense model has its own row
             out = checkpoint_of(work, name, keep)
             compress(str(directory), out, recipe, run)
             cells.append(_cell(name, keep, recipe, out, work, evaluation))
@@ -142,10 +142,12 @@ def _compare(
 
 
 def _same_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> dict[str, str]:
-    """Digests of model and calibration files, also kept in ``work``; texts may be added later.
+    """Digests of the model and the calibration texts, which ``work`` also records.
+
+    Later comparisons may add texts.
 
     Raises:
-        UserError: ``work`` is about others.
+        UserError: ``work`` has recorded another digest.
     """
     record = work / "inputs.json"
     known = read_json(record) if record.exists() else {}
@@ -159,7 +161,7 @@ def _same_inputs(work: Path, directory: Path, recipes: Iterable[Recipe]) -> dict
 
 
 def checkpoint_of(work: Path, name: str, keep: float) -> Path:
-    """Where the working folder holds the checkpoint of a cell."""
+    """Path of a cell's checkpoint in the working folder."""
     return work / f"{name}-keep{keep:g}"
 
 
@@ -207,7 +209,7 @@ def _cell(
             )
             for text in evaluation.texts
         ),
-        scores=task_scores(
+        scores=task_accuracies(
             directory, evaluation.tasks, limit=evaluation.limit, device=evaluation.device
         )
         if evaluation.tasks
@@ -218,7 +220,7 @@ def _cell(
 
 
 def _key(evaluation: Evaluation, recipe: Recipe | None) -> str:
-    """Changes with everything that a record of an evaluation depends on."""
+    """A digest of everything that the record of an evaluation depends on."""
     digests = [file_sha256(file) for file in evaluation.files]
     settings = evaluation.model_dump(mode="json"), recipe and recipe.model_dump(mode="json")
     return hashlib.sha256(json.dumps((*settings, digests)).encode()).hexdigest()
@@ -246,7 +248,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _short(perplexity: float) -> str:
-    """Two decimals, or two digits where the model is broken."""
+    """The perplexity with two decimals, or with two digits if the model is broken."""
     return f"{perplexity:.2f}" if perplexity < _BROKEN else f"{perplexity:.1e}"
 
 
@@ -254,7 +256,7 @@ def plot(comparison: Comparison, file: Path) -> None:
     """Perplexity on the first text against stored bytes, one line for each recipe.
 
     Raises:
-        UserError: matplotlib is not installed, or no text was measured.
+        UserError: matplotlib is not installed, or the comparison has no text.
     """
     dense, *others = comparison.cells
     if not dense.perplexities:

@@ -8,22 +8,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svdserve.compression.evaluation.options import SingleEvaluation
 from svdserve.compression.evaluation.perplexity import Perplexity, perplexity
-from svdserve.compression.evaluation.tasks import TaskScores, check_tasks, task_scores
+from svdserve.compression.evaluation.tasks import TaskAccuracies, check_tasks, task_accuracies
 from svdserve.compression.model.hub import resolve_model
 from svdserve.compression.system.errors import UserError, explain
 from svdserve.compression.system.machine import usable_device
 
 
 class Results(BaseModel):
-    """What was measured: perplexities text by text, and the scores of every model."""
+    """The perplexities of all models on each text, and the task accuracies of every model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     perplexities: tuple[Perplexity, ...]
-    scores: tuple[TaskScores, ...]
+    scores: tuple[TaskAccuracies, ...]
 
     def portable(self) -> list[dict[str, Any]]:
-        """As JSON for a results file: perplexities, then scores."""
+        """JSON for a results file: perplexities, then task accuracies."""
         return [found.model_dump(mode="json") for found in (*self.perplexities, *self.scores)]
 
 
@@ -31,12 +31,12 @@ def evaluate(models: Sequence[str | Path], **options: Any) -> Results:
     """Measure perplexity on texts, accuracy on multiple-choice tasks, or both.
 
     Args:
-        models: directories or Hub names; the results have the names that are given here.
+        models: directories or Hub names; the results name the models in the same way.
         options: the fields of ``SingleEvaluation``, such as texts, tasks, seq_len and device.
 
     Raises:
-        UserError: nothing to measure, no such model, text or task, or logits that are not finite;
-            what can be checked is checked before the first model is loaded.
+        UserError: there is nothing to measure, a model, text or task does not exist, or logits are
+            not finite. Options and local tasks are checked before the first model is loaded.
     """
     try:
         asked = SingleEvaluation(**options)
@@ -59,7 +59,7 @@ def evaluate(models: Sequence[str | Path], **options: Any) -> Results:
             for name, directory in named
         ),
         scores=tuple(
-            task_scores(directory, asked.tasks, limit=asked.limit, **common).model_copy(
+            task_accuracies(directory, asked.tasks, limit=asked.limit, **common).model_copy(
                 update={"model": name}
             )
             for name, directory in named

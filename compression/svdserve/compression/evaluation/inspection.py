@@ -1,4 +1,4 @@
-"""`svdserve inspect`: what a checkpoint stores, module by module."""
+"""`svdserve inspect`: rank, bytes and error of every module of a checkpoint."""
 
 import math
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from svdserve.compression.format.roles import ROLES, Role
 
 
 class ModuleFacts(BaseModel):
-    """One module: what it stores and what the compression log says of it.
+    """One module: its stored tensors, and its error and β from the log.
 
-    ``error`` is the relative error of the layer's outputs on the calibration tokens and ``beta``
-    the method's weight of the teacher's activations; None where the log has none.
+    ``error`` is the relative error of the module's outputs on the calibration tokens, and ``beta``
+    is the method's weight of the teacher's activations; None if the log does not have it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,11 +29,11 @@ class ModuleFacts(BaseModel):
     layout: str
     rank: int | None
     dtype: str
-    """Of the stored weights; bytes include the scales of int8."""
+    """The dtype of the stored weights."""
     full_rank: int
     parameters: int
     dense_parameters: int
-    """Weights only: the pivots and scales that a module also stores are no parameters."""
+    """Pivots and scales count as bytes, but not as parameters."""
     nbytes: int
     dense_nbytes: int
     error: float | None
@@ -55,7 +55,7 @@ class Inspection(BaseModel):
 
 
 def inspect_checkpoint(directory: Path) -> Inspection:
-    """Read headers, pivots and the log; no weights.
+    """Describe a checkpoint from its headers, pivots and log, without reading weights.
 
     Raises:
         UserError: ``directory`` is no valid checkpoint.
@@ -76,10 +76,10 @@ def inspect_checkpoint(directory: Path) -> Inspection:
 
 
 def print_inspection(inspection: Inspection) -> None:
-    """A table of the modules and one line of totals."""
+    """Print a table of the modules and one line of totals."""
     title = f"{inspection.directory}: {inspection.base_model}, κ = {inspection.keep:g}"
     int8 = any(row.dtype == "int8" for row in inspection.modules)
-    # Text: names come out of the checkpoint, and Table would take [red] in them as markup.
+    # Text, because Table would read a name such as [red] from the checkpoint as markup.
     table = Table(title=Text(f"{title}, int8" if int8 else title))
     table.add_column("module", no_wrap=True)
     table.add_column("layout", no_wrap=True)
@@ -131,9 +131,9 @@ def _factored(
 
 
 def _dense(checkpoint: Checkpoint) -> Iterator[ModuleFacts]:
-    """The linears that could have been factored and are stored whole.
+    """The linears of the model's groups that are not factored.
 
-    Versions 1 and 2 of the format do not list all of them, so names tell there.
+    Versions 1 and 2 of the format do not list all of these, so they are recognised by name.
     """
     listed = checkpoint.config.linears
     for name, info in checkpoint.files.info.items():
@@ -162,7 +162,7 @@ def _dtype(checkpoint: Checkpoint, tensor: str) -> str:
 
 
 def _log(path: Path) -> dict[str, dict[str, float | None]]:
-    """The last ``group`` line of every module."""
+    """Error and β from the last event ``group`` of every module."""
     return {
         str(entry.get("module")): {key: _finite(entry.get(key)) for key in ("error", "beta")}
         for entry in read_log(path)
@@ -171,7 +171,7 @@ def _log(path: Path) -> dict[str, dict[str, float | None]]:
 
 
 def _finite(value: object) -> float | None:
-    """A number that a float can hold; None for anything else."""
+    """A finite number as float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -181,8 +181,8 @@ def _finite(value: object) -> float | None:
 
 
 def _order(row: ModuleFacts) -> list[tuple[int, int, str]]:
-    """Sorts layer 10 after layer 9 and the modules of a block in the order of the forward pass."""
-    # Without self_attn or mlp, which the role tells apart.
+    """Sort key: block 10 comes after block 9, and modules come in the order of the forward pass."""
+    # The path without self_attn or mlp, which the role distinguishes.
     path = row.module.split(".")[:-2]
     numbers = [(int(part), 0, "") if part.isdigit() else (0, 0, part) for part in path]
     return [*numbers, (0, ROLES.index(row.role), row.module)]

@@ -1,4 +1,4 @@
-"""What models are measured on, and how: the options of `svdserve compare` and `svdserve eval`."""
+"""The options of an evaluation, for `svdserve compare` and `svdserve eval`."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ REQUESTS_OF_A_STEP = 8
 
 
 class Evaluation(BaseModel):
-    """What every model is measured on."""
+    """Texts, tasks and settings on which every model is measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,14 +24,14 @@ class Evaluation(BaseModel):
     )
     limit: PositiveInt | None = Field(
         default=None,
-        description="Only the first items of each task are used, this many. The default is all.",
+        description="The number of items to use from the start of each task. The default is all.",
     )
     seq_len: int = Field(
         default=2048, ge=2, description="The number of tokens in a chunk of a text."
     )
     max_chunks: PositiveInt | None = Field(
         default=None,
-        description="Only the first chunks of each text are used, this many. The default is all.",
+        description="The number of chunks to use from the start of each text. The default is all.",
     )
     device: str = Field(
         default="cpu", description="The device that computes, such as `cpu`, `cuda` or `cuda:1`."
@@ -39,12 +39,12 @@ class Evaluation(BaseModel):
 
     @property
     def files(self) -> list[Path]:
-        """Texts and local tasks."""
+        """The texts and the local task files that exist."""
         return [file for file in (*self.texts, *map(Path, self.tasks)) if file.is_file()]
 
 
 class SingleEvaluation(Evaluation):
-    """What models are measured on without a comparison, which leaves more to choose."""
+    """The options of `svdserve eval`, which also sets batch size and dtype."""
 
     batch_size: PositiveInt | None = Field(
         default=None,

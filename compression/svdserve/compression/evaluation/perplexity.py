@@ -1,7 +1,8 @@
 """Perplexity of a model directory, dense or compressed, on a text file.
 
-The protocol of the SVD literature (SVD-LLM, arXiv 2403.07378): tokenise the whole text without
-special tokens, cut it into chunks of equal length, average the token losses of all chunks, exp.
+The protocol is that of the SVD literature (SVD-LLM, arXiv 2403.07378): tokenise the whole text
+without special tokens, cut it into chunks of equal length, average the next-token losses of all
+chunks, and take the exponential.
 """
 
 import math
@@ -27,22 +28,22 @@ from svdserve.compression.pipeline.calibration.texts import read_file
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 
-# Of a text of which the first chunks are wanted, this much is tokenised at first.
+# If only the first chunks are needed, this much of the text is tokenised at first.
 _CHARACTERS_PER_TOKEN, _CUT_TOKENS = 16, 64
 LOSS_SLICE = 256  # positions whose logits are float32 at the same time
 _DTYPES = ("auto", *(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES))
 
 
 class Measurement(BaseModel):
-    """What every evaluation says of its model and itself, so that it can be repeated."""
+    """The facts of an evaluation that are necessary to repeat it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     fingerprint: str | None = None
-    """Of the model's files (``TensorFiles.fingerprint``); None in files of older versions."""
+    """``TensorFiles.fingerprint`` of the model; None in results files of older versions."""
     recipe: dict[str, Any] | None = None
-    """Of a compressed model, with its seed; None for a dense one."""
+    """The recipe of a compressed model; None for a dense model."""
     dtype: str
     machine: Machine
     seconds: float
@@ -56,7 +57,7 @@ class Perplexity(Measurement):
     mean_loss: float
     chunks: PositiveInt
     tokens: PositiveInt
-    """Predicted tokens: seq_len - 1 of each chunk."""
+    """Number of predicted tokens, seq_len − 1 for each chunk."""
     seq_len: PositiveInt
     text: str
     text_sha256: str
@@ -76,14 +77,14 @@ def perplexity(
     """Perplexity of the model in ``model_dir`` on a UTF-8 text file, which is taken verbatim.
 
     Args:
-        seq_len: tokens of a chunk; a shorter rest of the text is not used.
-        max_chunks: use the first chunks only.
-        batch_size: chunks of one forward step.
-        dtype: of weights and activations; "auto" is the model's own. Losses are float32.
+        seq_len: number of tokens in a chunk; a shorter rest of the text is not used.
+        max_chunks: number of chunks to use; None for all.
+        batch_size: number of chunks in a forward step.
+        dtype: dtype of weights and activations; "auto" is the model's own. Losses are float32.
 
     Raises:
-        UserError: no model or text, a text shorter than one chunk, a bad option, or logits that
-            are not finite (the chunk is named; chunks are never skipped).
+        UserError: the model or text does not exist, the text is shorter than one chunk, an option
+            is invalid, or logits are not finite. No chunk is ever skipped.
     """
     from svdserve.compression.model.loading import load_model
 
@@ -112,8 +113,8 @@ def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[s
     """The fields of a Measurement.
 
     Args:
-        model: loaded from ``model_dir``.
-        started: of ``time.perf_counter``.
+        model: the model that was loaded from ``model_dir``.
+        started: the value of ``time.perf_counter`` at the start.
     """
     checkpoint = open_checkpoint(model_dir) if is_checkpoint(model_dir) else None
     files = checkpoint.files if checkpoint else TensorFiles(model_dir)
@@ -130,7 +131,7 @@ def measured(model_dir: Path, model: Any, device: str, started: float) -> dict[s
 
 def _check_options(seq_len: int, max_chunks: int | None, batch_size: int, dtype: str) -> None:
     if seq_len < 2:
-        raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens")
+        raise UserError(f"seq_len {seq_len}: a chunk needs at least 2 tokens; give 2 or more")
     if max_chunks is not None and max_chunks < 1:
         raise UserError(f"max_chunks {max_chunks}: give at least 1, or leave it out for all")
     if batch_size < 1:
@@ -143,7 +144,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
     """Token ids [chunks, seq_len] of a text, without special tokens; a shorter rest is not used.
 
     Raises:
-        UserError: no model or text, or a text shorter than one chunk.
+        UserError: the model or text does not exist, or the text is shorter than one chunk.
     """
     from svdserve.compression.model.building import check_ids, load_config, load_tokenizer
 
@@ -155,14 +156,17 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
         ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
         return ids
 
-    # The last word of a part may be cut, and its tokens others than in the whole text.
+    # The last tokens of a cut text may differ from those of the whole text.
     start = (max_chunks or 0) * seq_len * _CHARACTERS_PER_TOKEN
     ids = encode(start) if start else []
     if len(ids) <= (max_chunks or 0) * seq_len + _CUT_TOKENS:
         ids = encode(-1)
     count = len(ids) // seq_len
     if count == 0:
-        raise UserError(f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}")
+        raise UserError(
+            f"{text}: {len(ids)} tokens, less than one chunk of seq_len {seq_len}; give more text "
+            "or a smaller seq_len"
+        )
     count = min(count, max_chunks or count)
     chunks = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
     check_ids(model_dir, load_config(model_dir), chunks, text)
@@ -170,7 +174,7 @@ def text_chunks(model_dir: Path, text: Path, seq_len: int, max_chunks: int | Non
 
 
 def _batches(chunks: Tensor, batch_size: int, progress: bool) -> Iterator[tuple[int, Tensor]]:
-    """The batches, each with the index of its first chunk, behind a progress bar."""
+    """Yield each batch with the index of its first chunk, and show a progress bar."""
     columns = (
         TextColumn("perplexity"),
         BarColumn(),
@@ -187,7 +191,7 @@ def _batches(chunks: Tensor, batch_size: int, progress: bool) -> Iterator[tuple[
 
 
 def _loss(model: Any, batch: Tensor, first: int) -> float:
-    """Summed next-token loss of chunks [batch, seq_len]; ``first`` is the index of the first."""
+    """Sum of next-token losses of chunks [batch, seq_len]; ``first`` is the first chunk's index."""
     logits: Tensor = model(batch, use_cache=False).logits
     total = 0.0
     for row in range(batch.shape[0]):
@@ -197,7 +201,7 @@ def _loss(model: Any, batch: Tensor, first: int) -> float:
             if not bool(piece.sum().isfinite()):  # NaN and infinity survive every sum
                 raise UserError(
                     f"chunk {first + row}: the logits of positions {start} to {stop - 1} are not "
-                    "finite; the model is broken, or overflows in its dtype (try --dtype float32)"
+                    "finite; the model is broken, or overflows in its dtype: try --dtype float32"
                 )
             targets = batch[row, start + 1 : stop + 1]
             total += cross_entropy(piece, targets, reduction="sum").item()

@@ -1,4 +1,4 @@
-"""The one place that knows matplotlib, which only those who plot need."""
+"""Plots with matplotlib, which is an optional dependency that only this module imports."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +24,10 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def check_figure(file: Path | None) -> None:
-    """Find out before a long job whether ``save_figure`` can work; None where none is wanted.
+    """Check before a long job that ``save_figure`` can write ``file``; None means no figure.
 
     Raises:
-        UserError: matplotlib is not installed, or the name of the file ends otherwise.
+        UserError: matplotlib is not installed, or the name ends in neither .svg nor .png.
     """
     if file is None:
         return
@@ -37,7 +37,7 @@ def check_figure(file: Path | None) -> None:
 
 
 def save_figure(figure: "Figure", file: Path) -> None:
-    """As .svg or .png, by the name of the file; an SVG has text as text, and no date or chance."""
+    """Write a figure as SVG or PNG, by the file's suffix; equal figures give equal SVG files."""
     from matplotlib import rc_context
 
     metadata = {"Date": None} if file.suffix == ".svg" else {}

@@ -1,8 +1,8 @@
-"""Multiple-choice accuracy through lm-evaluation-harness: its own tasks, or local JSONL files.
+"""Multiple-choice accuracy with lm-evaluation-harness, on its own tasks or on local JSONL files.
 
 A line of a file is {"context": str, "choices": [str, ...], "gold": index}. A request is context, a
-space and a choice; acc takes the choice of the largest log-probability, acc_norm the largest one
-divided by the characters of the choice.
+space and a choice. acc predicts the choice of the largest log-probability; acc_norm first divides
+the log-probability by the number of characters of the choice.
 """
 
 import json
@@ -19,12 +19,12 @@ from svdserve.compression.evaluation.perplexity import Measurement, measured
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.system.errors import UserError
 
-# Their choices are continuations or phrases of very different lengths.
+# Tasks whose choices have very different lengths.
 NORMALISED = ("hellaswag", "openbookqa", "arc_challenge")
 
 
-class TaskScore(BaseModel):
-    """Accuracies of one task, from 0 to 1; None where the task does not define them."""
+class TaskAccuracy(BaseModel):
+    """Accuracies of one task, from 0 to 1; None if the task does not define them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,13 +33,13 @@ class TaskScore(BaseModel):
     acc: float | None
     acc_norm: float | None
     sha256: str | None = None
-    """Of the file, for local tasks."""
+    """SHA-256 of a local task's file."""
 
     @property
     def accuracy(self) -> float:
-        """The one that the literature reports: acc, but acc_norm for tasks of NORMALISED.
+        """The accuracy that the literature reports: acc_norm for tasks of NORMALISED, else acc.
 
-        The other where the task has only that; 0 where it has neither.
+        If the task defines only the other accuracy, that is returned; if it defines neither, 0.
         """
         first, second = self.acc, self.acc_norm
         if self.task.startswith(NORMALISED):
@@ -47,19 +47,19 @@ class TaskScore(BaseModel):
         return (second if first is None else first) or 0.0
 
 
-class TaskScores(Measurement):
-    """All tasks of one model."""
+class TaskAccuracies(Measurement):
+    """The accuracies of one model on all tasks."""
 
-    scores: tuple[TaskScore, ...]
+    scores: tuple[TaskAccuracy, ...]
     limit: PositiveInt | None
 
     @property
     def accuracy(self) -> float:
-        """Mean over the tasks."""
+        """Mean accuracy over the tasks."""
         return sum(score.accuracy for score in self.scores) / len(self.scores)
 
 
-def task_scores(
+def task_accuracies(
     model_dir: Path,
     tasks: Sequence[str],
     *,
@@ -67,18 +67,19 @@ def task_scores(
     batch_size: int = REQUESTS_OF_A_STEP,
     dtype: str = "auto",
     device: str = "cpu",
-) -> TaskScores:
-    """Accuracy of a dense or compressed model.
+) -> TaskAccuracies:
+    """Accuracies of a dense or compressed model.
 
     Args:
         tasks: JSONL files, or names that lm-evaluation-harness knows.
-        limit: the first items of each task only.
-        batch_size: requests of one forward step.
-        dtype: of weights and activations; the softmax is float32 always, as rounding it to
-            bfloat16 moves accuracies by points.
+        limit: number of items to use from the start of each task; None for all.
+        batch_size: number of requests in a forward step.
+        dtype: dtype of weights and activations. The softmax is always float32, because rounding it
+            to bfloat16 changes accuracies by percentage points.
 
     Raises:
-        UserError: no such model, file or task, a bad line, or the harness is not installed.
+        UserError: the model, a file or a task does not exist, a line is invalid, or the harness is
+            not installed.
     """
     started = time.perf_counter()
     files = check_tasks(tasks, limit)
@@ -91,7 +92,7 @@ def task_scores(
     from svdserve.compression.model.loading import load_model
 
     class Checked(HFLM):  # type: ignore[misc]
-        """Refuses ids that the model does not know before torch looks for their rows."""
+        """Refuses token ids that have no embedding before torch indexes the embedding."""
 
         def tok_encode(self, *args: Any, **options: Any) -> list[int]:
             ids: list[int] = super().tok_encode(*args, **options)
@@ -117,9 +118,9 @@ def task_scores(
         raise
     except (KeyError, ValueError, FileNotFoundError) as error:
         raise UserError(f"lm-evaluation-harness: {str(error).strip() or repr(error)}") from None
-    return TaskScores(
+    return TaskAccuracies(
         scores=tuple(
-            TaskScore(
+            TaskAccuracy(
                 task=name,
                 items=found["n-samples"][name]["effective"],
                 acc=result.get("acc,none"),
@@ -135,27 +136,28 @@ def task_scores(
 
 
 def check_tasks(tasks: Sequence[str], limit: int | None = None) -> dict[str, Path]:
-    """Check what can be checked of tasks before a model is loaded.
+    """Check local task files and the limit before a model is loaded.
 
     Returns:
         The local files by the names of their tasks.
 
     Raises:
-        UserError: no such file, a bad line, two files of one name, or no item to take.
+        UserError: a file does not exist or has an invalid line or no line, two files have the same
+            name, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give at least 1, or leave it out for all")
     files: dict[str, Path] = {}
     for file in (Path(task) for task in tasks if task.endswith(".jsonl")):
         if file.stem in files:
-            raise UserError(f"{file}: another task is called {file.stem}, too; rename one")
+            raise UserError(f"{file}: another task is also called {file.stem}; rename one")
         files[file.stem] = file
         _check(file)
     return files
 
 
 def _local(name: str, file: Path) -> dict[str, Any]:
-    """The harness's configuration of a JSONL file."""
+    """The configuration of the harness for a JSONL file."""
     metrics = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True}
         for metric in ("acc", "acc_norm")
@@ -177,7 +179,9 @@ def _check(file: Path) -> None:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(
+            f"{file}: cannot be read as UTF-8 text ({error}); give a JSONL file that you may read"
+        ) from None
     for number, line in enumerate(lines, start=1):
         try:
             item = json.loads(line)
@@ -193,4 +197,4 @@ def _check(file: Path) -> None:
                 "context, choices and gold (the index of the right choice)"
             )
     if not lines:
-        raise UserError(f"{file}: no items")
+        raise UserError(f"{file}: has no items; give a file with one item on each line")

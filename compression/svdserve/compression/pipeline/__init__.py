@@ -1,1 +1,1 @@
-"""From a recipe to a compressed directory, stage by stage."""
+"""The pipeline of a compression: from a recipe to a checkpoint, stage by stage."""

@@ -24,13 +24,13 @@ _TERMS = ("license", "license_name", "license_link", "language")
 
 
 def model_card(checkpoint: Checkpoint, recipe: Recipe, source: Path) -> str:
-    """Markdown with the front matter of a Hub card: what was done, bytes, use and recipe.
+    """The model card as Markdown with front matter for the Hub: method, bytes, usage and recipe.
 
     Args:
-        checkpoint: what the card is of.
-        recipe: how it was made.
-        source: the dense model, or the checkpoint that was refined; the licence and the languages
-            of its own card hold on.
+        checkpoint: the checkpoint that the card describes.
+        recipe: the recipe of the checkpoint.
+        source: the dense model, or the checkpoint that was refined; licence and languages come from
+            its card.
     """
     base_model, modules = checkpoint.config.base_model, checkpoint.config.modules
     stored, dense = parameters_of(modules)
@@ -71,7 +71,7 @@ After `import svdserve.compression`, `AutoModelForCausalLM.from_pretrained(".")`
 
 
 def add_results(directory: Path, table: str) -> None:
-    """Put a Markdown table of measurements into the card of a checkpoint, for what was there."""
+    """Put a Markdown table of measurements into the card of a checkpoint; replaces an older one."""
     card = directory / CARD_FILE
     text = re.sub(
         rf"{_RESULTS}\n.*?(?=^{_NEXT}$)", "", card.read_text(encoding="utf-8"), flags=re.M | re.S
@@ -83,7 +83,7 @@ def add_results(directory: Path, table: str) -> None:
 def _origin(source: Path) -> dict[str, str | list[str]]:
     """The fields of a card's front matter that come from the model in ``source``.
 
-    A folder of this machine is no base model that the Hub could know, so it is not named.
+    A local folder is not named as base model, because the Hub does not know it.
     """
     known = _front_matter(source)
     found: dict[str, str | list[str]] = {}
@@ -93,10 +93,10 @@ def _origin(source: Path) -> dict[str, str | list[str]]:
     elif name := hub_name(source):
         found = {"base_model": name, "base_model_relation": "quantized"}
     elif base := _hub_names(known.get("base_model")):
-        found = {"base_model": base}  # of a model between the two, so the relation is another
+        found = {"base_model": base}  # another model lies between, so no relation is stated
     for field in _TERMS:
         value = known.get(field)
-        if field == "language":  # YAML reads Norwegian's code as a truth value
+        if field == "language":  # YAML reads the code of Norwegian, no, as False
             value = [_language(item) for item in (value if isinstance(value, list) else [value])]
             value = [item for item in value if item]
         if (isinstance(value, str) and value) or (isinstance(value, list) and value):
@@ -105,7 +105,7 @@ def _origin(source: Path) -> dict[str, str | list[str]]:
 
 
 def _front_matter(source: Path) -> dict[str, Any]:
-    """The fields of the card in ``source``, or none if it has no card that can be read."""
+    """The front matter of the card in ``source``; empty if it has no readable card."""
     card = source / CARD_FILE
     try:
         return metadata_load(card) or {} if card.is_file() else {}
@@ -114,7 +114,7 @@ def _front_matter(source: Path) -> dict[str, Any]:
 
 
 def _hub_names(value: Any) -> str | list[str] | None:
-    """Names with their owners; a card that a trainer wrote may name a folder instead."""
+    """The names of the form owner/name; cards that training tools write may name a folder."""
     if isinstance(value, list):
         return [name for item in value if (name := _hub_names(item)) and isinstance(name, str)]
     return name if (name := as_hub_name(value)) is not None and "/" in name else None
@@ -125,7 +125,7 @@ def _language(value: Any) -> str | None:
 
 
 def _int8(recipe: Recipe) -> str:
-    """How the weights of the blocks are stored, if not in the dtype of the model."""
+    """A sentence on the storage of the blocks' weights, if their codec is not plain."""
     if get_codec(recipe.weights).plain:
         return ""
     return (
@@ -135,7 +135,7 @@ def _int8(recipe: Recipe) -> str:
 
 
 def _reordered(checkpoint: Checkpoint) -> str:
-    """That another run of the recipe ends in other last digits, where the log tells so."""
+    """A sentence on a resume that changed the order of sums, if the log has such an event."""
     events = read_log(checkpoint.directory / LOG_FILE)
     if not any(event.get("event") == "resumed_anyway" for event in events):
         return ""
@@ -146,7 +146,7 @@ def _reordered(checkpoint: Checkpoint) -> str:
 
 
 def _training(recipe: Recipe) -> str:
-    """What was done to the factors after the closed form."""
+    """A sentence on the training of the factors after the closed form."""
     done = []
     if recipe.block_refinement is not None:
         done.append("block by block towards the outputs of the dense model's blocks")

@@ -1,8 +1,8 @@
-"""A compression from the recipe to the checkpoint, stage by stage. No mathematics.
+"""A compression from the recipe to the checkpoint, stage by stage.
 
-plan → (search) → calibrate → (learn) → sweep → factor → assemble → (train) → publish. Every stage
-returns values; what is finished lies in the work directory ``OUT.partial``, and a resumed job goes
-on from there to the same bytes.
+plan → (search) → calibrate → (learn) → sweep → factor → assemble → (train) → publish. The work
+directory ``OUT.partial`` keeps the results of finished stages. A resumed job continues from them
+and writes the same bytes as an uninterrupted one.
 """
 
 import time
@@ -44,12 +44,12 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
 
     Args:
         model: a directory with safetensors, or a Hub name.
-        out: the checkpoint directory; it appears when it is complete, in one rename.
+        out: the checkpoint directory; one rename creates it when it is complete.
         recipe: what to compute.
-        run: how; defaults to the CPU.
+        run: device, threads, resume and so on; the default uses the CPU.
 
     Raises:
-        UserError: anything wrong with the input, found before the long part starts.
+        UserError: the input is wrong, which is found before the long part starts.
     """
     started, run = time.perf_counter(), run or Run()
     directory = resolve_model(model)
@@ -72,7 +72,7 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
 
 
 def start(plan: Plan, work: WorkDirectory, tokens: Tensor | None = None) -> Tensor:
-    """Check the model before its first block, and give the calibration tokens [N, L]."""
+    """Check the model unless all blocks are finished; returns the calibration tokens [N, L]."""
     if not work.finished(plan.skeleton.blocks):
         check_model(plan)
     return calibrate(plan, work, tokens)
@@ -85,12 +85,12 @@ def closed_form(
     learned: Learned | None = None,
     ranks: Ranks | None = None,
 ) -> tuple[Path, Report]:
-    """Sweep, factor and assemble: the checkpoint in the work directory.
+    """Sweep, factor and assemble; the checkpoint in the work directory, and the report.
 
     Args:
-        tokens: [N, L].
-        learned: which components stay, of a method that learns them.
-        ranks: of every module, where they are given.
+        tokens: calibration tokens [N, L].
+        learned: the components to keep, for a learned method.
+        ranks: the rank r of every module; by default the allocator chooses them.
     """
     started = time.perf_counter()
     with Progress(work.log, plan.skeleton.blocks, plan.run.progress) as progress:
@@ -118,7 +118,7 @@ def closed_form(
 def closed_form_at(
     plan: Plan, out: Path, tokens: Tensor | None = None, ranks: Ranks | None = None
 ) -> None:
-    """A checkpoint of its own for what another stage needs; one that is there stays."""
+    """Write a separate closed-form checkpoint to ``out`` for another stage, unless it exists."""
     work = WorkDirectory.of(out, plan.skeleton.directory, plan.recipe, plan.run)
     with work.locked():
         if work.open(plan.signature) is None:
@@ -128,22 +128,22 @@ def closed_form_at(
 
 
 def search(directory: Path, folder: Path, recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with its number of last blocks, searched on a quarter of the calibration tokens.
+    """The recipe with the best number of last blocks, by a quarter of the calibration tokens.
 
     Raises:
         UserError: the method reads no calibration text.
     """
     if not recipe.calibrated:
         raise UserError(
-            f"allocator last-blocks: method {recipe.method} reads no calibration text to measure "
-            "the final block on; set allocator_parameters.blocks"
+            f"allocator last-blocks: method {recipe.method} reads no calibration text, so blocks "
+            "cannot be searched; set allocator_parameters.blocks"
         )
     plan = make_plan(directory, recipe, run)
     fields, tokens = recipe.model_dump(), max(recipe.length, recipe.tokens // 4)
     again = run if run.force else run.model_copy(update={"resume": True})
 
     def error(blocks: int) -> float:
-        """Behind the last block."""
+        """The error of the hidden states behind the last block, for a number of last blocks."""
         out = folder / str(blocks)
         folder.mkdir(parents=True, exist_ok=True)
         changed = {"allocator_parameters": {"blocks": blocks}, "tokens": tokens}
@@ -157,7 +157,7 @@ def search(directory: Path, folder: Path, recipe: Recipe, run: Run) -> Recipe:
 
 
 def choose_components(plan: Plan, work: WorkDirectory, tokens: Tensor) -> Learned:
-    """All components of every module, as a checkpoint of full rank; then which of them stay."""
+    """Write all components of every module as a checkpoint of full rank; learn which to keep."""
     assert plan.learner is not None
     path = work.path / "components"
     run = plan.run.model_copy(update={"resume": True, "force": False})
@@ -177,7 +177,10 @@ def choose_components(plan: Plan, work: WorkDirectory, tokens: Tensor) -> Learne
 def train(
     plan: Plan, work: WorkDirectory, tokens: Tensor, closed: Path
 ) -> tuple[Path, RefineReport | None]:
-    """The refined checkpoint where the recipe says so; no report if it was there already."""
+    """Refine the checkpoint ``closed`` if the recipe says so.
+
+    Returns the checkpoint to publish, and the report; None if it was refined before or not at all.
+    """
     settings = plan.recipe.refinement
     if settings is None or not open_checkpoint(closed).config.modules:
         return closed, None

@@ -1,4 +1,4 @@
-"""The modules of a model that will be factored, and what each of them is stored in."""
+"""The modules of a model that a recipe factors, and the codec and dtype of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from svdserve.compression.system.errors import UserError
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One module to be: its group, its name in the model, and its linears.
+    """A planned module: its group, its name in the model, and its linears.
 
     Attributes:
-        rows: of its members in the group's stacked weight [m, n].
-        in_features: n.
+        rows: rows of its members in the group's stacked weight [m, n].
+        in_features: input channels n.
     """
 
     group: Group
@@ -38,7 +38,7 @@ class ModulePlan:
 
     @property
     def parent(self) -> str:
-        """Full name of what holds the linears."""
+        """Full name of the torch module that holds the linears."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -53,11 +53,11 @@ class ModulePlan:
 
 
 Modules = list[list[ModulePlan]]
-"""Of every block, in the order of its groups."""
+"""The modules of every block, in the order of its groups."""
 
 
 def plan_modules(skeleton: Skeleton, grouping: Grouping) -> Modules:
-    """One module for each group, or for each linear of a group."""
+    """One module for each group (grouping ``shared``) or for each linear (``separate``)."""
     return [_of_block(skeleton, index, grouping) for index in range(skeleton.blocks)]
 
 
@@ -87,13 +87,13 @@ def every(modules: Modules) -> list[ModulePlan]:
 
 
 def plan_storage(skeleton: Skeleton, modules: Modules, recipe: Recipe) -> dict[str, Storage]:
-    """What every module is stored in, by its name.
+    """Codec and dtype of every module, by its name.
 
-    The dtype is the recipe's, or the one that holds all of the module's linears.
+    The dtype is the recipe's or, for ``auto``, the promoted dtype of the module's linears.
 
     Raises:
-        UserError: a linear is no floating-point tensor, or of a dtype that a checkpoint cannot
-            hold where the recipe names no other.
+        UserError: a linear's weight is no floating-point tensor, or the recipe's dtype is ``auto``
+            and factors cannot be stored in the weight's dtype.
     """
     codec, found = get_codec(recipe.weights), {}
     for module in every(modules):
@@ -118,7 +118,7 @@ def plan_storage(skeleton: Skeleton, modules: Modules, recipe: Recipe) -> dict[s
 def whole_linears(
     modules: Modules, recipe: Recipe, specs: Mapping[str, ModuleSpec]
 ) -> dict[str, LinearSpec]:
-    """The linears that are stored whole, by their full names."""
+    """The linears of ``modules`` that are not factored, by their full names."""
     return {
         linear: LinearSpec(role=module.group.role, codec=recipe.weights)
         for module in every(modules)
@@ -128,7 +128,7 @@ def whole_linears(
 
 
 def parameters_with_dense(modules: Modules, specs: Mapping[str, ModuleSpec]) -> tuple[int, int]:
-    """Stored and dense parameters of all modules, those that stay dense among them."""
+    """Stored and dense parameters of all modules, including modules that stay dense."""
     stored, dense = parameters_of(specs)
     left = [module for module in every(modules) if module.name not in specs]
     kept = sum(module.out_features * module.in_features for module in left)
@@ -136,7 +136,7 @@ def parameters_with_dense(modules: Modules, specs: Mapping[str, ModuleSpec]) -> 
 
 
 def dense_bytes(skeleton: Skeleton, modules: Modules) -> dict[str, Any]:
-    """Bytes of the dense model's tensors, and of each linear that a module stands for."""
+    """Bytes of all tensors of the dense model, and of each linear of ``modules``, for the log."""
     info = skeleton.files.info
     linears = [linear for module in every(modules) for linear in module.linears]
     return {

@@ -1,4 +1,4 @@
-"""The first stage: everything that a compression will do, checked before the long part starts."""
+"""The first stage: plan a compression and check its input before the long part starts."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,15 +37,16 @@ class Plan:
 
     Attributes:
         skeleton: the dense model.
-        modules: what will be factored, or stay dense.
-        storage: what each module is stored in, by name.
-        dtype: of the hidden states that are kept.
-        device: where blocks run.
+        modules: the modules, which are factored or stay dense.
+        storage: codec and dtype of each module, by name.
+        dtype: the dtype of stored hidden states.
+        device: the device that runs blocks.
         base_model: the name of the dense model.
-        statistics: what the method reads of each group.
-        learner: the rules by which components are chosen, where the method has such.
+        statistics: the names of the statistics that the method reads.
+        learner: the Learner of a learned method, else None.
         needs_spectra: whether the allocator compares the modules' spectra.
-        measures: whether the error behind every block is wanted, whatever the method needs.
+        measures: whether the error behind every block is measured even if the method does not need
+            both streams.
     """
 
     recipe: Recipe
@@ -67,7 +68,7 @@ class Plan:
 
     @property
     def signature(self) -> Signature:
-        """All that decides the bytes of the output."""
+        """Everything that determines the bytes of the output."""
         texts = [self.recipe, *(text for _, text in self.recipe.trainings)]
         return {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -77,15 +78,15 @@ class Plan:
         }
 
     def of(self, recipe: Recipe, run: Run, *, measures: bool = False) -> "Plan":
-        """The closed form of another recipe for the same model, on the same machine."""
+        """The plan of another recipe's closed form for the same model and device."""
         return _planned(self.skeleton, recipe, run, self.device, self.base_model, measures)
 
 
 def make_plan(directory: Path, recipe: Recipe, run: Run) -> Plan:
-    """Look at everything that could be wrong with a compression.
+    """Plan a compression, and check its input except for the values of the weights.
 
     Raises:
-        UserError: anything that is, one line.
+        UserError: model, recipe, calibration text or device cannot be used.
     """
     bound_kernel_cache()
     skeleton = Skeleton(directory)
@@ -123,7 +124,7 @@ def _planned(
     modules = plan_modules(skeleton, recipe.grouping)
     statistics = get_method(recipe.method).needs(recipe.parameters)
     needs_spectra = get_allocator(recipe.allocator).needs_spectra
-    if recipe.keep == 1:  # every linear stays dense: gradients would say nothing
+    if recipe.keep == 1:  # every linear stays dense, so gradients are of no use
         statistics, needs_spectra = without_gradients(statistics), False
     return Plan(
         recipe=recipe,
@@ -142,10 +143,10 @@ def _planned(
 
 
 def _check_cast(skeleton: Skeleton, recipe: Recipe) -> None:
-    """Refuse weights that the recipe's dtype cannot hold; reads them if it has less range.
+    """Refuse weights that overflow the recipe's dtype; reads the weights only for float16.
 
     Raises:
-        UserError: names the first such tensor.
+        UserError: a weight overflows; the message names the first such tensor.
     """
     if recipe.dtype != "float16":
         return
@@ -155,16 +156,16 @@ def _check_cast(skeleton: Skeleton, recipe: Recipe) -> None:
             low, high = skeleton.files.load([name])[name].float().aminmax()
             if max(-float(low), float(high)) > limit:
                 raise UserError(
-                    f"{name}: holds {max(-float(low), float(high)):.3g}, and the largest number of "
+                    f"{name}: holds {max(-float(low), float(high)):.3g}, but the largest number of "
                     f"float16 is {limit:g}; give --dtype bfloat16 or float32"
                 )
 
 
 def check_model(plan: Plan) -> None:
-    """Look through the weights, and try the blocks on two tokens, before the long part.
+    """Check before the long part that weights are finite and that blocks can run piecewise.
 
     Raises:
-        UserError: a weight is not finite, or a block cannot be taken apart.
+        UserError: a weight is not finite, or the walk cannot run a block piecewise.
     """
     files = plan.skeleton.files
     with bar(plan.run.progress) as shown:
@@ -176,10 +177,10 @@ def check_model(plan: Plan) -> None:
 
 
 def calibrate(plan: Plan, work: WorkDirectory, given: Tensor | None = None) -> Tensor:
-    """The calibration tokens [N, L] of a job: drawn once, the same after a resume.
+    """The calibration tokens [N, L] of a job, which stay the same after a resume.
 
     Args:
-        given: where they are drawn already.
+        given: tokens to use instead of drawing some.
     """
     recipe = plan.recipe
     if not recipe.calibrated:
@@ -194,22 +195,22 @@ def calibrate(plan: Plan, work: WorkDirectory, given: Tensor | None = None) -> T
     tokens = work.tokens(draw)
     for settings, text in recipe.trainings:
         if text == recipe:
-            settings.check_sequences(len(tokens))  # a short text has fewer than asked
+            settings.check_sequences(len(tokens))  # a short text gives fewer than requested
     return tokens
 
 
 def not_finite(message: str, dtype: torch.dtype) -> UserError:
-    """What a FloatingPointError of a pass over the tokens comes from, and what helps.
+    """The UserError for a FloatingPointError in a pass over the tokens.
 
-    The weights are finite: the job looked through them before it began.
+    ``check_model`` has found that all weights are finite.
 
     Args:
-        message: where it was noticed.
-        dtype: that hidden states are kept in.
+        message: the place, and what is not finite.
+        dtype: the dtype of stored hidden states.
     """
     if dtype == torch.float16:
-        return UserError(f"{message}; they overflow float16: give --dtype bfloat16 or float32")
+        return UserError(f"{message}; values overflow float16: give --dtype bfloat16 or float32")
     return UserError(
-        f"{message}; no weight holds inf or nan, so that activations or their squares overflow "
-        "float32: the model cannot be calibrated on this text"
+        f"{message}; all weights are finite, so activations or their squares overflow float32: "
+        "the model cannot be calibrated on this text; give another --calibration"
     )

@@ -1,4 +1,4 @@
-"""Progress of a job: a bar for people and a JSONL log for programs."""
+"""The progress of a job: a bar on the terminal and a JSONL log."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from svdserve.compression.system.files import write_text
 
 
 def bar(show: bool) -> bars.Progress:
-    """A bar on stderr with count, times, ETA and the task's field ``facts``."""
+    """A progress bar on stderr with count, elapsed time, ETA and the task's field ``facts``."""
     return bars.Progress(
         bars.SpinnerColumn(),
         bars.TextColumn("[bold]{task.description}"),
@@ -30,13 +30,14 @@ def bar(show: bool) -> bars.Progress:
 
 
 class Progress:
-    """Logs events to ``log`` and, when asked, draws a bar over the blocks with an ETA.
+    """Logs events to ``log`` and, if ``show`` is True, draws a bar over the blocks.
 
-    Log lines: ``start`` (the recipe), ``dense`` (bytes of the dense model and of its linears),
-    ``gradients`` (index, solve_seconds: of the spectra),
-    ``group`` (module, rank, error, beta, solve_seconds, pass_seconds),
-    ``block_refinement`` (held-out squared error before and at best), ``block`` (index, seconds,
-    peak_bytes), ``done`` and, behind those of a refinement, ``published`` (workdir.py).
+    Events: ``start`` (the signature of the job), ``resumed_anyway`` (before, after), ``dense``
+    (bytes of the dense model and of its linears), ``scores`` (state of the learning), ``gradients``
+    (index, solve_seconds of the spectra), ``group`` (module, rank, error, beta, solve_seconds,
+    pass_seconds), ``block_refinement`` (held-out squared error before and at best), ``block``
+    (index, seconds, peak_bytes, error) and ``done``. After them come the events of a refinement and
+    ``published`` (workdir.py).
     """
 
     def __init__(self, log: Path, blocks: int, show: bool) -> None:
@@ -67,7 +68,7 @@ class Progress:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                break  # the line that the kill cut off
+                break  # the line was cut off when the job was killed
             if entry.get("index", blocks) < blocks:
                 kept.append(line)
         write_text(self._path, "".join(line + "\n" for line in kept))
@@ -76,12 +77,12 @@ class Progress:
         log_event(self._path, kind, **fields)
 
     def gradients(self, index: int, solve_seconds: float) -> None:
-        """The gradients of a block are taken; they go from the last block to the first."""
+        """Log that the sweep, which goes from the last block to the first, finished a block."""
         self.event("gradients", index=index, solve_seconds=round(solve_seconds, 4))
         self._bar.update(self._task, description=f"gradients, block {index}")
 
     def group(self, index: int, path: str) -> None:
-        """Say which group is being worked on."""
+        """Show the current group on the bar."""
         self._bar.update(self._task, description=f"block {index} {path}")
 
     def solved(self, index: int, module: str, **facts: Any) -> None:
@@ -97,9 +98,9 @@ class Progress:
         self._facts.append(f"error² {before:.2e} → {best:.2e}")
 
     def block(self, index: int, peak_bytes: int, error: float | None) -> None:
-        """A block is finished (or replayed from an earlier run, when nothing was solved).
+        """Advance the bar by a block, and log the block unless an earlier run has finished it.
 
-        ``error`` is that of the student's hidden states behind the block.
+        ``error`` is the error of the student's hidden states behind the block.
         """
         seconds = time.perf_counter() - self._begun
         if self._facts:

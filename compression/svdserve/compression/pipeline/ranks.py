@@ -1,4 +1,4 @@
-"""The rank of every module, under the one budget that the recipe's keep ratio gives."""
+"""The rank r of every module under the budget of the recipe's keep ratio."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,13 +16,16 @@ _CANDIDATES = 6
 
 
 def plan_ranks(modules: Modules, recipe: Recipe, known: Mapping[str, Tensor]) -> Ranks:
-    """The rank of every module by its name.
+    """The rank r of every module by its name.
 
     Args:
-        known: ``<module>.energies``, ``.curvature`` and ``.losses`` where the allocator asks for
-            spectra, ``<module>.scores`` where a method has learned them; else empty.
+        known: ``<module>.energies``, ``.curvature`` and ``.losses`` if the allocator needs spectra,
+            ``<module>.scores`` if the method learns scores, else empty.
+
+    Raises:
+        UserError: the ranks store more than κ.
     """
-    if recipe.keep == 1:  # nothing to save: every linear stays dense
+    if recipe.keep == 1:  # nothing to save, so every linear stays dense
         return {module.name: None for module in every(modules)}
     sizes = _sizes(modules, known)
     budget = _budget(recipe)
@@ -33,19 +36,19 @@ def plan_ranks(modules: Modules, recipe: Recipe, known: Mapping[str, Tensor]) ->
 
 
 def is_searched(recipe: Recipe) -> bool:
-    """Whether the number of last blocks to factor is to be found by trying some."""
+    """Whether the number of last blocks to factor must be searched."""
     return recipe.allocator == "last-blocks" and recipe.allocator_parameters["blocks"] is None
 
 
 def full_ranks(modules: Modules) -> Ranks:
-    """Every component of every module."""
+    """The ranks that keep every component of every module."""
     return {m.name: min(m.out_features, m.in_features) for m in every(modules)}
 
 
 def check_reachable(modules: Modules, recipe: Recipe) -> None:
-    """Refuse a keep ratio below what the least ranks of all modules store; UserError says which.
+    """Raise UserError if the least ranks of all modules store more than the keep ratio.
 
-    This is known before spectra are: an allocator spends no less.
+    No allocator can store less, so this check needs no spectra.
     """
     sizes, budget = _sizes(modules, {}), _budget(recipe)
     budget.check(sizes, {name: budget.ranks(module)[0] for name, module in sizes.items()})
@@ -74,7 +77,7 @@ def _sizes(modules: Modules, known: Mapping[str, Tensor]) -> dict[str, Module]:
 
 
 def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
-    """How many of the last blocks can hold κ with their least ranks; all where none can."""
+    """The least number of last blocks whose least ranks stay within κ; all blocks if none does."""
     modules, fields = plan_modules(skeleton, recipe.grouping), recipe.model_dump()
     for blocks in range(1, skeleton.blocks):
         with suppress(UserError):
@@ -87,16 +90,16 @@ def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
 def search_last_blocks(
     blocks: int, keep: float, error: Callable[[int], float], possible: int = 1
 ) -> int:
-    """How many of the last blocks to factor: the number of least error at the final block.
+    """The number of last blocks to factor that gives the least error behind the final block.
 
-    ResSVD (arXiv 2505.20112), algorithm 3, over six numbers from the fewest that keep 15 % of
-    themselves up to all.
+    This is algorithm 3 of ResSVD (arXiv 2505.20112). It tries six numbers, from the least number
+    whose blocks keep at least 15 % of their parameters, up to all blocks.
 
     Args:
-        blocks: of the model.
+        blocks: the number of blocks of the model.
         keep: κ of the whole model.
-        error: of the final block's output, for a number of last blocks.
-        possible: the fewest whose least ranks are within κ.
+        error: gives the error behind the final block for a number of last blocks.
+        possible: the least number of last blocks whose least ranks stay within κ.
     """
     fewest = min(blocks, max(possible, int(blocks * (1 - keep) / 0.85) + 1))
     steps = (round(i * (blocks - fewest) / (_CANDIDATES - 1)) for i in range(_CANDIDATES))

@@ -1,7 +1,7 @@
-"""What to compute (Recipe) and how this machine computes it (Run). Never mixed.
+"""What to compute (Recipe) and how this machine computes it (Run).
 
-A Recipe fixes the result; it is written into the checkpoint. A Run changes speed, memory and places
-only.
+A Recipe determines the result and is written into the checkpoint. A Run affects only speed, memory
+and paths.
 """
 
 from pathlib import Path
@@ -23,32 +23,33 @@ _NAMED = Path(__file__).parent / "recipes"
 
 
 class BlockRefinement(Training):
-    """Training of the factors of each block towards the teacher's block, before the next one."""
+    """Training of each block's factors towards the teacher's block, before the next block."""
 
 
 class Refinement(Training):
-    """End-to-end training of the factors, on the calibration tokens of the compression.
+    """End-to-end training of the factors.
 
-    ``calibration``, ``tokens`` and ``seq_len`` are for other tokens than those.
+    By default it uses the calibration tokens of the compression; ``calibration``, ``tokens`` and
+    ``seq_len`` select other tokens.
     """
 
     calibration: str | None = Field(
         default=None,
         description="The text of the training, as for a compression: a text FILE, hf:DATASET, "
-        "`self`, or several of them joined by `+`. `same` is the text of the compression. "
-        "The default is that text.",
+        "`self`, or several of them joined by `+`. `same` is the text of the compression, which "
+        "is the default.",
     )
     tokens: PositiveInt | None = Field(
         default=None,
-        description="The number of tokens to train on. The default is that of the compression.",
+        description="The number of tokens to train on. The default is the compression's number.",
     )
     seq_len: PositiveInt | None = Field(
         default=None,
-        description="The number of tokens in a sequence. The default is that of the compression.",
+        description="The number of tokens in a sequence. The default is the compression's number.",
     )
 
     def text(self, recipe: "Recipe") -> "Recipe":
-        """``recipe`` with the calibration that this refinement of it uses."""
+        """``recipe`` with the calibration fields that this refinement uses."""
         own = self.model_dump(include={"calibration", "tokens", "seq_len"}, exclude_none=True)
         if self.calibration is not None:
             parts = self.calibration.split("+")
@@ -58,7 +59,7 @@ class Refinement(Training):
 
 
 class Recipe(BaseModel):
-    """The science of a compression: equal recipes on equal inputs give equal factors."""
+    """What a compression computes: equal recipes on equal inputs give equal factors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,7 +91,7 @@ class Recipe(BaseModel):
     layout: str = Field(
         default="interpolative",
         description="How a low-rank weight is stored. For a rank r, `interpolative` stores r² "
-        "parameters less than `pair`.",
+        "parameters fewer than `pair`.",
     )
     grouping: Grouping = Field(
         default="shared",
@@ -153,37 +154,37 @@ class Recipe(BaseModel):
         return self
 
     def _share_by_scores(self) -> None:
-        """A learned method shares the parameters itself; no other method has scores to share by."""
+        """Require the allocator ``scores`` for learned methods, and only for those."""
         learned = get_method(self.method).learner is not None
         if learned and "allocator" not in self.model_fields_set:
             object.__setattr__(self, "allocator", "scores")
         if learned and self.allocator != "scores":
             raise UserError(
-                f"allocator {self.allocator!r}: method {self.method} learns which components stay "
-                "in the whole model; allowed: scores, or leave it out"
+                f"allocator {self.allocator!r}: method {self.method} learns which components the "
+                "whole model keeps; allowed: scores, or leave it out"
             )
         if not learned and self.allocator == "scores":
             names = ", ".join(sorted(name for name, entry in METHODS.items() if entry.learner))
             raise UserError(
-                f"allocator 'scores': method {self.method} learns none; take one of {names}, or "
-                "another allocator"
+                f"allocator 'scores': method {self.method} learns none; give one of the methods "
+                f"{names}, or another allocator"
             )
 
     @property
     def keeps_all(self) -> bool:
-        """Whether it stores the dense model as it is."""
+        """Whether the result is the dense model unchanged."""
         return self.keep == 1 and get_codec(self.weights).plain and self.dtype == "auto"
 
     @property
     def trainings(self) -> list[tuple[Training, "Recipe"]]:
-        """Every training, with the recipe whose calibration it uses."""
+        """Every training of the recipe, with a recipe that has the training's calibration."""
         block = [] if self.block_refinement is None else [(self.block_refinement, self)]
         whole = [] if self.refinement is None else [(self.refinement, self.refinement.text(self))]
         return [*block, *whole]
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method or a training reads this recipe's calibration tokens."""
+        """Whether method, allocator or a training reads this recipe's calibration tokens."""
         trained = any(text == self for _, text in self.trainings)
         compared = get_allocator(self.allocator).needs_spectra
         method = get_method(self.method)
@@ -191,29 +192,29 @@ class Recipe(BaseModel):
 
     @property
     def text_files(self) -> list[Path]:
-        """Files that the calibration of the compression and of its trainings may read."""
+        """Paths that the calibration of the compression and of its trainings may refer to."""
         sources = {text.calibration for text in (self, *(text for _, text in self.trainings))}
         parts = {part for source in sources for part in (source, *source.split("+"))}
         return [Path(part) for part in sorted(parts)]
 
     @property
     def sequences(self) -> int:
-        """Calibration sequences: tokens rounded down to whole ones, at least one."""
+        """Number of calibration sequences: ``tokens / seq_len`` rounded down, at least one."""
         return max(1, self.tokens // self.seq_len)
 
     def gradient_rows(self, sequences: int) -> list[int]:
-        """Which of the calibration sequences have gradients: at least one, evenly spread."""
+        """Indices of the calibration sequences with gradients: at least one, evenly spaced."""
         count = min(sequences, max(1, self.gradient_tokens // self.length))
         return [index * sequences // count for index in range(count)]
 
     @property
     def length(self) -> int:
-        """Tokens of one sequence; a budget below seq_len makes one short sequence."""
+        """Number of tokens in a sequence; fewer ``tokens`` than seq_len make one short sequence."""
         return min(self.seq_len, self.tokens)
 
 
 class Run(BaseModel):
-    """The machine: changes no number of the result beyond floating-point order."""
+    """How this machine computes; affects the result only through the order of sums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -239,8 +240,8 @@ class Run(BaseModel):
     resume: bool = Field(default=False, description="Go on with an interrupted run.")
     resume_anyway: bool = Field(
         default=False,
-        description="Go on with an interrupted run although the number of threads, the batch size, "
-        "the device or torch's version is another one. Sums are then taken in another order.",
+        description="Go on with an interrupted run even if the number of threads, the batch size, "
+        "the device or torch's version has changed. Sums are then computed in another order.",
     )
     force: bool = Field(default=False, description="Replace an output directory that is not empty.")
     checkpointing: bool = Field(
@@ -252,7 +253,7 @@ class Run(BaseModel):
 
 
 def make_recipe(**fields: Any) -> Recipe:
-    """A checked recipe; UserError names the wrong field, what was given and what is allowed."""
+    """A validated recipe; UserError names the wrong field, its value and what is allowed."""
     try:
         return Recipe(**fields)
     except ValidationError as error:
@@ -260,7 +261,7 @@ def make_recipe(**fields: Any) -> Recipe:
 
 
 def make_run(**fields: Any) -> Run:
-    """A checked run; UserError like ``make_recipe``."""
+    """A validated run; UserError as for ``make_recipe``."""
     try:
         return Run(**fields)
     except ValidationError as error:
@@ -268,7 +269,7 @@ def make_run(**fields: Any) -> Run:
 
 
 def recipe_names() -> list[str]:
-    """The named recipes; ``default`` sets nothing, the others are files of this package."""
+    """Names of the named recipes; ``default`` sets no field, the others are YAML files."""
     return ["default", *sorted(path.stem for path in _NAMED.glob("*.yaml"))]
 
 
@@ -276,7 +277,7 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
     """The fields that a YAML file or a named recipe sets; check them with ``make_recipe``.
 
     Raises:
-        UserError: no such file or name, no YAML, or no mapping.
+        UserError: there is no such file or name, or the file is no YAML mapping.
     """
     path = Path(recipe)
     if not path.is_file() and str(recipe) in recipe_names():
@@ -290,7 +291,7 @@ def load_recipe(recipe: str | Path) -> dict[str, Any]:
         raise UserError(
             f"recipe {recipe}: {error.strerror}; give a YAML file or one of: {named}"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers too
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also for dates and numbers
         first = " ".join(str(error).split())
         raise UserError(f"recipe {recipe}: not YAML ({first}); give a YAML file") from None
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):

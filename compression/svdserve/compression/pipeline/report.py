@@ -1,4 +1,4 @@
-"""What finished jobs say of themselves."""
+"""Reports of finished jobs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RefineReport:
-    """Held-out KL in nats per token, before and after, and what it took."""
+    """Held-out KL in nats per token before and after a refinement, its steps and seconds."""
 
     directory: Path
     before: float
@@ -20,7 +20,7 @@ class RefineReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished job did."""
+    """Figures of a finished compression."""
 
     directory: Path
     seconds: float

@@ -1,6 +1,6 @@
-"""The work directory of a job, ``OUT.partial``: what is finished, and the atomic last step.
+"""The work directory of a job, ``OUT.partial``: its finished results, and the atomic last step.
 
-Every file appears by a rename after an fsync, so that whatever stands here after a kill is whole.
+Every file appears by a rename after an fsync, so that all files are complete even after a kill.
 """
 
 import shutil
@@ -40,11 +40,11 @@ _REORDERED = "reordered"
 
 
 Signature = dict[str, dict[str, Any]]
-"""All that decides the bytes of an output: named parts, each of named JSON values."""
+"""Everything that determines the bytes of an output: JSON values by section and name."""
 
 
 class _Published(BaseModel):
-    """The last event of the log of an output."""
+    """The event ``published``, which ends the log of an output."""
 
     job: Signature
     facts: dict[str, Any]
@@ -54,15 +54,15 @@ class WorkDirectory:
     """Holds the finished blocks of one job until its checkpoint is complete.
 
     Args:
-        out: the output.
-        resume: go on with what is finished.
-        force: replace what ``out`` holds.
-        inputs: what the job reads; ``out`` must not hold any of it.
-        resume_anyway: go on although the order of sums is another one, and record that.
+        out: the output directory.
+        resume: go on with an unfinished job.
+        force: replace the content of ``out``.
+        inputs: files and directories that the job reads; ``out`` must not contain them.
+        resume_anyway: go on even if the order of sums has changed, and record the change.
 
     Raises:
         UserError: ``out`` cannot be written (``check_output``), or is not empty and ``force`` is
-            off.
+            False.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class WorkDirectory:
         self._resume, self._force = resume or resume_anyway, force
         self._anyway = resume_anyway
         self.reordered: list[dict[str, Any]] = []
-        """Every change of the order of sums that the job went on with: ``before`` and ``after``."""
+        """All changes of the order of sums in this job, each with ``before`` and ``after``."""
         self._check_kept()
 
     @classmethod
@@ -98,7 +98,7 @@ class WorkDirectory:
     def _check_kept(self) -> None:
         kept = self.out.is_dir() and any(self.out.iterdir()) and not self._force
         self._complete = kept and self._resume and not self.path.exists()
-        # A job that was killed between publishing and cleaning up has left its own output.
+        # If a job is killed between publishing and cleaning up, the output is its own.
         published = self._resume and (self.path / _PUBLISHED).exists()
         if kept and not self._complete and not published:
             raise UserError(
@@ -107,10 +107,10 @@ class WorkDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """While inside, no other process writes this output.
+        """Inside the block, no other process writes this output.
 
         Raises:
-            UserError: another one does, or has written it meanwhile.
+            UserError: another process is writing the output, or has written it meanwhile.
         """
         make_folder(self.out.parent)
         with exclusive(self.out):
@@ -121,7 +121,7 @@ class WorkDirectory:
 
     @property
     def _done(self) -> Path:
-        """What the work directory is called while it is removed."""
+        """Path to which the work directory is renamed before it is removed."""
         return self.path.with_name(self.path.name + ".done")
 
     @property
@@ -130,25 +130,25 @@ class WorkDirectory:
 
     @property
     def rest(self) -> Path:
-        """The tensors outside the blocks."""
+        """The file of the tensors outside the blocks."""
         return self.path / "rest.safetensors"
 
     def block(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.safetensors"
 
     def finished(self, blocks: int) -> int:
-        """How many blocks, from the first on, are done."""
+        """Number of finished blocks, counted from the first block."""
         return next((i for i in range(blocks) if not self.block(i).exists()), blocks)
 
     def open(self, signature: Signature) -> dict[str, Any] | None:
-        """Start, or resume what was started with the same signature.
+        """Start a job, or resume a job of the same signature.
 
         Returns:
-            None, or the facts of ``publish`` if there is nothing left to do: a job of the same
-            signature, but for the order of its sums, has written the output.
+            None; or the facts given to ``publish`` if the output is complete. A complete output may
+            differ from ``signature`` in the order of sums.
 
         Raises:
-            UserError: unfinished work without ``resume``, or of another signature.
+            UserError: there is an unfinished job and ``resume`` is False, or its signature differs.
         """
         self._signature = signature
         job = self.path / _JOB
@@ -170,7 +170,7 @@ class WorkDirectory:
         return None
 
     def _go_on(self, job: Path, signature: Signature) -> None:
-        """Check an unfinished job against the signature; the new order of its sums is noted."""
+        """Compare an unfinished job with the signature; record a change of the order of sums."""
         known = read_json(job)
         self.reordered = known.get(_REORDERED, [])
         if self._anyway and known.get("order") != signature.get("order"):
@@ -187,15 +187,15 @@ class WorkDirectory:
             published = _Published.model_validate(last)
         except ValidationError:
             raise UserError(
-                f"{self.out}: nothing to resume, and its log does not tell which job it is from; "
-                "give another --out, or --force without --resume to replace it"
+                f"{self.out}: there is nothing to resume, and its log does not name the job that "
+                "wrote it; give another --out, or --force without --resume to replace it"
             ) from None
         parts = {name: fields for name, fields in self._signature.items() if name != "order"}
         _refuse_changes(self.out, published.job, parts)
         return published.facts
 
     def tokens(self, draw: Callable[[], Tensor]) -> Tensor:
-        """The calibration tokens of this job: drawn once, the same after a resume."""
+        """The calibration tokens of this job, which are drawn once and stored for a resume."""
         path = self.path / _TOKENS
         if not path.exists():
             save_tensors({"tokens": draw()}, path)
@@ -206,7 +206,7 @@ class WorkDirectory:
     def save_block(
         self, index: int, tensors: dict[str, Tensor], specs: dict[str, ModuleSpec]
     ) -> None:
-        """Mark a block as finished: its tensors come last, and their presence counts."""
+        """Store a finished block; its tensors are written last, as they mark it as finished."""
         path = self.block(index)
         fields = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
         write_json(path.with_suffix(".json"), fields)
@@ -229,11 +229,10 @@ class WorkDirectory:
         return final
 
     def publish(self, final: Path, facts: dict[str, Any]) -> None:
-        """Rename ``final`` to the output; what stood there goes once the new one is in place.
+        """Rename ``final`` to the output; the old output is removed once the new one is in place.
 
-        A kill between any two steps leaves either the whole work directory, and resuming publishes
-        again, or none. The log ends with the job's signature and ``facts``, which ``open`` gives to
-        whoever asks for the same once more.
+        If the job is killed in between, resuming it publishes again. The log ends with the job's
+        signature and ``facts``, which ``open`` returns if the same job is requested again.
 
         Raises:
             UserError: a reader would refuse ``final``; then nothing is renamed.
@@ -243,7 +242,7 @@ class WorkDirectory:
         except UserError as error:
             raise UserError(
                 f"internal fault, nothing is written to {self.out}: {error}; {self.path} keeps "
-                "what was computed: please report it"
+                "the results: please report this fault"
             ) from None
         old, done = self.out.with_name(self.out.name + ".replaced"), self._done
         log_event(final / LOG_FILE, "published", job=self._signature, facts=facts)
@@ -269,12 +268,13 @@ def _refuse_changes(where: Path, old: dict[str, Any], new: Signature) -> None:
                 anyway = "go on with --resume-anyway, " if part == "order" else ""
                 raise UserError(
                     f"{where}: cannot resume, {part}.{name} was {before!r} and is {value!r}; "
-                    f"restore it, {anyway}or start over with --force and without --resume"
+                    f"restore the old value, {anyway}or start over with --force and without "
+                    "--resume"
                 )
 
 
 def execution_fingerprint(device: torch.device, batch_size: int) -> dict[str, Any]:
-    """What decides the order of floating-point sums, and so the last digits of a result."""
+    """The settings that determine the order of sums, and so the last digits of a result."""
     return {
         "device": str(device),
         "threads": torch.get_num_threads(),

@@ -1,1 +1,1 @@
-"""The training loop, and the loss towards the teacher's logits."""
+"""The training loop, and the divergence from the teacher as its loss."""

@@ -1,8 +1,8 @@
 """The end-to-end objective: KL(teacher ‖ student) over the vocabulary, in nats per token.
 
-The teacher runs once: its final hidden states of all tokens are kept in files, and it is freed.
-Compression leaves final norm and head as they are, so that the student's head turns these hidden
-states into the teacher's logits. Logits exist for a slice of positions at a time.
+The teacher runs once; its final hidden states of all tokens are stored in files, and it is freed.
+Compression does not change the head, so the student's head turns these hidden states into the
+teacher's logits. Logits are computed for a slice of positions at a time.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from svdserve.compression.model.loading import head_logits, load_model
 from svdserve.compression.system.memory import release
 from svdserve.compression.training.trainer import Training
 
-_SLICE = 512  # positions whose logits exist at the same time
-_CACHED = 16  # positions whose float32 probabilities fit a processor's cache
+_SLICE = 512  # positions whose logits are in memory at the same time
+_CACHED = 16  # positions whose float32 probabilities fit into a processor's cache
 
 
 class Targets:
-    """The teacher's final hidden states [N, L, d], one file for each sequence of a folder."""
+    """The teacher's final hidden states [N, L, d], one file for each sequence in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class Targets:
         return self._folder / f"{row:06d}.safetensors"
 
     def read(self, rows: Tensor) -> Tensor:
-        """[B, L, d] of the sequences with the indices ``rows`` [B]."""
+        """The hidden states [B, L, d] of the sequences with the indices ``rows`` [B]."""
         return torch.stack([load_file(self._file(row))["hidden"] for row in rows.tolist()])
 
     @torch.no_grad()
@@ -44,10 +44,14 @@ class Targets:
         settings: Training,
         notify: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Run the teacher over tokens [N, L] where files are missing, and free it.
+        """Run the teacher over the sequences of tokens [N, L] that have no file, and free it.
 
-        Hidden states are stored in the precision of the training; ``notify`` gets the sequences
-        done.
+        Args:
+            teacher: the dense model.
+            tokens: all sequences.
+            device: the device of the teacher.
+            settings: their precision is the dtype of the files, and their batch size is used.
+            notify: called with the number of finished sequences.
         """
         self._folder.mkdir(exist_ok=True)
         missing = [row for row in range(len(tokens)) if not self._file(row).exists()]
@@ -69,11 +73,12 @@ class Distillation:
     """Objective (trainer.py) of a student, a transformers causal language model.
 
     Args:
-        student: float32, on the device of the training; what needs a gradient is trained. With
-            gradient checkpointing enabled, activations are computed again in the backward pass.
-        tokens: [N, L].
-        targets: of the same tokens.
-        settings: its precision counts here.
+        student: the student in float32, on the device of the training; parameters that require a
+            gradient are trained. With gradient checkpointing enabled, activations are computed
+            again in the backward pass.
+        tokens: calibration tokens [N, L].
+        targets: the teacher's hidden states for the same tokens.
+        settings: their precision is used here.
     """
 
     def __init__(self, student: Any, tokens: Tensor, targets: Targets, settings: Training) -> None:
@@ -81,11 +86,11 @@ class Distillation:
         head = student.get_output_embeddings()
         self._device = head.weight.device
         if settings.precision == "bfloat16":
-            # Autocast converts frozen weights at every call, and this one is the largest.
+            # Autocast would cast the frozen head, the largest weight, at every call.
             head.weight = nn.Parameter(head.weight.detach().bfloat16(), requires_grad=False)
 
     def backward(self, rows: Tensor, step: int) -> None:  # noqa: ARG002
-        self.student.train()  # checkpointing works in this mode only
+        self.student.train()  # gradient checkpointing works only in this mode
         with self.settings.autocast(self._device):
             hidden = _final_hidden(self.student, self.tokens[rows].to(self._device))
             _, gradient = self._divergence(hidden, rows)
@@ -111,14 +116,18 @@ class Distillation:
 def divergence(
     logits_of: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor
 ) -> tuple[float, Tensor | None]:
-    """KL(teacher ‖ student), mean over positions, and its gradient by the student's hidden states.
+    """KL(teacher ‖ student), mean over positions, and its gradient at the student's hidden states.
 
-    By the logits it is softmax(student) − softmax(teacher); through the head by autograd.
+    The gradient at the logits is softmax(student) − softmax(teacher); autograd takes it through the
+    head.
 
     Args:
-        logits_of: the head, hidden states [1, P, d] to logits [1, P, V].
-        student: final hidden states [T, d]; the gradient [T, d] is given if they require one.
+        logits_of: the head, which maps hidden states [1, P, d] to logits [1, P, V].
+        student: final hidden states [T, d].
         teacher: final hidden states [T, d].
+
+    Returns:
+        The divergence in nats, and its gradient [T, d], or None if ``student`` requires none.
     """
     wanted = student.requires_grad
     gradient = torch.empty_like(student) if wanted else None
@@ -137,10 +146,10 @@ def divergence(
 
 
 def _compare(student: Tensor, teacher: Tensor, positions: int) -> Tensor:
-    """Summed KL of logits [P, V]; in the place of the teacher's, its slope by the student's.
+    """Sum of the KL divergences of logits [P, V]; overwrites ``teacher`` with the gradient.
 
-    The slope is that of the mean over ``positions``. The buffers stay in the processor's cache and
-    are used again: fresh memory of this size costs more than the arithmetic.
+    That is the gradient of the mean over ``positions`` at the student's logits. The buffers are
+    reused and stay in the processor's cache, because fresh memory costs more than the arithmetic.
     """
     size = _CACHED if student.device.type == "cpu" else _SLICE
     dtype = torch.promote_types(student.dtype, torch.float32)

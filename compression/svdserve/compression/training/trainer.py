@@ -1,9 +1,9 @@
-"""The training loop: AdamW over given parameters, with held-out loss, early stop and keep-best.
+"""The training loop: AdamW over given weights, with held-out loss and early stop.
 
-What is trained and towards what is the caller's (``Objective``): end-to-end refinement, refinement
-of one block. Part of the calibration sequences is held out; the parameters that are kept are those
-of least held-out loss as they will be stored, the given ones among them, so that the result is
-never worse there than what was given.
+The caller chooses the weights and the loss (``Objective``), for end-to-end refinement, block
+refinement or learned scores. Some of the calibration sequences are held out. The loop returns the
+weights of least held-out loss after rounding for storage, including the initial weights, so the
+result is never worse than these on the held-out sequences.
 """
 
 import json
@@ -31,7 +31,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Training(BaseModel):
-    """How parameters are trained; equal settings on equal tokens give equal results."""
+    """Settings of a training; equal settings on equal tokens give equal results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,15 +52,15 @@ class Training(BaseModel):
         default=0.1,
         gt=0,
         lt=1,
-        description="The share of the sequences that is held out: it measures the loss and is not "
-        "trained on.",
+        description="The share of the sequences that is held out. The training does not use these "
+        "sequences; it measures the loss on them.",
     )
     evaluations: PositiveInt = Field(
         default=8, description="How many times the held-out loss is measured."
     )
     patience: PositiveInt = Field(
         default=3,
-        description="The training stops after this number of evaluations without a gain.",
+        description="The training stops after this number of evaluations without improvement.",
     )
     precision: Precision = Field(
         default="bfloat16",
@@ -74,7 +74,7 @@ class Training(BaseModel):
     )
 
     def check_sequences(self, sequences: int) -> None:
-        """UserError where nothing would be left to train on."""
+        """Raise UserError if holding out a sequence leaves none for training."""
         if sequences < 2:
             raise UserError(
                 "one calibration sequence cannot be both trained on and held out; give more tokens "
@@ -82,7 +82,7 @@ class Training(BaseModel):
             )
 
     def split(self, sequences: int) -> tuple[Tensor, Tensor]:
-        """Indices of the sequences to train on and of those held out, drawn by the seed."""
+        """Indices of the training sequences and of the held-out sequences; the seed draws them."""
         held = min(sequences - 1, max(1, round(sequences * self.held_out)))
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(sequences, generator=generator)
@@ -93,37 +93,37 @@ class Training(BaseModel):
 
 
 class Objective(Protocol):
-    """A loss, mean over the positions of the calibration sequences with the indices ``rows``."""
+    """A loss: the mean over all positions of the calibration sequences of indices ``rows``."""
 
     def backward(self, rows: Tensor, step: int) -> None:
-        """Add the gradient of the loss to the parameters; ``step`` counts from 0."""
+        """Add the loss's gradient to the ``grad`` of the weights; ``step`` counts from 0."""
 
     def evaluate(self, rows: Tensor) -> float:
-        """The loss, without a gradient."""
+        """The loss, computed without gradients."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a training is: steps done at the last evaluation, and held-out losses."""
+    """The state of a training at its last evaluation: finished steps and held-out losses."""
 
     step: int
     before: float
     best: float
     worse: int = 0
-    """Evaluations in a row that found nothing better."""
+    """Number of evaluations in a row without improvement."""
 
 
 class Trainer:
     """Trains ``parameters`` in place.
 
     Args:
-        parameters: float32, by name.
-        stored: what each is stored in, by name; held-out loss is taken so rounded.
-        objective: adds gradients and measures.
-        settings: the training.
-        sequences: how many there are, N.
-        folder: where a killed training goes on from its last evaluation, to the same bytes;
-            without one it starts over.
+        parameters: the float32 weights, by name.
+        stored: codec and dtype of each, by name; the held-out loss is measured after rounding.
+        objective: computes gradients and losses.
+        settings: the settings of the training.
+        sequences: the number N of sequences.
+        folder: the folder for the state. A killed training goes on from its last evaluation and
+            gives the same bytes; without a folder it starts over.
     """
 
     def __init__(
@@ -140,13 +140,13 @@ class Trainer:
         self.seen, self.held = settings.split(sequences)
         self.steps = settings.epochs * math.ceil(len(self.seen) / settings.batch_size)
         self._best: dict[str, Tensor] = {}
-        # The learning rate is set at every step. Fused: one pass over the memory instead of ten.
+        # train() sets the learning rate. Fused AdamW needs one pass over memory instead of ten.
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
 
     def train(self, notify: Callable[[int, State], None] = lambda *_: None) -> State:
-        """Train to the end or to the early stop; ``notify`` gets the steps done and the state."""
+        """Train to the end or to the early stop; calls ``notify`` with finished steps and state."""
         state = self._load()
         if state is None:
             loss = self.held_out_loss()
@@ -172,14 +172,11 @@ class Trainer:
         return state
 
     def best(self) -> dict[str, Tensor]:
-        """The parameters of least held-out loss, as they are stored, on the CPU.
-
-        By the names of their tensors (``Storage.encode``).
-        """
+        """The stored tensors (``Storage.encode``) of least held-out loss by name, on the CPU."""
         return load_file(self.folder / _BEST) if self.folder is not None else self._best
 
     def held_out_loss(self) -> float:
-        """With the parameters rounded as they are stored."""
+        """The loss on the held-out sequences, with the weights rounded as for storage."""
         with self._as_stored():
             parts = torch.split(self.held, self.settings.batch_size)
             total = sum(self.objective.evaluate(rows) * len(rows) for rows in parts)
@@ -222,8 +219,6 @@ class Trainer:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(exact[name])
-
-    # State
 
     def _keep(self) -> None:
         best: dict[str, Tensor] = {}

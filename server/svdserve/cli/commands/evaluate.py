@@ -12,7 +12,7 @@ from svdserve.compression.system.errors import UserError
 
 if TYPE_CHECKING:
     from svdserve.compression.evaluation.perplexity import Perplexity
-    from svdserve.compression.evaluation.tasks import TaskScores
+    from svdserve.compression.evaluation.tasks import TaskAccuracies
 
 
 class Command(flags.Command):
@@ -54,7 +54,7 @@ def evaluate(
     for start in range(0, len(found.perplexities), len(models)):
         _print_perplexity(found.perplexities[start : start + len(models)])
     if found.scores:
-        _print_scores(found.scores)
+        _print_accuracies(found.scores)
 
 
 def _print_perplexity(results: Sequence["Perplexity"]) -> None:
@@ -67,7 +67,7 @@ def _print_perplexity(results: Sequence["Perplexity"]) -> None:
     Console().print(table)
 
 
-def _print_scores(results: Sequence["TaskScores"]) -> None:
+def _print_accuracies(results: Sequence["TaskAccuracies"]) -> None:
     table = Table("model", "dtype", title="Accuracy (acc / acc_norm)")
     for score in results[0].scores:
         table.add_column(f"{score.task} ({score.items})", justify="right")

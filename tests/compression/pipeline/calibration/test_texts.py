@@ -190,7 +190,7 @@ def test_too_few_tokens_in_a_large_file_is_one_line(model: Path, tmp_path: Path)
     text = tmp_path / "long.txt"
     text.write_bytes(b"x" * 4_000_000)
     recipe = make_recipe(calibration=str(text), tokens=2048, seq_len=256)
-    with pytest.raises(UserError, match=r"make \d sequences of 256 tokens, and 8 are wanted"):
+    with pytest.raises(UserError, match=r"give \d sequences of 256 tokens, but 8 are needed"):
         calibration_tokens(directory, recipe)
 
 
@@ -263,7 +263,7 @@ def test_the_state_of_a_dataset_is_part_of_a_jobs_signature(dataset: Path, tmp_p
     commit = "0123456789abcdef" * 2 + "01234567"
     given = calibration_digests([make_recipe(calibration=f"hf:some/data@{commit}:en")])
     assert given == {f"hf:some/data@{commit}:en": f"revision {commit}, rows in order"}
-    with pytest.raises(UserError, match="the Hub does not tell its revision"):
+    with pytest.raises(UserError, match="the Hub does not report its revision"):
         calibration_digests([make_recipe(calibration="hf:some/data")])
 
 

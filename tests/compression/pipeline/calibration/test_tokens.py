@@ -60,7 +60,7 @@ def test_joined_sources_share_the_sequences(model: Path, text: str):
         calibration_tokens(model, make_recipe(calibration="self", tokens=80, **fields)),
     ]
     assert torch.equal(tokens, torch.cat(parts))
-    with pytest.raises(UserError, match="3 sources and 1 sequences"):
+    with pytest.raises(UserError, match="3 sources but only 1 sequences"):
         check_calibration(model, make_recipe(calibration="self+self+self", tokens=79, **fields))
 
 

@@ -161,7 +161,7 @@ def test_a_checkpoint_does_not_choose_what_is_read(
 ) -> None:
     """Its recipe may name any file of the machine; the user has to name it again."""
     text, _, small = models
-    with pytest.raises(UserError, match=f"give it yourself: --calibration {text}"):
+    with pytest.raises(UserError, match=f"name it yourself: give --calibration {text}"):
         check_own_calibration(small, Refinement(calibration=named))
     for given in (str(text), "self"):
         check_own_calibration(small, Refinement(calibration=given))

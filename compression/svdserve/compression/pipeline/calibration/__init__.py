@@ -1,1 +1,1 @@
-"""The tokens that a model is calibrated on, and where they come from."""
+"""Calibration tokens and their sources."""

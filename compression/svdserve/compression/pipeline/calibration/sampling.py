@@ -1,7 +1,7 @@
 """Calibration text that the model writes itself: a random first token, then plain sampling.
 
-LLM-QAT (arXiv 2305.17888, section 3.1). Of generation_config.json only the tokens that end a text
-are read; temperatures, penalties, lengths, beams and stop strings are for chats.
+The procedure is that of LLM-QAT (arXiv 2305.17888, section 3.1). From generation_config.json only
+the tokens that end a text are read, because temperature, penalties and so on are meant for chats.
 """
 
 from collections.abc import Callable
@@ -31,23 +31,23 @@ from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.permissions import remote_code
 
 _CPU_BATCH, _DEVICE_BATCH = 32, 256
-_CACHE_SHARE = 0.25  # of the device's free memory, for keys and values
+_CACHE_SHARE = 0.25  # share of the device's free memory for keys and values
 
 
 @torch.no_grad()
 def sample(model: Path, recipe: Recipe, device: torch.device, progress: bool) -> Tensor:
-    """Sequences [N, L] int64 on the CPU; the whole model is in memory meanwhile.
+    """Sampled sequences [N, L], int64 on the CPU; the whole model is loaded meanwhile.
 
     Args:
         model: the dense model.
-        recipe: how many sequences of which length, and the seed.
-        device: where the model runs; another one draws other numbers.
+        recipe: number and length of the sequences, and the seed.
+        device: the device of the model; different devices give different samples.
         progress: whether to show a bar.
 
     Raises:
         UserError: transformers cannot load the model, or its logits are not finite.
     """
-    # Eager: on CPU, sdpa of one bfloat16 query over a long context takes twice as long.
+    # On a CPU, sdpa takes twice as long as eager for one bfloat16 query over a long context.
     with transformers_says(model, "load the model"):
         network = AutoModelForCausalLM.from_pretrained(
             model,
@@ -98,11 +98,11 @@ def sample(model: Path, recipe: Recipe, device: torch.device, progress: bool) ->
 
 
 def _batch(network: Any, recipe: Recipe, device: torch.device) -> int:
-    """Sequences that are written together: a power of two whose keys and values have room."""
+    """Number of sequences to sample together: a power of two whose keys and values fit."""
     if device.type != "cuda":
         return _CPU_BATCH
     config = network.config.get_text_config(decoder=True)
-    # At most: models with fewer heads of keys and values, or short windows, need less.
+    # An upper bound: models with fewer key and value heads, or with short windows, need less.
     cache = 2 * config.num_hidden_layers * config.hidden_size * network.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     fits = int(_CACHE_SHARE * free / (cache * recipe.length))
@@ -110,7 +110,7 @@ def _batch(network: Any, recipe: Recipe, device: torch.device) -> int:
 
 
 def _ends_of_text(model: Path) -> int | list[int] | None:
-    """The ids that end a text, or None; they are not drawn, so that every sequence is full."""
+    """The ids that end a text, or None; ``min_length`` keeps generate from sampling them."""
     for name in ("generation_config.json", "config.json"):
         if not (model / name).exists():
             continue
@@ -126,7 +126,7 @@ def _ends_of_text(model: Path) -> int | list[int] | None:
 
 
 class _Known(LogitsProcessor):  # type: ignore[misc]
-    """Leaves out the ids that the embedding has no row for, and tells the length after each step.
+    """Excludes ids that have no embedding, and calls ``notify`` with the length after each step.
 
     Raises:
         UserError: the logits are not finite.

@@ -1,4 +1,4 @@
-"""Calibration text from files and from datasets, and what tells one state of them from another."""
+"""Calibration text from files and datasets, and digests that identify its version."""
 
 import codecs
 import hashlib
@@ -13,13 +13,13 @@ from svdserve.compression.format.integrity import file_sha256, fingerprint
 from svdserve.compression.pipeline.recipe import Recipe
 from svdserve.compression.system.errors import UserError
 
-# A file of more bytes than these is sampled instead of read whole.
+# A larger file is sampled instead of read completely.
 _WHOLE_BYTES, _WHOLE_BYTES_PER_TOKEN = 1 << 20, 64
 _WINDOW_BYTES_PER_TOKEN, _SMALLEST_WINDOW = 16, 4096
-# Places of a large file that are tried for every sequence; one is enough unless tokens are long.
+# Windows of a large file to try for each sequence; one is enough unless tokens are long.
 _TRIES, _MORE_TRIES = 8, 64
 _DIGEST_BYTES = 1 << 26
-# Characters of a dataset to read for every token asked for; text has about four a token.
+# Characters of a dataset to read for each requested token; text has about four for each token.
 _CHARACTERS_PER_TOKEN = 16
 
 
@@ -28,7 +28,7 @@ def is_dataset(source: str) -> bool:
 
 
 def check_source(source: str) -> None:
-    """Raise UserError unless ``source`` is a file that can be read or a dataset's name."""
+    """Raise UserError unless ``source`` is a readable file or a well-formed dataset name."""
     if is_dataset(source):
         _dataset_parts(source)
         return
@@ -40,17 +40,19 @@ def check_source(source: str) -> None:
     try:
         Path(source).open("rb").close()
     except OSError as error:
-        raise UserError(f"calibration {source}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"calibration {source}: cannot be read ({error.strerror}); give a readable file"
+        ) from None
 
 
 def digest(source: str) -> str:
-    """What tells this state of a text from another one, without reading much of it.
+    """A string that identifies the version of a text without reading much of it.
 
-    The SHA-256 of a file; of a large one as ``fingerprint`` takes it. Of a dataset its revision,
-    and in which order its rows are taken.
+    It is the SHA-256 of a file, the ``fingerprint`` of a large file, or the revision of a dataset
+    together with the order of its rows.
 
     Raises:
-        UserError: the Hub does not tell the revision.
+        UserError: the Hub does not report the revision, or a file cannot be read.
     """
     if is_dataset(source):
         return f"revision {_revision(source)}, rows in order"
@@ -58,7 +60,7 @@ def digest(source: str) -> str:
 
 
 def is_large(recipe: Recipe) -> bool:
-    """Whether the file of a recipe of one source is sampled (``windows``), not read whole."""
+    """Whether the source of a recipe is a file so large that ``windows`` samples it."""
     if is_dataset(recipe.calibration):
         return False
     enough = _WHOLE_BYTES + _WHOLE_BYTES_PER_TOKEN * recipe.tokens
@@ -66,15 +68,15 @@ def is_large(recipe: Recipe) -> bool:
 
 
 def windows(recipe: Recipe, room: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """N sequences of ``room`` tokens from places of a large file that the seed draws.
+    """N sequences of ``room`` tokens from windows of a large file, which the seed draws.
 
-    The places do not overlap, and begin and end between words where the text has spaces. How much
-    is read and tokenised depends on the tokens that are wanted, not on the size of the file.
+    The windows do not overlap; in text with spaces, they start and end between words. The work
+    depends on the number of tokens, not on the size of the file.
 
     Args:
-        recipe: of one source, a file.
-        room: tokens of a sequence.
-        encode: the token ids of a text.
+        recipe: a recipe whose only source is a file.
+        room: number of tokens in a sequence.
+        encode: gives the token ids of a text.
 
     Raises:
         UserError: the file is not UTF-8, or its text has too few tokens.
@@ -94,14 +96,14 @@ def windows(recipe: Recipe, room: int, encode: Callable[[str], list[int]]) -> li
             if len(sequences) == recipe.sequences:
                 return sequences
     raise UserError(
-        f"calibration {path}: {tries * width:,} bytes from {tries} places of it make "
-        f"{len(sequences)} sequences of {recipe.length} tokens, and {recipe.sequences} are wanted; "
-        "give a text of words, or fewer tokens"
+        f"calibration {path}: {tries} windows of {width:,} bytes give {len(sequences)} sequences "
+        f"of {recipe.length} tokens, but {recipe.sequences} are needed; give a text of words, or "
+        "fewer tokens"
     )
 
 
 def _words(data: bytes, path: Path, offset: int) -> str:
-    """The whole words of bytes that were cut out of UTF-8 text."""
+    """The complete words in a cut of UTF-8 text."""
     start = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(data[start:])
@@ -111,21 +113,21 @@ def _words(data: bytes, path: Path, offset: int) -> str:
             f"{offset + start + error.start}); convert it"
         ) from None
     _refuse_zeros(text, f"calibration {path}")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as files are read whole
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as read_file does
     if len(text.split(maxsplit=2)) < 3:
         return text
     return text.split(maxsplit=1)[1].rsplit(maxsplit=1)[0]
 
 
 def read(recipe: Recipe, tokenizer: Any) -> str:
-    """All the text of a file, or of as many rows of a dataset as the tokens need.
+    """The text of a file, or of as many rows of a dataset as the recipe's tokens need.
 
     Args:
-        recipe: of one source.
-        tokenizer: its chat template writes the chats of a dataset.
+        recipe: a recipe with one source.
+        tokenizer: the tokenizer, whose chat template formats chats.
 
     Raises:
-        UserError: it cannot be read, or a row is neither text nor a chat.
+        UserError: the source cannot be read, or a row is neither text nor a chat.
     """
     if is_dataset(recipe.calibration):
         return _join(recipe, tokenizer)
@@ -133,13 +135,13 @@ def read(recipe: Recipe, tokenizer: Any) -> str:
 
 
 def read_file(path: Path, called: str, characters: int = -1) -> str:
-    """The first characters of a text file, or all of it.
+    """The first ``characters`` of a text file, or all of it.
 
     Args:
-        called: how a message names the file.
+        called: the name of the file in messages.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8 text.
+        UserError: the file cannot be read, or is not UTF-8 text.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -155,7 +157,7 @@ def read_file(path: Path, called: str, characters: int = -1) -> str:
 
 
 def _refuse_zeros(text: str, called: str) -> None:
-    """UTF-16 without its mark reads as UTF-8 with a zero beside every letter."""
+    """Raise UserError for UTF-16 without BOM, which decodes as UTF-8 with many zero bytes."""
     if "\0" in text:
         raise UserError(
             f"{called}: has zero bytes, so it is UTF-16 or no text; convert it to UTF-8 text"
@@ -163,7 +165,7 @@ def _refuse_zeros(text: str, called: str) -> None:
 
 
 def _dataset_parts(source: str) -> tuple[str, str | None, str | None, str, str]:
-    """Name, revision, configuration, split and column."""
+    """Name, revision, configuration, split and column of ``hf:DATASET...``."""
     parts = source.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 4:
         raise UserError(
@@ -178,7 +180,7 @@ def _dataset_parts(source: str) -> tuple[str, str | None, str | None, str, str]:
 
 
 def _revision(source: str) -> str:
-    """The commit of a dataset of the Hub, or a digest of the files of a local one."""
+    """The commit of a dataset of the Hub, or a digest of the files of a local dataset."""
     name, given, *_ = _dataset_parts(source)
     path = Path(name)
     if path.is_file():
@@ -192,7 +194,7 @@ def _revision(source: str) -> str:
     return _commit(source, name, given)
 
 
-@cache  # one process names and reads the same state
+@cache  # one process must record and read the same revision
 def _commit(source: str, name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
@@ -200,8 +202,8 @@ def _commit(source: str, name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:
         raise UserError(
-            f"calibration {source}: no such file or folder, and the Hub does not tell its revision "
-            f"({_first_line(error)}); check the name and the network, or give a text file"
+            f"calibration {source}: no such file or folder, and the Hub does not report its "
+            f"revision ({_first_line(error)}); check the name and the network, or give a text file"
         ) from None
 
 
@@ -217,7 +219,7 @@ def _rows(source: str) -> Iterable[dict[str, Any]]:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            "calibration from a dataset needs the package datasets; pip install 'svdserve[eval]'"
+            "calibration from a dataset needs the package datasets: pip install 'svdserve[eval]'"
         ) from None
     name, _, config, split, _ = _dataset_parts(source)
     local = Path(name)
@@ -231,7 +233,7 @@ def _rows(source: str) -> Iterable[dict[str, Any]]:
         yield from load_dataset(name, config, split=split, streaming=True, revision=revision)
     except UserError:
         raise
-    except Exception as error:  # of datasets and of whatever reads its files
+    except Exception as error:  # datasets and its readers of files raise many kinds
         raise UserError(
             f"calibration {source}: {_first_line(error)}; check the name, configuration and split"
         ) from None
@@ -257,7 +259,7 @@ def _join(recipe: Recipe, tokenizer: Any) -> str:
 
 
 def _as_text(value: Any, number: int, column: str, recipe: Recipe, tokenizer: Any) -> str:
-    """A row of a dataset: text as it is, and a chat as the model's own template writes it."""
+    """The text of a row of a dataset; the model's chat template formats a chat."""
     if isinstance(value, str):
         return value
     where = f"calibration {recipe.calibration}: column {column!r}, row {number}"
@@ -272,15 +274,15 @@ def _as_text(value: Any, number: int, column: str, recipe: Recipe, tokenizer: An
         )
     if not tokenizer.chat_template:
         raise UserError(
-            f"{where} is a chat, and the model's tokenizer has no chat template; name a column of "
+            f"{where} is a chat, but the model's tokenizer has no chat template; name a column of "
             "text"
         )
     try:
         return str(tokenizer.apply_chat_template(value, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author
+    except Exception as error:  # a template is arbitrary code of the model's author
         raise UserError(
             f"{where}: the model's chat template refuses it ({_first_line(error)}); name another "
-            "column, or take such rows out"
+            "column, or remove such rows"
         ) from None
 
 

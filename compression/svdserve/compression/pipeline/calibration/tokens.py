@@ -1,6 +1,6 @@
-"""Calibration tokens [N, L]: from text files, Hugging Face datasets, or the model itself.
+"""Calibration tokens [N, L] from text files, Hugging Face datasets, or the model itself.
 
-Several sources are joined by "+", as in FILE+self, and share the sequences evenly.
+A "+" joins several sources, as in FILE+self; they share the sequences evenly.
 """
 
 from collections.abc import Iterable
@@ -22,22 +22,23 @@ from svdserve.compression.system.errors import UserError
 
 
 def check_calibration(model: Path, recipe: Recipe) -> None:
-    """Find out before a long job whether ``calibration_tokens`` can work.
+    """Check before a long job the input of ``calibration_tokens``.
 
     Raises:
-        UserError: no such file, a malformed dataset name, more sources than sequences, seq_len
-            beyond the model's context, or a model without a tokenizer.
+        UserError: a file is missing, a dataset name is malformed, there are more sources than
+            sequences, seq_len exceeds the model's context, or the model has no tokenizer.
     """
     config = load_config(model).get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context < recipe.length:
         raise UserError(
-            f"seq_len is {recipe.length}; {model.name} allows at most {context}: give a smaller one"
+            f"seq_len is {recipe.length}, but {model.name} allows at most {context}; give a "
+            "smaller one"
         )
     sources = _sources(recipe.calibration)
     if len(sources) > recipe.sequences:
         raise UserError(
-            f"calibration {recipe.calibration}: {len(sources)} sources and {recipe.sequences} "
+            f"calibration {recipe.calibration}: {len(sources)} sources but only {recipe.sequences} "
             "sequences; give more tokens or a smaller seq_len"
         )
     for source in sources:
@@ -47,10 +48,7 @@ def check_calibration(model: Path, recipe: Recipe) -> None:
 
 
 def calibration_digests(recipes: Iterable[Recipe]) -> dict[str, str]:
-    """What stands behind the calibration texts of the recipes, by their names.
-
-    The SHA-256 of a file, and the revision of a dataset, whose rows are taken in their order.
-    """
+    """The ``texts.digest`` of every calibration source of the recipes except ``self``, by name."""
     sources = {source for recipe in recipes for source in _sources(recipe.calibration)}
     named = sorted(s for s in sources if texts.is_dataset(s) or Path(s).is_file())
     return {source: texts.digest(source) for source in named}
@@ -59,17 +57,18 @@ def calibration_digests(recipes: Iterable[Recipe]) -> dict[str, str]:
 def calibration_tokens(
     model: Path, recipe: Recipe, device: torch.device | str = "cpu", *, progress: bool = False
 ) -> Tensor:
-    """The calibration token ids of a recipe, [N, L] int64; deterministic in the seed.
+    """The calibration token ids of a recipe, [N, L] int64, determined by the seed.
 
-    Text is tokenised as a whole and cut into sequences of L, of which N are drawn by the seed. Of a
-    file that is much larger than N sequences need, places are drawn and read. A tokenizer that puts
-    a BOS token before text gets it before every sequence. Sources follow one another.
+    Text is tokenised completely and cut into sequences of L tokens, of which the seed draws N. From
+    a file that is much larger than necessary, only randomly drawn windows are read. If the
+    tokenizer puts a BOS token before text, every sequence starts with it. The sequences of the
+    sources follow one another.
 
     Args:
         model: the dense model.
-        recipe: which text, and how much.
-        device: where the model runs that writes its own text.
-        progress: whether to show a bar meanwhile.
+        recipe: the sources, the number and length of the sequences, and the seed.
+        device: the device of the model for the source ``self``.
+        progress: whether to show a bar while the model writes text.
 
     Raises:
         UserError: a text is shorter than one sequence, or has tokens that the model does not know.
@@ -111,7 +110,7 @@ def _draw(model: Path, recipe: Recipe, device: torch.device, progress: bool) -> 
 
 
 def _pieces(ids: Tensor, room: int, recipe: Recipe) -> Tensor:
-    """N pieces of ``room`` tokens [N, room] of a tokenised text, or as many as it has."""
+    """N sequences [N, room] that the seed draws from a tokenised text, or fewer if it is short."""
     whole = len(ids) // max(room, 1)
     if room < 1 or whole < 1:
         raise UserError(

@@ -1,1 +1,1 @@
-"""The stages of a compression, each of which returns values."""
+"""The stages of a compression."""

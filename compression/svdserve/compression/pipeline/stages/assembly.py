@@ -1,4 +1,4 @@
-"""The stage that assembles: finished blocks, dense tensors and metadata as a checkpoint."""
+"""The stage that assembles finished blocks, dense tensors and metadata into a checkpoint."""
 
 import json
 import shutil
@@ -30,7 +30,12 @@ def dense_in_block(
     specs: Mapping[str, ModuleSpec],
     encoded: Collection[str],
 ) -> dict[str, Tensor]:
-    """The tensors of a block that neither factors nor the weights of ``encoded`` replace."""
+    """The tensors of a block that the checkpoint takes from the dense model.
+
+    Args:
+        specs: the block's factored modules by name.
+        encoded: names of the unfactored linears whose weights a codec has encoded.
+    """
     factored = [li for name, spec in specs.items() for li in linears_of(name, spec)]
     replaced = {f"{linear}.weight" for linear in (*factored, *encoded)}
     prefix = f"{skeleton.block_name(index)}."
@@ -40,7 +45,11 @@ def dense_in_block(
 
 
 def assemble(plan: Plan, work: WorkDirectory, specs: Mapping[str, ModuleSpec]) -> Path:
-    """Put the finished blocks, the rest and the metadata together in the work directory."""
+    """Write the checkpoint from finished blocks, dense tensors and metadata; returns its folder.
+
+    Args:
+        specs: all factored modules by name.
+    """
     skeleton, recipe = plan.skeleton, plan.recipe
     blocks = range(skeleton.blocks)
     prefixes = tuple(f"{skeleton.block_name(index)}." for index in blocks)
@@ -51,7 +60,7 @@ def assemble(plan: Plan, work: WorkDirectory, specs: Mapping[str, ModuleSpec]) -
     copy_companions(source, final)
     config = read_json(source / "config.json")
     if not config.get("dtype") and not config.get("torch_dtype"):
-        # Loaders would take the dtype of some tensor, and the order of these is another now.
+        # Without it loaders take the dtype of the first tensor, which factoring may change.
         config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     if recipe.dtype != "auto":
         config.pop("torch_dtype", None)
@@ -72,7 +81,7 @@ def assemble(plan: Plan, work: WorkDirectory, specs: Mapping[str, ModuleSpec]) -
 
 
 def _stored(skeleton: Skeleton, names: list[str], recipe: Recipe) -> dict[str, Tensor]:
-    """Unfactored tensors, in the stored dtype where the recipe names one."""
+    """Tensors of the dense model, cast to the recipe's dtype unless that is ``auto``."""
     tensors = skeleton.files.load(names)
     if recipe.dtype == "auto":
         return tensors

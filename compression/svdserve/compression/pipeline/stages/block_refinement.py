@@ -1,9 +1,9 @@
 """Block refinement: train the factors of one block towards the teacher's block.
 
-The loss is the mean squared error between the student block's output, from the student's stream,
-and the teacher's block output: what earlier blocks lost is made up for as well. AA-SVD, arXiv
-2604.02119, block refinement; it finds this the dominant factor of its result. Norms stay as they
-are.
+The loss is the mean squared error between the output of the student's block, which reads the
+student's stream, and the output of the teacher's block. Training thus also corrects errors of
+earlier blocks. This is the block refinement of AA-SVD (arXiv 2604.02119), whose authors find that
+it contributes most to their result. Norms are not trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +19,10 @@ from svdserve.compression.training.trainer import State, Trainer, Training
 
 
 class _BlockError:
-    """Objective (trainer.py); the gradient is of the loss over ``unit``, the loss at the start.
+    """Objective (trainer.py) whose gradient is divided by ``unit``, the loss at the start.
 
-    The outputs of blocks differ by orders of magnitude, and AdamW and clipping have a scale.
+    Outputs of blocks differ by orders of magnitude, but AdamW and gradient clipping need gradients
+    of similar scale.
     """
 
     def __init__(self, block: BlockPass, settings: Training) -> None:
@@ -46,17 +47,17 @@ def refine_block(
     stored: Mapping[str, Storage],
     notify: Callable[[int, State], None] = lambda *_: None,
 ) -> tuple[dict[str, Tensor], State]:
-    """Train the factors of a block whose groups are all replaced.
+    """Train the factors of a block after all of its groups are replaced.
 
     Args:
-        block: it goes on with the result; ``finish`` must be told.
-        settings: the training; the sequences are those of the streams.
-        stored: what each factor is stored in, by its name inside the block.
-        notify: as in Trainer.train.
+        block: the block, which gets the trained factors; call its ``finish`` with ``refined``.
+        settings: the settings of the training, which uses all sequences of the streams.
+        stored: codec and dtype of each factor, by its name inside the block.
+        notify: as for Trainer.train.
 
     Returns:
-        The factors as Trainer.best gives them, by their names inside the block, and the held-out
-        squared errors.
+        The tensors of Trainer.best by their names inside the block, and the held-out mean squared
+        errors.
     """
     factors = trainable_factors(block.student)
     objective = _BlockError(block, settings)

@@ -1,8 +1,8 @@
-"""The stage that factors: every block in turn, in the two-stream walk; blocks that are done resume.
+"""The stage that factors the blocks one after the other, in the two-stream walk.
 
-The work directory holds one safetensors file per finished block. A resumed job carries the streams
-over the finished blocks with their stored factors and goes on, so that its files are byte for byte
-those of an uninterrupted run.
+The work directory holds one safetensors file for each finished block. A resumed job carries the
+streams over the finished blocks with their stored factors and goes on, so that its files are byte
+for byte those of an uninterrupted run.
 """
 
 import time
@@ -37,7 +37,7 @@ from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.memory import peak_bytes, release
 
 Solve = Callable[[ModulePlan, Tensor, Statistics, int], Solution]
-"""The factors of a module from its float64 weight [m, n], its statistics and its rank."""
+"""Computes the factors of a module from its float64 weight [m, n], its statistics and its rank."""
 
 
 def by_method(plan: Plan) -> Solve:
@@ -52,15 +52,15 @@ def by_method(plan: Plan) -> Solve:
 
 @dataclass(frozen=True)
 class Factoring:
-    """How the blocks are factored.
+    """Everything that factoring a block needs.
 
     Attributes:
-        plan: what to compute.
-        ranks: of every module by its name.
-        solve: gives the factors of one module.
-        work: keeps finished blocks.
-        progress: is told of every module and block.
-        kept: statistics of the teacher that other compressions share, where a cache is.
+        plan: the plan of the compression.
+        ranks: the rank r of every module by its name.
+        solve: computes the factors of one module.
+        work: stores finished blocks.
+        progress: logs modules and blocks.
+        kept: cached statistics of the teacher; None without a cache.
     """
 
     plan: Plan
@@ -80,7 +80,14 @@ def factor(
     work: WorkDirectory,
     progress: Progress,
 ) -> dict[str, ModuleSpec]:
-    """Factor every block that is not finished; the specs of all, by module."""
+    """Factor every block that is not finished; the specs of all factored modules, by name.
+
+    Args:
+        gradients: the teacher's gradients at the block boundaries, if a statistic needs them.
+
+    Raises:
+        UserError: activations or factors are not finite.
+    """
     kept = None
     if plan.run.cache is not None and plan.statistics and of_teacher_alone(plan.statistics):
         folder = shared_folder(plan, tokens, work.path)
@@ -126,7 +133,7 @@ def _factor_block(stage: Factoring, block: BlockPass) -> dict[str, ModuleSpec]:
             if spec is not None:
                 specs[module.name] = spec
             progress.solved(index, module.name, **facts, pass_seconds=round(collected - begun, 4))
-        del statistics  # not beside those of the next group
+        del statistics  # free the memory before the next group's statistics
         release()
     tensors |= _finish_block(stage, block, specs)
     whole = whole_linears([plan.modules[index]], plan.recipe, specs)
@@ -157,7 +164,10 @@ def _solve(
     statistics: Statistics,
     tensors: dict[str, Tensor],
 ) -> tuple[ModuleSpec | None, dict[str, Any]]:
-    """Factor one module, put it into the student and among the tensors of the block."""
+    """Factor one module, and add it to the student and to the tensors of the block.
+
+    Returns its spec, or None if it stays dense, and facts for the log.
+    """
     plan, rank = stage.plan, stage.ranks[module.name]
     storage = plan.storage[module.name]
     gram = statistics.gram if statistics.gram is not None else statistics.teacher_gram
@@ -188,9 +198,9 @@ def _solve(
 def _resume_block(
     stage: Factoring, walk: Walk, index: int, *, advance: bool
 ) -> dict[str, ModuleSpec]:
-    """Carry the streams over a finished block with the factors that it stored.
+    """Load a finished block and carry the streams over it with its stored factors.
 
-    Not where ``advance`` is off: no block is left that would need them.
+    If ``advance`` is False, no later block needs the streams, and they stay where they are.
     """
     plan = stage.plan
     stored, specs = stage.work.load_block(index)
@@ -206,7 +216,7 @@ def _resume_block(
 def _finish_block(
     stage: Factoring, block: BlockPass, specs: Mapping[str, ModuleSpec]
 ) -> dict[str, Tensor]:
-    """Refine a block where the recipe says so, and finish it; the tensors that changed."""
+    """Refine a block if the recipe says so, and finish it; the tensors that refinement changed."""
     plan, settings = stage.plan, stage.plan.recipe.block_refinement
     if settings is None or not specs:
         block.finish()

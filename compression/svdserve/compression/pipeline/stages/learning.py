@@ -1,11 +1,10 @@
-"""The stage that learns which singular components of the whole model stay, for learned methods.
+"""The stage that learns which singular components of the whole model to keep (learned methods).
 
-The student is a checkpoint of full rank, loaded by transformers like any other, whose factors are
-frozen and whose latents are multiplied by functions of the scores. Held-out divergence is
-always that of the selection which the scores stand for at that moment: the greatest under the
-exact budget, and nothing else. The scores that are kept are those of least held-out divergence.
-The first ones stand for uniform truncation (and what it leaves of the budget), so that the result
-is never worse there than that.
+The student is a checkpoint of full rank that transformers loads. Its factors are frozen, and its
+latents are multiplied by functions of the scores. The held-out divergence is measured for the
+selection that the current scores give under the exact budget. The stage returns the scores of least
+held-out divergence. The initial scores select at least the components of uniform truncation, so the
+result is never worse than that on the held-out sequences.
 """
 
 from collections.abc import Callable
@@ -32,17 +31,17 @@ from svdserve.compression.training.distillation import Distillation, Targets
 from svdserve.compression.training.trainer import Objective, State, Trainer
 
 Allocate = Callable[[dict[str, Tensor]], Ranks]
-"""Ranks under the budget from ``<module>.scores`` of all modules."""
+"""Computes ranks under the exact budget from ``<module>.scores`` of all modules."""
 
 
 _SMALLEST = torch.finfo(torch.float32).eps / 2
 
 
 def _column_norms(matrix: Tensor) -> Tensor:
-    """Norms [k] of float32 columns, positive; one where a matrix is zero.
+    """Positive norms [k] of the float32 columns of a matrix; all 1 if the matrix is zero.
 
-    Squares of small or large weights leave the range of float32; a power of two moves them into it
-    and rounds nothing.
+    Squares of very small or large weights leave the range of float32, so the matrix is first scaled
+    by a power of two, which does not round.
     """
     exponent = max(-100, min(int(torch.frexp(matrix.abs().max()).exponent), 100))
     norms = torch.ldexp(matrix, torch.tensor(-exponent)).norm(dim=0)
@@ -53,12 +52,12 @@ def _column_norms(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """What scores stand for.
+    """The components that scores select under the budget.
 
     Args:
-        ranks: by module; None where it stays dense.
-        kept: indices of the components that stay, by module.
-        scales: what every component is multiplied by [k], by module; 0 where it is dropped.
+        ranks: the rank r of each module; None if it stays dense.
+        kept: indices of the kept components, by module.
+        scales: factors [k] of the components, by module; 0 for dropped components.
     """
 
     ranks: Ranks
@@ -68,7 +67,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Learned:
-    """The end of the training, from which the modules are solved."""
+    """The result of the learning, from which ``solve`` computes the factors of each module.
+
+    Attributes:
+        components: the tensors of the checkpoint of full rank.
+        selection: the selected components.
+        state: the state of the training at its end.
+    """
 
     components: TensorFiles
     selection: Selection
@@ -77,26 +82,27 @@ class Learned:
     def solve(
         self, module: ModulePlan, _weight: Tensor, _statistics: Statistics, _rank: int
     ) -> Solution:
-        """The components of one module that stay, float64, and the error of leaving the rest."""
+        """Float64 factors of a module's kept components, and the error of dropping the rest."""
         name = module.name
         names = [f"{name}.factor_in", f"{name}.factor_out"]
         inner, outer = (t.double() for t in self.components.load(names).values())
         scale, kept = self.selection.scales[name].double(), self.selection.kept[name]
         sigma = outer.norm(dim=0)
         factor_in = inner[kept] * (scale * sigma)[kept, None]
-        energy = sigma * (inner != 0).any(dim=1)  # components of zeros have columns of norm 1
+        energy = sigma * (inner != 0).any(dim=1)  # zero components have columns of norm 1
         lost, whole = float(((1 - scale) * energy).norm()), float(energy.norm())
         factor_out = outer[:, kept] / sigma.where(sigma > 0, torch.ones_like(sigma))[kept]
         return Solution(Factors(factor_in, factor_out), {"error": lost / whole if whole else 0.0})
 
 
 class Components:
-    """The factored modules of a student of full rank, as one row of K components.
+    """The K components of all modules of a student of full rank.
 
     Args:
         student: a model loaded from a checkpoint of full rank.
-        keep, layout: of the recipe; they give uniform ranks, and by them strength and price.
-        allocate: to the exact budget.
+        keep, layout: keep ratio and layout of the recipe. They give the uniform ranks, which define
+            strength and price of the components (learner.py).
+        allocate: computes ranks under the exact budget.
     """
 
     def __init__(self, student: nn.Module, keep: float, layout: Layout, allocate: Allocate) -> None:
@@ -109,20 +115,21 @@ class Components:
             uniform = layout.rank_for_keep(m, n, keep) or k
             sigma = _column_norms(module.matrix("factor_out", torch.float32).detach().float())
             strengths.append(sigma / sigma[uniform - 1].clamp_min(_SMALLEST * float(sigma.max())))
-            # The secant: a rank's own cost falls to nothing as the interpolative layout fills up.
+            # The mean cost of the uniform rank's components, because in the interpolative layout
+            # the cost of one more component falls with the rank, to nothing.
             prices.append(torch.full_like(sigma, layout.parameters(m, n, uniform) / uniform))
         dense = sum(module.out_features * module.in_features for module in found.values())
         self.strength, self.price = torch.cat(strengths), torch.cat(prices) / dense
 
     def scale(self, amplitudes: Tensor) -> None:
-        """Multiply the components [K] by these."""
+        """Set the factors [K] that multiply the components."""
         for module, part in zip(
             self.modules.values(), torch.split(amplitudes, self.sizes), strict=True
         ):
             module.component_scale = part
 
     def select(self, scores: Tensor, learner: Learner) -> Selection:
-        """The exact budget: in every module the greatest, as many as its rank."""
+        """Select the most important components of each module, as many as its rank under budget."""
         order = torch.split(learner.order(scores, self.strength).cpu(), self.sizes)
         factors = torch.split(learner.kept(scores).cpu(), self.sizes)
         ranks = self._allocate({f"{n}.scores": o for n, o in zip(self.modules, order, strict=True)})
@@ -137,11 +144,11 @@ class Components:
 
 
 class ScoreObjective:
-    """Objective (trainer.py): the divergence of ``base``, and the learner's penalty on top.
+    """Objective (trainer.py): the divergence ``base`` plus the learner's penalty.
 
     Args:
-        components: of the student of ``base``.
-        learner: the rules.
+        components: the components of the student of ``base``.
+        learner: the rules of the method.
         base: the divergence from the teacher.
     """
 
@@ -151,9 +158,9 @@ class ScoreObjective:
             rule(components.strength) for rule in (learner.start, learner.reach)
         )
         self.moves = nn.Parameter(torch.zeros_like(self._start))
-        """[K], trained: scores = start + reach · moves."""
+        """The trained parameter [K]: scores = start + reach · moves."""
         self.steps, self.unit = 1, 1.0
-        """Steps of the training, and the divergence that the penalty is counted in."""
+        """Number of steps of the training, and the divergence that is the penalty's unit."""
 
     def scores(self, moves: Tensor) -> Tensor:
         return self._start + self._reach * moves
@@ -188,16 +195,16 @@ def learn(
     run: Run,
     folder: Path,
 ) -> Learned:
-    """Learn the scores, or go on with it.
+    """Learn the scores; goes on from the state in ``folder`` if there is one.
 
     Args:
         teacher: the dense model.
-        components: a checkpoint of it of full rank, in the pair layout, float32.
-        tokens: [N, L].
-        recipe, learner: what to compute.
-        allocate: to the exact budget.
+        components: its checkpoint of full rank, in the layout ``pair`` and float32.
+        tokens: calibration tokens [N, L].
+        recipe, learner: the recipe, and the rules of its method.
+        allocate: computes ranks under the exact budget.
         run: device and gradient checkpointing.
-        folder: for the teacher's targets and the state of the training.
+        folder: the folder for the teacher's targets and the state of the training.
     """
     folder.mkdir(exist_ok=True)
     settings, device = learner.training(recipe.seed), torch.device(run.device)
@@ -212,7 +219,7 @@ def learn(
             student.gradient_checkpointing_enable({"use_reentrant": False})
         spectrum = Components(student, recipe.keep, get_layout(recipe.layout), allocate)
         for module in spectrum.modules.values():
-            module.to(getattr(torch, settings.precision))  # autocast would at every call
+            module.to(getattr(torch, settings.precision))  # once, instead of autocast at every call
         base = Distillation(student, tokens, targets, settings)
         objective = ScoreObjective(spectrum, learner, base)
         trained, stored = {"moves": objective.moves}, {"moves": Storage(FLOAT, torch.float32)}

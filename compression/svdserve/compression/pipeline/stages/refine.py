@@ -1,10 +1,10 @@
-"""Refinement: train the factors end to end towards the dense model's predictions, and nothing else.
+"""Refinement: train only the factors, end to end, towards the dense model's predictions.
 
-Tuning the factors on the calibration data beats every closed form in the literature (Three-Level,
+Training the factors on the calibration data beats every closed form in the literature (Three-Level,
 HKUST-GZ 2026; AA-SVD, arXiv 2604.02119). The loop is in trainer.py, the loss in distillation.py.
-In memory are the student in float32 with AdamW's two moments and the gradients, and the
-activations of one step; the teacher only until its targets are on disk. Int8 factors are trained in
-float32; what counts as better, and what is written, is rounded to int8 again.
+Memory holds the student in float32, gradients, AdamW's two moments and the activations of one step;
+the teacher is freed once its targets are on disk. Int8 factors are trained in float32, but they are
+evaluated and written as rounded to int8.
 """
 
 import json
@@ -53,37 +53,37 @@ def refine(
     run: Run | None = None,
     tokens: Tensor | None = None,
 ) -> RefineReport:
-    """Write ``student`` with better factors to ``out``.
+    """Write the checkpoint ``student`` with refined factors to ``out``.
 
     Args:
         teacher: the dense model, a directory or a Hub name.
-        student: a checkpoint of it.
-        out: the new checkpoint; appears when it is complete.
-        settings: the training; calibration that it does not name is that of the student's recipe
-            (see ``check_own_calibration`` for students of others).
+        student: a checkpoint of the dense model.
+        out: the new checkpoint; one rename creates it when it is complete.
+        settings: the settings of the training; calibration fields that it does not set come from
+            the student's recipe (for untrusted students see ``check_own_calibration``).
         run: device, resume and force; with ``resume`` a killed run goes on from its last
-            evaluation and ends in the same bytes.
-        tokens: [N, L] where they are drawn already.
+            evaluation and writes the same bytes.
+        tokens: calibration tokens [N, L] to use instead of drawing some.
 
     Raises:
-        UserError: anything wrong with the input, found before the models are loaded.
+        UserError: the input is wrong, which is found before the models are loaded.
     """
     return _Refiner(resolve_model(teacher), student, out, settings, run or Run(), tokens).execute()
 
 
 def check_own_calibration(student: Path, settings: Refinement) -> None:
-    """A checkpoint may come from anyone: the files and datasets that it names are not read.
+    """Refuse to read files and datasets that only the recipe of an untrusted checkpoint names.
 
     Raises:
-        UserError: ``settings`` leaves the calibration to the student's recipe, and that names more
-            than samples of the model itself.
+        UserError: ``settings`` uses the calibration of the student's recipe, and that is not
+            ``self``.
     """
     stored = open_checkpoint(student).config.recipe.get("calibration", "self")
     named = settings.calibration is not None and "same" not in settings.calibration.split("+")
     if stored != "self" and not named:
         raise UserError(
-            f"{student}: its recipe names calibration text, which is not read on the word of a "
-            f"checkpoint; give it yourself: --calibration {shlex.quote(str(stored))}"
+            f"{student}: its recipe names a calibration text, which svdserve reads only if you "
+            f"name it yourself: give --calibration {shlex.quote(str(stored))}"
         )
 
 
@@ -103,22 +103,22 @@ def _require_same_model(teacher: Path, student: Path) -> None:
     """Raise UserError unless the student can be a compression of the teacher."""
     dense, small = read_json(teacher / "config.json"), read_json(student / "config.json")
     if dense.get("quantization_config") is not None:
-        raise UserError(f"{teacher}: is compressed itself; give the dense model as the teacher")
+        raise UserError(f"{teacher}: is compressed; give the dense model as the teacher")
     for name in _SAME:
         if dense.get(name) != small.get(name):
             raise UserError(
-                f"{teacher}: {name} is {dense.get(name)!r}, and {small.get(name)!r} in {student}; "
-                "give the dense model that this checkpoint was made of"
+                f"{teacher}: {name} is {dense.get(name)!r}, but {small.get(name)!r} in {student}; "
+                "give the dense model that this checkpoint was made from"
             )
-    # Compression leaves vectors as they are, such as those of norms; other training moves them.
+    # Compression does not change vectors such as those of norms, but other training does.
     ours, theirs = TensorFiles(student), TensorFiles(teacher)
     both = [name for name, info in ours.info.items() if len(info.shape) == 1 and name in theirs]
     stored, given = ours.load(both), theirs.load(both)
     for name in both:
         if not torch.equal(stored[name], given[name].to(stored[name].dtype)):
             raise UserError(
-                f"{teacher}: {name} is another one than in {student}; give the dense model that "
-                "this checkpoint was made of"
+                f"{teacher}: {name} differs from {student}; give the dense model that this "
+                "checkpoint was made from"
             )
 
 
@@ -134,7 +134,10 @@ class _Refiner:
     ) -> None:
         self.config = open_checkpoint(student).config
         if not self.config.modules:
-            raise UserError(f"{student}: has no factors to refine; every linear is dense")
+            raise UserError(
+                f"{student}: has no factors to refine, because every linear is dense; give a "
+                "checkpoint with a keep ratio below 1"
+            )
         _require_same_model(teacher, student)
         self.teacher, self.student = teacher, student
         self.settings, self.run, self.tokens = settings, run, tokens
@@ -224,7 +227,7 @@ class _Refiner:
         )
 
     def _publish(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """The student's directory with the best factors in it."""
+        """Publish a copy of the student's directory with the best factors."""
         final, source = self.work.final(), self.student
         copy_companions(source, final)
         for own in (CARD_FILE, LOG_FILE, "recipe.yaml"):

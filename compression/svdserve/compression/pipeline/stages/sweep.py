@@ -1,4 +1,4 @@
-"""The stage that carries the teacher's loss back through all blocks: gradients and spectra."""
+"""The stage that backpropagates the teacher's loss through all blocks: gradients and spectra."""
 
 import time
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from svdserve.compression.system.memory import release
 
 @dataclass(frozen=True)
 class Sweep:
-    """Gradients at the block boundaries, and the spectra of the modules; empty if not needed."""
+    """Gradients at the block boundaries, or None, and the spectra of the modules, or none."""
 
     gradients: BoundaryGradients | None
     spectra: dict[str, Tensor]
 
 
 def shared_folder(plan: Plan, tokens: Tensor, own: Path) -> Path:
-    """Where files go that do not depend on the student: the run's cache, or ``own``."""
+    """The folder for files that do not depend on the student: the run's cache, or ``own``."""
     if plan.run.cache is None:
         return own
     settings = {
@@ -37,10 +37,10 @@ def shared_folder(plan: Plan, tokens: Tensor, own: Path) -> Path:
 
 
 def sweep(plan: Plan, tokens: Tensor, own: Path, progress: Progress) -> Sweep:
-    """What the plan needs of the teacher's gradients; what is there is not computed again.
+    """Compute the gradients and spectra that the plan needs, unless they are stored already.
 
     Args:
-        tokens: [N, L].
+        tokens: calibration tokens [N, L].
         own: the folder of this job.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The error behind a block, measured exactly: both streams of some sequences, in float32.
+"""The student's error behind a block, measured on some sequences in float32.
 
 The streams of the walk are stored in the recipe's dtype and run in its precision. In bfloat16 the
-rounding of either differs between teacher and student, which alone is an error of about 0.01.
+rounding errors of teacher and student differ, which alone gives an error of about 0.01.
 """
 
 import math
@@ -17,7 +17,7 @@ _TOKENS = 4096
 
 
 def measured_rows(rows: int, length: int) -> list[int]:
-    """The sequences that are measured: every sixteenth, and at least 4,096 tokens."""
+    """Indices of the measured sequences: a sixteenth, but at least 4,096 tokens if there are."""
     count = min(rows, max(-(-_TOKENS // length), rows // 16))
     return [index * rows // count for index in range(count)]
 
@@ -26,7 +26,7 @@ class Measured:
     """Float32 hidden states [1, L, d] of some sequences, in the teacher and in the student.
 
     Args:
-        device: where blocks run; the hidden states are kept on the CPU.
+        device: the device of the blocks; the hidden states stay on the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,13 +34,13 @@ class Measured:
         self._hidden: dict[str, list[Tensor]] = {"teacher": [], "student": []}
 
     def add(self, hidden: Tensor) -> None:
-        """One more sequence, at the input of the first block."""
+        """Add a sequence by its hidden states [L, d] or [1, L, d] at the first block's input."""
         for states in self._hidden.values():
             states.append(hidden.to(device="cpu", dtype=torch.float32))
 
     @torch.no_grad()
     def advance(self, blocks: Mapping[str, nn.Module], call: Call) -> None:
-        """Carry the sequences over a block, given for ``teacher`` and ``student``."""
+        """Carry the sequences over a block, given as its copies ``teacher`` and ``student``."""
         args, kwargs = call
         with float32_products("float32", self._device):
             for name, block in blocks.items():
@@ -50,7 +50,7 @@ class Measured:
                     states[index] = (output[0] if isinstance(output, tuple) else output).cpu()
 
     def error(self) -> float:
-        """‖H_f − H‖ / ‖H_f‖ of the teacher's hidden states H_f and the student's H."""
+        """‖H_f − H‖ / ‖H_f‖ for the teacher's hidden states H_f and the student's H."""
         apart = whole = 0.0
         for teacher, student in zip(*self._hidden.values(), strict=True):
             apart += float((teacher.double() - student.double()).square().sum())

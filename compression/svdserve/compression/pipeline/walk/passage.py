@@ -1,9 +1,8 @@
-"""The two copies of a block on their way through its groups.
+"""Running the two copies of a block group by group.
 
-A block's own forward is run for each group, stopped at the group, with the containers that are
-closed already (attention, MLP) replayed from their stored outputs: attention and every linear are
-computed once for each stream. Only norms, residual additions and the student's linears between the
-opening and the closing of the last container are repeated.
+For each group the block's own forward runs and stops at the group. Earlier containers (attention,
+MLP) are replayed with their stored outputs, so that each stream computes attention and every linear
+once. Only norms, residual additions and the student's linears in the last container are repeated.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +20,11 @@ class Passage:
     """Runs the teacher's and the student's copy of a block on their streams.
 
     Args:
-        blocks: the two copies, by the names of their streams: ``teacher`` and ``student``.
-        groups: those of the block, in the order of their calls.
-        containers: by the groups that close them.
-        streams: the hidden states at the input of the block; those at its output replace them.
-        call: the other arguments of the block, for a number of sequences.
+        blocks: the two copies by the names of their streams, ``teacher`` and ``student``.
+        groups: the groups of the block, in the order of their calls.
+        containers: the containers by the groups that close them.
+        streams: the hidden states at the block's input, which those at its output replace.
+        call: gives the other arguments of the block for a number of sequences.
     """
 
     def __init__(
@@ -39,13 +38,15 @@ class Passage:
         self._blocks, self._groups, self._containers = blocks, groups, containers
         self._streams, self._call = streams, call
 
-    # What a later step needs is stored on the way.
-
     def inputs(self, group: Group, rows: slice, *, teacher: bool) -> Batch:
-        """The inputs of a group for a batch; ``teacher`` is whether that stream runs as well.
+        """The inputs of a group for a batch of sequences.
 
-        Containers are stored as they close, but for the last one: behind it the teacher's block is
-        run to its end.
+        Stores the outputs that later groups replay. At the last group the teacher's block runs to
+        its end instead, and its output is stored.
+
+        Args:
+            rows: the sequences of the batch.
+            teacher: whether to run the teacher's stream too.
         """
         last = group == self._groups[-1]
         closes = group in self._containers and not last
@@ -66,27 +67,27 @@ class Passage:
         return Batch(student, own)
 
     def leave(self, group: Group) -> None:
-        """Give up what only the batches of a group have needed."""
+        """Free the activations that only the batches of a group needed."""
         if (before := self._before(group)) is not None:
             self._streams.drop(_entering("student", before))
 
     def finish(self, rows: slice, *, refined: bool) -> None:
         """Carry the student's stream over the block.
 
-        ``refined``: factors have changed on the way, so nothing stored is used.
+        If ``refined`` is True, factors have changed since, and no stored output is replayed.
         """
-        # The last container is run again, as the widest activations, those at its closing linear,
-        # would be the largest stream.
+        # The last container runs again, because storing the input of its closing linear would need
+        # the widest stream.
         replay = self._outputs("student", [] if refined else self._closed(self._groups[-1]), rows)
         self._streams.write("student", rows, self.run("student", rows, replay))
 
     def drop(self) -> None:
-        """Give up all that was stored on the way."""
+        """Free all stored outputs of containers."""
         for group in self._closed(self._groups[-1]):
             self._streams.drop(*(_leaving(stream, group) for stream in self._blocks))
 
     def teacher_inputs(self, rows: slice) -> dict[Group, Tensor]:
-        """Carry the teacher's stream over the whole block; the inputs of its groups on the way."""
+        """Carry the teacher's stream over the whole block; returns the inputs of its groups."""
         block = self._blocks["teacher"]
         with ExitStack() as stack:
             seen = {g: stack.enter_context(inputs_of(first_linear(block, g))) for g in self._groups}
@@ -95,9 +96,10 @@ class Passage:
         return {group: inputs.pop() for group, inputs in seen.items()}
 
     def _student_outputs(self, group: Group, rows: slice) -> dict[Group, Tensor]:
-        """The student's outputs of the containers that are closed before a group.
+        """The student's outputs of the containers that close before a group.
 
-        That of the group just before this one is computed here, since it is replaced by now.
+        If the previous group closes a container, its output is computed here, because that group
+        has been replaced by now.
         """
         before, closed = self._before(group), self._closed(group)
         if before not in closed:
@@ -108,7 +110,7 @@ class Passage:
         return self._outputs("student", closed[:-1], rows) | {before: output}
 
     def _outputs(self, stream: str, closed: list[Group], rows: slice) -> dict[Group, Tensor]:
-        """What containers have returned, by the groups that close them."""
+        """The stored outputs of containers, by the groups that close them."""
         return {group: self._streams.read(_leaving(stream, group), rows) for group in closed}
 
     def _before(self, group: Group) -> Group | None:
@@ -121,7 +123,7 @@ class Passage:
         return [other for other in before if other in self._containers]
 
     def _closing(self, stream: str, group: Group) -> nn.Module:
-        """The linear whose output is that of the container that a group closes."""
+        """The closing linear of the container that a group closes."""
         return self._blocks[stream].get_submodule(self._containers[group].closing)
 
     def _input(
@@ -132,7 +134,7 @@ class Passage:
         return input_of(linear, lambda: self.run(stream, rows, replay))
 
     def run(self, stream: str, rows: slice | Tensor, replay: Mapping[Group, Tensor]) -> Tensor:
-        """Run a block on rows of its stream with the containers of ``replay`` left out."""
+        """Run a block on rows of its stream, with the containers of ``replay`` replayed."""
         hidden, block = self._streams.read(stream, rows), self._blocks[stream]
         args, kwargs = self._call(len(hidden))
         with ExitStack() as stack:
@@ -150,10 +152,10 @@ def first_linear(block: nn.Module, group: Group) -> nn.Module:
 
 
 def _entering(stream: str, group: Group) -> str:
-    """Name of the stream of what goes into the closing linear of a container."""
+    """Name of the stream of a closing linear's inputs."""
     return f"{stream}-into-{group.path}"
 
 
 def _leaving(stream: str, group: Group) -> str:
-    """Name of the stream of what comes out of the closing linear of a container."""
+    """Name of the stream of a closing linear's outputs."""
     return f"{stream}-from-{group.path}"

@@ -13,7 +13,13 @@ from svdserve.compression.system.files import reserve
 class Streams:
     """Named activations [N, L, width] of all calibration tokens, in memory or in files.
 
-    Rows are read in float32 on the run's device and stored in the recipe's dtype.
+    Rows are read as float32 on ``device`` and stored in ``dtype``.
+
+    Args:
+        shape: (N, L).
+        dtype: the dtype of the stored values.
+        device: the device of the values that are read.
+        folder: the folder for files; None keeps the activations in memory.
     """
 
     def __init__(
@@ -40,12 +46,12 @@ class Streams:
         shape = (self.rows, self.length, width)
         if self._folder is None:
             return torch.empty(shape, dtype=self._dtype)
-        # Without a name once it is open: a kill leaves nothing, and no other job can meet it.
+        # The file is unlinked once it is open, so a killed job leaves no file behind.
         descriptor, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".bin", dir=self._folder)
         size = self.rows * self.length * width
         try:
             with os.fdopen(descriptor, "wb") as file:
-                # A sparse file would end the process with SIGBUS where the disk is full.
+                # With a sparse file, a full disk would end the process with SIGBUS.
                 reserve(file, size * self._dtype.itemsize)
             stream = torch.from_file(path, shared=True, size=size, dtype=self._dtype)
         finally:

@@ -1,7 +1,7 @@
-"""What a module's new weights become: tensors of the checkpoint, and modules of the student.
+"""Putting new weights into the checkpoint's tensors and into the student.
 
-Tensors are rounded as they are stored before the student gets them, in a first run and in a resumed
-one alike: it must see what will be served.
+The student gets the tensors as rounded for storage, in a first and in a resumed run, because it
+must see the weights that will be served.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from svdserve.compression.pipeline.walk.walk import BlockPass
 def put_factors(
     block: BlockPass, module: ModulePlan, factors: StoredFactors, tensors: dict[str, Tensor]
 ) -> ModuleSpec:
-    """Add the factors to ``tensors`` and to the student."""
+    """Add the factors of a module to ``tensors`` and to the student; returns its spec."""
     spec = ModuleSpec.model_validate(
         {
             "role": module.group.role,
@@ -41,7 +41,10 @@ def put_factors(
 def put_whole(
     block: BlockPass, module: ModulePlan, storage: Storage, tensors: dict[str, Tensor]
 ) -> Tensor:
-    """Add the dense weights of a module to both as they are stored; gives them stacked [m, n]."""
+    """Add the encoded dense weights of a module to ``tensors`` and, decoded, to the student.
+
+    Returns the decoded weights, stacked [m, n].
+    """
     for member, name in zip(module.members, module.linears, strict=True):
         tensors |= storage.encode(f"{name}.weight", block.weight(module.group, member))
     return _replace_weights(block, module, storage.codec, tensors)
@@ -54,12 +57,13 @@ def put_back(
     whole: Mapping[str, LinearSpec],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Carry the streams through a block that is finished, with what ``tensors`` hold of it.
+    """Put the stored weights of a finished block back into the student, and advance the streams.
 
     Args:
-        modules: of the block.
-        specs: of its factored modules.
-        whole: of its other linears.
+        modules: the modules of the block.
+        specs: specs of its factored modules, by name.
+        whole: specs of its other linears, by name.
+        tensors: the stored tensors of the block, by name.
     """
     for group in block.groups:
         block.statistics(group, collect=False)

@@ -1,9 +1,9 @@
-"""The two-stream walk: teacher and student, block by block, one block in memory.
+"""The two-stream walk: teacher and student, block by block, with one block in memory.
 
 Both streams hold the hidden states of all calibration tokens at the same block boundary. Inside a
-block they advance group by group (passage.py), so that the statistics of a group are taken after
-all earlier groups of the same block are already replaced in the student. Where no student
-runs there is nothing to wait for, and the teacher's block runs once for all its groups.
+block they advance group by group (passage.py), so that the statistics of a group are collected
+after all earlier groups of the block are replaced in the student. If no student runs, the teacher's
+block runs once for all its groups.
 """
 
 import copy
@@ -42,16 +42,16 @@ class Walk:
     """Carries both streams through the blocks of a model.
 
     Args:
-        skeleton: the model.
-        tokens: [N, L] token ids.
-        wanted: names of the statistics that the method needs; they say which streams run.
-        dtype: of the stored streams (computation is in float32).
-        device: where blocks run.
-        batch_size: sequences per forward step.
-        offload: folder for the streams, or None for memory.
-        gradients: at the block boundaries, where ``wanted`` has a statistic of gradients.
-        precision: of the blocks' forward passes.
-        both: run both streams whatever is wanted.
+        skeleton: the dense model.
+        tokens: token ids [N, L].
+        wanted: names of the statistics that the method needs; they determine which streams run.
+        dtype: the dtype of the stored streams.
+        device: the device that runs blocks.
+        batch_size: number of sequences in a forward step.
+        offload: the folder for the streams; None keeps them in memory.
+        gradients: gradients at the block boundaries, if ``wanted`` has a statistic of gradients.
+        precision: the precision of the blocks' forward passes.
+        both: run both streams even if ``wanted`` does not need them.
     """
 
     def __init__(
@@ -78,21 +78,21 @@ class Walk:
         self.streams = Streams((tokens.shape[0], tokens.shape[1]), dtype, device, offload)
         starts = range(0, tokens.shape[0], batch_size)
         self.batches = [slice(s, min(s + batch_size, tokens.shape[0])) for s in starts]
-        # Every eighth batch, and so a part of every source of calibration text.
+        # Every eighth batch, so that each source of calibration text has held-out sequences.
         self.held_out = self.batches[7::8] or self.batches[1:][-1:]
         measures = self.uses_student and self.uses_teacher
         self._measured_rows = measured_rows(*tokens.shape) if measures else []
         self._measured = Measured(device)
         self._calls: dict[int, list[Call]] = {}
         self.containers: list[Mapping[Group, Container]] = []
-        """Of every block, by the groups that close them; none where no stream runs."""
+        """The containers of every block, by the groups that close them; empty if no stream runs."""
         if self.runs:
             self._embed(tokens)
 
     def _embed(self, tokens: Tensor) -> None:
         embedded = self.skeleton.embed([tokens[rows] for rows in self.batches], self.device)
         for rows, (hidden, calls) in zip(self.batches, embedded, strict=True):
-            # Masks and positions depend on the shape of the batch alone.
+            # Masks and positions depend only on the shape of the batch.
             self._calls.setdefault(rows.stop - rows.start, calls)
             if self.uses_teacher:
                 self.streams.write("teacher", rows, hidden)
@@ -111,20 +111,20 @@ class Walk:
         ]
 
     def error(self) -> float | None:
-        """The error of the hidden states where the streams are (measure.py).
+        """The student's error at the streams' block boundary (measure.py).
 
-        None where only one stream runs, or none.
+        None if only one stream runs, or none.
         """
         return self._measured.error() if self._measured_rows else None
 
     def measure(self, block: int, teacher: nn.Module, student: nn.Module) -> None:
-        """Carry the sequences that ``error`` is measured on over a block."""
+        """Carry the sequences on which ``error`` is measured over a block."""
         if self._measured_rows:
             blocks = {"teacher": teacher, "student": student}
             self._measured.advance(blocks, self.call(block, 1))
 
     def call(self, block: int, sequences: int) -> Call:
-        """The arguments besides the hidden states with which the decoder calls a block."""
+        """The arguments of a block besides the hidden states, for a number of sequences."""
         if sequences not in self._calls:
             tokens = torch.zeros(sequences, self.streams.length, dtype=torch.int64)
             ((_, self._calls[sequences]),) = self.skeleton.embed([tokens], self.device)
@@ -136,10 +136,10 @@ class Walk:
 
 
 class BlockPass:
-    """One block on its way from dense to factored.
+    """One block while its groups are replaced.
 
-    Use: for every group in ``groups``, ``statistics`` then (optionally) ``replace``; at the end
-    ``finish``.
+    For every group in ``groups``, call ``statistics`` and then, optionally, ``replace``; at the end
+    call ``finish``.
     """
 
     def __init__(self, walk: Walk, index: int) -> None:
@@ -164,9 +164,10 @@ class BlockPass:
         return weight
 
     def statistics(self, group: Group, *, collect: bool = True) -> Statistics:
-        """Advance both streams to the inputs of ``group`` and sum their statistics.
+        """Advance both streams to the inputs of ``group`` and sum its statistics.
 
-        With ``collect`` off (a resumed block whose factors are known) the streams only advance.
+        If ``collect`` is False (for a resumed block, whose factors are known), the streams advance
+        without statistics.
         """
         wanted = self.walk.wanted if collect else frozenset()
         if collect and self.walk.wanted_of_gradients and not self._of_gradients:
@@ -185,7 +186,7 @@ class BlockPass:
         return Sums(wanted, sum(m for m, _ in shapes), shapes[0][1], self.walk.device)
 
     def _along_student(self, group: Group, wanted: frozenset[str]) -> Statistics:
-        """One step of the student's stream, and of the teacher's where it runs."""
+        """Advance the student's stream, and the teacher's if it runs, to a group."""
         sums = self._sums(group, wanted)
         for rows in self.walk.batches:
             with self._forward():
@@ -195,7 +196,7 @@ class BlockPass:
         return sums.finish()
 
     def _teacher_sums(self, wanted: frozenset[str]) -> dict[Group, Sums]:
-        """Carry the teacher's stream over the block, where no student runs, and sum on the way."""
+        """Carry the teacher's stream over the block and sum statistics, if no student runs."""
         sums = {group: self._sums(group, wanted) for group in self.groups}
         for rows in self.walk.batches if self.walk.runs else ():
             with self._forward():
@@ -205,7 +206,7 @@ class BlockPass:
         return sums
 
     def _gradient_sums(self) -> dict[Group, Sums]:
-        """Run the teacher's block back from its boundary gradients, before its stream moves on."""
+        """Sums from a backward run of the teacher's block, before the teacher's stream advances."""
         walk = self.walk
         assert walk.gradients is not None, "whoever wants gradients must have swept them"
         wanted = walk.wanted_of_gradients
@@ -223,31 +224,32 @@ class BlockPass:
         return sums
 
     def replace(self, group: Group, name: str, spec: ModuleSpec, factors: StoredFactors) -> None:
-        """Put factors into the student; they act from the next group on."""
+        """Put factors into the student; they take effect from the next group on."""
         parent = self.student.get_submodule(group.parent)
-        # Stored precision first: the student must see what will be served.
+        # Decoded from their stored form, because the student must see what will be served.
         spec = spec.model_copy(update={"codec": FLOAT.name})
         factors = StoredFactors(factors.layout, FLOAT, factors.decoded(torch.float32))
         replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
         parent.requires_grad_(False)
 
     def replace_weight(self, group: Group, member: str, weight: Tensor) -> None:
-        """Give one linear of the student another dense weight [m, n], float32."""
+        """Replace the dense weight [m, n] of one linear of the student by a float32 weight."""
         linear = group.linear(self.student, member)
         linear.weight = nn.Parameter(weight.to(self.walk.device), requires_grad=False)
 
     def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [B, L, d] of both blocks for the sequences ``rows`` [B], after the last group.
+        """Outputs [B, L, d] of student and teacher for the sequences ``rows`` [B].
 
-        The student's is computed from its stream, with gradients; the teacher's stream is there.
+        Call this after the last group. The student's output is computed from its stream, with
+        gradients; the teacher's stream already holds the teacher's output.
         """
         student = self._passage.run("student", rows, {})
         return student, self.walk.streams.read("teacher", rows)
 
     def finish(self, *, refined: bool = False) -> None:
-        """Carry the student's stream over the block (the teacher's is there already).
+        """Carry the student's stream over the block; the teacher's is behind it already.
 
-        ``refined``: factors have changed since the statistics, so nothing stored is used.
+        If ``refined`` is True, factors have changed since, and no stored output is replayed.
         """
         if self.walk.uses_student:
             for rows in self.walk.batches:
@@ -261,6 +263,6 @@ class BlockPass:
 
 
 def _share_copy(block: nn.Module) -> nn.Module:
-    """A copy of the module tree over the same parameter tensors."""
+    """A copy of a block's modules that shares the parameter tensors."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in block.parameters()}
     return copy.deepcopy(block, shared)
