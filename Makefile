@@ -26,8 +26,9 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # One process a core, each with one thread; a file's tests share their servers, so stay together.
+PYTEST_FLAGS ?=
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --durations=25 $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

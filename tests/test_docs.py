@@ -59,6 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.parametrize("page", pages(), ids=named)
 def test_blocks_run(page: Path, models: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:

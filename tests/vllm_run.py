@@ -5,10 +5,13 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from svdserve.compression.system.memory import release
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one interpreter for many engines
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets a test send a function to the workers
@@ -37,10 +40,10 @@ class Served:
     """What one engine did.
 
     Attributes:
-        tokens: [prompts, 64] greedy continuations.
-        logprobs: for each prompt [length - 1 + 64, vocabulary]: of every token but the first; with
-            ``top_logprobs`` [64, top], of the likeliest new tokens.
-        top_tokens: with ``top_logprobs``, for each prompt [64, top]: which tokens these are.
+        tokens: [prompts, 32] greedy continuations.
+        logprobs: for each prompt [length - 1 + 32, vocabulary]: of every token but the first; with
+            ``top_logprobs`` [32, top], of the likeliest new tokens.
+        top_tokens: with ``top_logprobs``, for each prompt [32, top]: which tokens these are.
         reports: svdserve's load report of each worker, as dictionaries; None from a dense model.
         resident_bytes: of the process after the run; of one rank only if there is one.
         error: message of the exception that ended it, else empty.
@@ -63,8 +66,9 @@ def run(
 ) -> list[Served]:
     """Start one engine for each dictionary of LLM arguments, generate from all prompts.
 
-    Extra arguments: ``reload`` then makes the workers reload their weights in place; ``adapter``
-    names the directory of a LoRA adapter that every request uses; ``top_logprobs`` asks for that
+    Extra arguments: ``prompts`` are this engine's instead; ``reload`` then makes the workers reload
+    their weights in place; ``adapter`` names the directory of a LoRA adapter that every request
+    uses; ``top_logprobs`` asks for that
     many, where all of a large vocabulary would be too many.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,20 +87,60 @@ def run(
     return served
 
 
+class _Rank(ForkServerProcess):
+    """A worker of vLLM with the environment of this moment, as a fresh interpreter has it."""
+
+    def __init__(
+        self, *, target: Callable[..., None], kwargs: dict[str, Any], **options: Any
+    ) -> None:
+        import vllm_run  # the fork server does not know this module as __main__
+
+        arguments = (dict(os.environ), target, kwargs)
+        super().__init__(target=vllm_run._with_environment, args=arguments, **options)
+
+
+class _Ranks(ForkServerContext):
+    Process = _Rank
+
+
+def _with_environment(
+    environment: dict[str, str], target: Callable[..., None], kwargs: dict[str, Any]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(**kwargs)
+
+
 def _main(folder: Path) -> None:
     import vllm  # noqa: F401
+    from vllm.model_executor.models import registry
+    from vllm.v1.engine import core
+    from vllm.v1.executor import multiproc_executor
 
-    gc.freeze()  # else a full collection takes as long as starting an engine
+    # Ranks fork from one process that has vLLM, instead of importing it each.
+    multiprocessing.set_forkserver_preload(["vllm.v1.executor.multiproc_executor", "vllm_run"])
+    multiproc_executor.get_mp_context = _Ranks
+
+    # vLLM looks at every architecture in a fresh process, which imports all of vLLM, lest CUDA
+    # starts in this one; there is none.
+    if not torch.cuda.is_available():
+        registry._run_in_subprocess = lambda inspect: inspect()
+    # A collection of all that vLLM imports takes as long as starting an engine, which collects ten
+    # times. vLLM freezes what lives when an engine starts, and thaws everything when it ends.
+    gc.freeze()
+    gc.unfreeze = lambda: None
+    core.freeze_gc_heap = lambda: None
     jobs = json.loads((folder / "jobs.json").read_text())
     for index, engine in enumerate(jobs["engines"]):
         facts: dict[str, Any] = {"tokens": [], "reports": [], "resident_bytes": 0, "error": ""}
         tensors: dict[str, torch.Tensor] = {}
         try:
-            facts |= _serve(engine, jobs["prompts"], tensors)
+            facts |= _serve(engine, engine.pop("prompts", jobs["prompts"]), tensors)
         except Exception as error:
             facts["error"] = f"{type(error).__name__}: {error}"
         (folder / f"{index}.json").write_text(json.dumps(facts))
         save_file(tensors, folder / f"{index}.safetensors")
+        gc.freeze()  # what the engine has imported
 
 
 def _serve(

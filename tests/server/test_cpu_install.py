@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -27,7 +28,6 @@ class Environment:
     """A virtual environment and what a process in it prints."""
 
     def __init__(self, directory: Path) -> None:
-        venv.create(directory, with_pip=True)
         self.python = directory / "bin" / "python"
         self.site = next(directory.glob("lib/python*/site-packages"))
 
@@ -55,9 +55,17 @@ class Environment:
         return {entry["name"]: entry["version"] for entry in listed}
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pristine") / "environment"
+    venv.create(directory, with_pip=True)
+    return directory
+
+
 @pytest.fixture
-def environment(tmp_path: Path) -> Environment:
-    return Environment(tmp_path / "environment")
+def environment(pristine: Path, tmp_path: Path) -> Environment:
+    """`python -m` works in a copy, which is all that the tests run."""
+    return Environment(shutil.copytree(pristine, tmp_path / "environment", symlinks=True))
 
 
 def _break(environment: Environment) -> None:

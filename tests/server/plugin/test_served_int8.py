@@ -121,6 +121,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, S
     for case, dtype in OTHERS:
         path = str(paths[case])
         engines[dtype] = {"model": path, "dtype": dtype, "enforce_eager": dtype == "float16"}
+    changes = {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}
+    path = write("llama-interpolative", root / "biases", **changes)
+    engines["two ranks"] = {"model": str(path), "tensor_parallel_size": 2}
     served = run(root / "run", list(engines.values()), PROMPTS)
     return root, dict(zip(engines, served, strict=True))
 
@@ -151,13 +154,13 @@ def test_bytes_on_the_rank(case: str, engines: tuple[Path, dict[str, Served]]) -
     assert report["stored"]["dense_equivalent"] == stored["dense_equivalent"]
 
 
-def test_two_ranks_with_biases_and_replicated_heads(tmp_path: Path) -> None:
+def test_two_ranks_with_biases_and_replicated_heads(
+    engines: tuple[Path, dict[str, Served]],
+) -> None:
     """Shards of weights and scales; o_proj is a row-parallel dense int8 layer."""
-    changes = {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}
-    model = write("llama-interpolative", tmp_path, **changes)
-    (served,) = run(tmp_path / "run", [{"model": str(model), "tensor_parallel_size": 2}], PROMPTS)
-    assert_served(served, model, same=False)
-    assert len(served.reports) == 2
+    root, served = engines
+    assert_served(served["two ranks"], root / "biases" / "llama-interpolative", same=False)
+    assert len(served["two ranks"].reports) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -21,7 +21,7 @@ from svdserve.server.plugin import verify
 from svdserve.server.plugin.verify import LayerCheck, require_right
 from vllm_run import Served, run
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -111,9 +111,16 @@ PROMPTS = random_tokens(2, 24).tolist()
 
 @pytest.fixture(scope="module")
 def served(root: Path) -> dict[str, Served]:
-    engines = [{"model": str(root / f"{name}-small")} for name in TYPES]
-    results = run(root / "run", engines, PROMPTS, timeout=900, SVDSERVE_VERIFY="1")
-    return dict(zip(TYPES, results, strict=True))
+    """A model of each type; "two" is llama4_text on two ranks, "joined" is stored in bfloat16."""
+    engines = {name: {"model": str(root / f"{name}-small")} for name in TYPES}
+    engines["two"] = {**engines["llama4_text"], "tensor_parallel_size": 2}
+    dense = save_model("llama", root / "joined-dense", dtype=torch.bfloat16)
+    fields = {"method": "svd", "allocator": "uniform", "keep": 0.7, "layout": "interpolative"}
+    compress(str(dense), root / "joined", make_recipe(**fields), Run(progress=False))
+    engines["joined"] = {"model": str(root / "joined"), "dtype": "bfloat16"}
+    environment = {"SVDSERVE_VERIFY": "1"}
+    results = run(root / "run", list(engines.values()), PROMPTS, timeout=900, **environment)
+    return dict(zip(engines, results, strict=True))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -133,25 +140,19 @@ def test_layers_and_logits_are_right(name: str, root: Path, served: dict[str, Se
         torch.testing.assert_close(logprobs[: len(prompt) - 1], expected, atol=2e-4, rtol=1e-3)
 
 
-def test_a_permuted_model_on_two_tp_ranks(root: Path) -> None:
-    engine = {"model": str(root / "llama4_text-small")}
-    one, two = run(
-        root / "two", [engine, engine | {"tensor_parallel_size": 2}], PROMPTS, SVDSERVE_VERIFY="1"
-    )
+def test_a_permuted_model_on_two_tp_ranks(served: dict[str, Served]) -> None:
+    one, two = served["llama4_text"], served["two"]
     assert not two.error, two.error
     assert two.tokens == one.tokens
+    assert len(two.reports) == 2
     for report in two.reports:
         assert report is not None
         require_right([LayerCheck(**check) for check in report["checks"]])
 
 
-def test_joined_mlps_with_a_fused_activation(tmp_path: Path) -> None:
-    """In bfloat16 svdserve's kernel runs, where the processor has one."""
-    dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
-    fields = {"method": "svd", "allocator": "uniform", "keep": 0.7, "layout": "interpolative"}
-    compress(str(dense), tmp_path / "small", make_recipe(**fields), Run(progress=False))
-    engine = {"model": str(tmp_path / "small")}
-    (result,) = run(tmp_path / "run", [engine], PROMPTS, SVDSERVE_VERIFY="1")
+def test_joined_mlps_with_a_fused_activation(served: dict[str, Served]) -> None:
+    """svdserve's bfloat16 kernel runs, where the processor has one."""
+    result = served["joined"]
     assert not result.error, result.error
     (report,) = result.reports
     assert report is not None
