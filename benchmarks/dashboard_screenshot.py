@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests" / part) for part in ("support", "processes")]
 
 from browser import VIEWS, chromium  # noqa: E402
 from ports import free_port  # noqa: E402

@@ -1,6 +1,6 @@
 """README.md and docs/: every command runs, every option exists, every link leads somewhere.
 
-tests/pages.py says what a page must look like.
+tests/support/pages.py says what a page must look like.
 """
 
 import os

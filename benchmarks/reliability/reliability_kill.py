@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.extend(
+    str(Path(__file__).parents[2] / "tests" / part) for part in ("support", "processes")
+)
+
 from kills import kill_and_resume
 from models import CONFIGS, save_model
 from svdserve.compression.system.files import write_json

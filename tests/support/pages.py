@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^( *)```(\w*) *$")
 _NOTE = re.compile(r"^ *<!-- (not run|file): *(.+?) *-->$")
 _NOTHING = re.compile(r"^ *(<!--.*-->)? *$")
