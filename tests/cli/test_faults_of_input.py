@@ -128,7 +128,7 @@ def test_an_unreadable_model_is_one_line(
     def denied(*_: object, **__: object) -> object:
         raise PermissionError(13, "Permission denied", str(root / "dense" / "config.json"))
 
-    monkeypatch.setattr("svdserve.compression.evaluation.perplexity.perplexity", denied)
+    monkeypatch.setattr("svdserve.compression.evaluation.evaluate.perplexity", denied)
     line = refused(capsys, "eval", root / "dense", "--text", root / "text.txt")
     assert line.endswith(
         "config.json: Permission denied; give a path that is there and that you may use"
