@@ -93,13 +93,13 @@ def kill_and_resume(
 
 def _kill_after(pid: int, delay: float) -> None:
     end = time.monotonic() + delay
-    while time.monotonic() < end and _runs(pid):
+    while time.monotonic() < end and runs(pid):
         time.sleep(0.001)
-    if _runs(pid):
+    if runs(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     """Neither gone nor a zombie that waits for its parent."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,12 +1,10 @@
 """The whole compression job on pico models: result, resume, refusal, atomic output."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from kills import runs
 from models import ARCHITECTURES, save_model
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import check_finite, open_checkpoint
@@ -23,6 +22,7 @@ from svdserve.compression.pipeline.calibration.tokens import calibration_tokens
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
+from zygote import Started, Zygote, zygote
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
 QUIET = Run(progress=False, threads=1)
@@ -44,9 +44,15 @@ def final_error(checkpoint: Path) -> float:
     return [e["error"] for e in read_log(checkpoint / LOG_FILE) if e["event"] == "block"][-1]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("layout", ["pair", "interpolative"])
-@pytest.mark.parametrize("grouping", ["shared", "separate"])
+# Every pair of two of the three choices.
+COMBINATIONS = [
+    (architecture, layout, ("shared", "separate")[(i + j) % 2])
+    for i, architecture in enumerate(ARCHITECTURES)
+    for j, layout in enumerate(("pair", "interpolative"))
+]
+
+
+@pytest.mark.parametrize(("architecture", "layout", "grouping"), COMBINATIONS)
 def test_checkpoint_is_valid_and_within_the_budget(
     architecture: str, layout: str, grouping: str, tmp_path: Path, calibration: str
 ):
@@ -197,41 +203,41 @@ def test_stored_dtype_follows_the_recipe(tmp_path: Path, calibration: str):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
 
 
-_COMMAND = """
-import sys
-from pathlib import Path
-from svdserve.compression.pipeline.job import compress
-from svdserve.compression.format.log import read_log
-from svdserve.compression.pipeline.recipe import make_recipe, make_run
-model, out, text = sys.argv[1:4]
-compress(model, Path(out), make_recipe(calibration=text, tokens=2048, seq_len=64),
-         make_run(progress=False, threads=1, resume=True))
-"""
+@pytest.fixture(scope="module")
+def svdserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    with zygote(tmp_path_factory.mktemp("zygote")) as started:
+        yield started
 
 
-def _start(model: Path, out: Path, text: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", _COMMAND, str(model), str(out), text])
+LONG = {"tokens": 2048, "seq_len": 64}  # of the jobs that are killed
 
 
-def test_killed_jobs_resume_to_the_same_bytes(tmp_path: Path, calibration: str):
+def _start(svdserve: Zygote, model: Path, out: Path, text: str) -> Started:
+    options = ["--calibration", text, "--tokens", "2048", "--seq-len", "64", "--threads", "1"]
+    return svdserve.start(["compress", model, "--out", out, "--resume", *options])
+
+
+def test_killed_jobs_resume_to_the_same_bytes(
+    tmp_path: Path, calibration: str, svdserve: Zygote
+) -> None:
     model = save_model("llama", tmp_path / "model", num_hidden_layers=8)
     whole = tmp_path / "whole"
-    assert _start(model, whole, calibration).wait(120) == 0
+    assert _start(svdserve, model, whole, calibration).wait().code == 0
     cut, kills, generator = tmp_path / "cut", 0, random.Random(0)
     partial = tmp_path / "cut.partial"
     while not cut.exists():
-        process = _start(model, cut, calibration)
-        before = len(list(partial.glob("block-*.safetensors")))
         # Every start gets one or two blocks further, and is killed somewhere in the next one.
+        before = len(list(partial.glob("block-*.safetensors")))
         goal = before + generator.randint(1, 2)
-        while process.poll() is None and len(list(partial.glob("block-*.safetensors"))) < goal:
+        job = _start(svdserve, model, cut, calibration)
+        while runs(job.pid) and len(list(partial.glob("block-*.safetensors"))) < goal:
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.05))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(60)
-        assert process.returncode in (0, -signal.SIGKILL)
+        if runs(job.pid):
+            job.kill(signal.SIGKILL)
+        ended = job.wait()
+        assert ended.code in (0, -signal.SIGKILL), ended.errors
+        kills += ended.code != 0
         if cut.exists():  # an output directory is whole from the moment it exists
             open_checkpoint(cut)
     assert kills >= 3
@@ -242,22 +248,22 @@ def test_killed_jobs_resume_to_the_same_bytes(tmp_path: Path, calibration: str):
     assert len(modules) == len(set(modules)) == 32
 
 
-def _abandon(model: Path, out: Path, text: str) -> None:
+def _abandon(svdserve: Zygote, model: Path, out: Path, text: str) -> None:
     """Leave unfinished work behind."""
-    process = _start(model, out, text)
+    job = _start(svdserve, model, out, text)
     partial = out.with_name(out.name + ".partial")
     while not (partial / "block-00000.safetensors").exists():
-        assert process.poll() is None
+        assert runs(job.pid)
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
+    job.kill(signal.SIGKILL)
+    job.wait()
 
 
-def test_changed_recipe_is_not_resumed(tmp_path: Path, calibration: str):
+def test_changed_recipe_is_not_resumed(tmp_path: Path, calibration: str, svdserve: Zygote) -> None:
     model, out = save_model("llama", tmp_path / "model"), tmp_path / "out"
-    _abandon(model, out, calibration)
+    _abandon(svdserve, model, out, calibration)
     run = Run(progress=False, threads=1, resume=True)
-    fields = {"calibration": calibration, "tokens": 2048, "seq_len": 64}
+    fields = {"calibration": calibration, **LONG}
     with pytest.raises(UserError, match=r"recipe.keep was 0.8 and is 0.7"):
         compress(str(model), out, make_recipe(**fields, keep=0.7), run)
     with pytest.raises(UserError, match="add --resume to go on or --force to start over"):
