@@ -24,6 +24,7 @@ from models import save_model
 from pages import ROOT, Block, blocks, pages, script
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
+from zygote import listening
 
 SECONDS = 1800  # of one page, on a machine that does something else as well
 ENVIRONMENT = {
@@ -46,10 +47,9 @@ def named(page: Path) -> str:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stands for the models of every page."""
     root = tmp_path_factory.mktemp("docs")
-    (root / "text.txt").write_text("".join(map(WORDS.format, range(1200))))
-    dense = save_model(
-        "llama", root / "smollm2", dtype=torch.bfloat16, max_position_embeddings=8192
-    )
+    (root / "text.txt").write_text("".join(map(WORDS.format, range(400))))
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 8192}
+    dense = save_model("llama", root / "smollm2", dtype=torch.bfloat16, **sizes)
     (dense / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message.content }} {% endfor %}"
     )
@@ -58,10 +58,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A program `svdserve` that has imported everything; tests/test_zygote.py compares."""
+    with listening(tmp_path_factory.mktemp("forked")) as program:
+        yield program
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.parametrize("page", pages(), ids=named)
-def test_blocks_run(page: Path, models: Path, tmp_path: Path) -> None:
+def test_blocks_run(page: Path, models: Path, forked: Path, tmp_path: Path) -> None:
+    """README.md with the program that was installed, the others with one that starts at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,12 +85,15 @@ def test_blocks_run(page: Path, models: Path, tmp_path: Path) -> None:
             (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_bytes((models / "text.txt").read_bytes())
     (tmp_path / "page.sh").write_text(text)
+    environment = os.environ | ENVIRONMENT
+    if page.parent != ROOT:
+        environment["PATH"] = f"{forked.parent}{os.pathsep}{environment['PATH']}"
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "page.sh"],
             cwd=tmp_path,
-            env=os.environ | ENVIRONMENT,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

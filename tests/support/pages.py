@@ -106,12 +106,15 @@ _stop() {
   _server=
 }
 trap _stop EXIT
+_healthy() (
+  exec 3<>/dev/tcp/127.0.0.1/8000 && printf 'GET /health HTTP/1.0\r\n\r\n' >&3 &&
+    read -r _ status _ <&3 && [ "$status" = 200 ]
+) 2>/dev/null
 _serve() {
   _stop
   "$@" > server.log 2>&1 &
   _server=$!
-  until python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1])' \
-      http://127.0.0.1:8000/health 2>/dev/null; do
+  until _healthy; do
     kill -0 "$_server" 2>/dev/null || { tail -n 40 server.log >&2; exit 1; }
     sleep 0.5
   done
