@@ -444,7 +444,7 @@ def test_hard_statistics_give_good_finite_factors(kind: str, dtype: torch.dtype,
         ({"beta": 1.5}, "beta is 1.5: .*less than or equal to 1"),
         ({"beta_range": (0.8, 0.2)}, "lower bound must not be above"),
         ({"ridge": -1}, "ridge is -1: .*greater than or equal to 0"),
-        ({"gamma": 1}, "no parameter 'gamma'; it takes: beta, beta_range, ridge"),
+        ({"gamma": 1}, "no hyper-parameter 'gamma'; it takes: beta, beta_range, ridge"),
     ],
 )
 def test_wrong_hyper_parameters_are_refused(parameters: dict, message: str):

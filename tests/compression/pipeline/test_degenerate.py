@@ -261,7 +261,7 @@ def test_factors_beyond_the_stored_dtype_are_refused_at_their_module(text: Path,
     up.copy_(largest * up.sign())
     save_file(tensors, model / SINGLE_FILE, metadata={"format": "pt"})
     recipe = recipe_for(text, method="svd", allocator="uniform", layout="interpolative")
-    message = r"^model.layers.0.mlp.gate_up_proj: .*float16 can hold; give --dtype bfloat16 or .*$"
+    message = r"^model.layers.0.mlp.gate_up_proj: .*value of float16; give --dtype bfloat16 or .*$"
     with pytest.raises(UserError, match=message):
         compress(str(model), tmp_path / "out", recipe, QUIET)
     assert not list((tmp_path / "out.partial").glob("block-*"))

@@ -56,12 +56,12 @@ def test_parameters_are_completed_with_the_methods_defaults():
     [
         ({"keep": 1.5}, r"keep: .*less than or equal to 1 \(given: 1.5\)"),
         ({"keep": 0}, r"keep: .*greater than 0"),
-        ({"layout": "diagonal"}, r"layout: .*'pair' or 'interpolative' \(given: 'diagonal'\)"),
+        ({"layout": "diagonal"}, r"unknown layout 'diagonal'; allowed: interpolative, pair"),
         (
             {"method": "best"},
             r"unknown method 'best'; allowed: aa-svd, .*saes-svd",
         ),
-        ({"parameters": {"gamma": 1}}, r"no parameter 'gamma'; it takes: beta"),
+        ({"parameters": {"gamma": 1}}, r"no hyper-parameter 'gamma'; it takes: beta"),
         (
             {"method": "soco", "allocator": "energy"},
             r"allocator 'energy': method soco learns .*; allowed: scores, or leave it out",

@@ -79,7 +79,7 @@ def test_ids_without_an_embedding_are_never_drawn_and_text_with_them_is_refused(
     assert int(tokens.max()) < 512
     text = tmp_path / "text.txt"
     text.write_text("over the hill " * 20)
-    with pytest.raises(UserError, match=r"has the token id 512, and .* embeddings for 512 ids"):
+    with pytest.raises(UserError, match=r"has the token id 512, but .* embeddings for 512 ids"):
         calibration_tokens(directory, make_recipe(calibration=str(text), tokens=40, seq_len=40))
     with pytest.raises(UserError, match="has the token id 512"):
         text_chunks(directory, text, 40, None)
@@ -222,7 +222,7 @@ def test_null_rows_of_a_dataset_are_skipped(model: Path, dataset: Path):
 
 
 def test_a_chat_goes_through_the_models_template(model: Path, dataset: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"row 0 is a chat, and .* has no chat template"):
+    with pytest.raises(UserError, match=r"row 0 is a chat, but .* has no chat template"):
         decoded(model, f"hf:{dataset}:::messages")
     directory = variant(model, tmp_path / "model")
     (directory / "chat_template.jinja").write_text(TEMPLATE)
@@ -294,7 +294,7 @@ def test_a_nested_text_config_says_how_long_a_sequence_may_be(model: Path, tmp_p
     raw = json.loads((model / "config.json").read_text())
     config = {"model_type": "gemma3", "text_config": raw | {"model_type": "gemma3_text"}}
     directory = variant(model, tmp_path / "model", config=config)
-    with pytest.raises(UserError, match=r"seq_len is 300; .* allows at most 256"):
+    with pytest.raises(UserError, match=r"seq_len is 300, but .* allows at most 256"):
         check_calibration(directory, make_recipe(tokens=600, seq_len=300))
 
 

@@ -99,7 +99,7 @@ def test_self_calibration_is_the_models_own_text(model: Path):
             {"calibration": "self+no/such", "seq_len": 32},
             "calibration no/such: no such file; .* or several joined by +",
         ),
-        ({"calibration": "self", "seq_len": 4096}, "seq_len is 4096; .* allows at most 256"),
+        ({"calibration": "self", "seq_len": 4096}, "seq_len is 4096, but .* allows at most 256"),
     ],
 )
 def test_wrong_calibration_is_found_early(model: Path, fields: dict, message: str):
