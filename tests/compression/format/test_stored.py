@@ -112,7 +112,9 @@ def test_a_pair_is_balanced_where_one_of_its_matrices_is_too_large() -> None:
 @pytest.mark.parametrize("layout", [PAIR, INTERPOLATIVE, SCALED], ids=lambda layout: layout.name)
 def test_numbers_beyond_the_dtype_are_refused(layout: Layout) -> None:
     large = Factors(pair().factor_in * 1e30, pair().factor_out * 1e30)
-    with pytest.raises(FloatingPointError, match=r"exceed 6\.55e\+04, the largest value of float16"):
+    with pytest.raises(
+        FloatingPointError, match=r"exceed 6\.55e\+04, the largest value of float16"
+    ):
         store(large, layout, FLOAT, torch.float16)
 
 
