@@ -33,7 +33,7 @@ _MODULES = (
     "svdserve.bench.served",
     "svdserve.compression.evaluation.evaluate",
     "svdserve.compression.pipeline.job",
-    "svdserve.compression.pipeline.refine",
+    "svdserve.compression.pipeline.stages.refine",
     "transformers.models.llama.modeling_llama",
 )
 # One thread: a forked process has none of OpenMP's, and sums are the same every time.

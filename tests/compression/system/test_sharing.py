@@ -127,7 +127,6 @@ def test_compress_and_eval_where_linux_is_missing(
     for name in ("sched_getaffinity", "posix_fallocate"):
         monkeypatch.delattr(os, name)
     monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(memory, "resource", None)
     monkeypatch.setattr(memory, "_TRIM", None)
     read = Path.read_text
 
