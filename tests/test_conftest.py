@@ -73,7 +73,7 @@ def test_what_no_set_up_cures_stays_a_skip(reason: str, pytester: pytest.Pyteste
 def test_a_missing_program_excuses_its_own_tests_only(pytester: pytest.Pytester) -> None:
     browser = "Chromium is not installed (Debian package chromium)"
     monitoring = "Debian's package prometheus is not installed"
-    for name, reason in (("browser", browser), ("monitoring", monitoring)):
+    for name, reason in (("of_a_browser", browser), ("of_metrics", monitoring)):
         pytester.makepyfile(**{f"test_{name}": MODULE.format(reason)})
     pytester.runpytest_inprocess(*STRICT).assert_outcomes(errors=2)
     done = pytester.runpytest_inprocess(*STRICT, "--missing", "chromium")

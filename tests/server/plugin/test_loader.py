@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[Weights], None], str]] = {
     ),
     "no dense linear": (
         _without(f"{FIRST}.self_attn.o_proj.weight"),
-        f"the weights of {FIRST}.self_attn.o_proj.weight are missing",
+        f"float linear {FIRST}.self_attn.o_proj: tensor {FIRST}.self_attn.o_proj.weight is missing",
     ),
     "no norm": (
         _without(f"{FIRST}.input_layernorm.weight"),
