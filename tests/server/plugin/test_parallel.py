@@ -91,7 +91,7 @@ def test_ranks_are_summed_instead_of_outputs(tmp_path: Path) -> None:
     dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
     low = write_checkpoint(dense, tmp_path / "low", layout="interpolative", shared=True)
     out = tmp_path / "allreduce.json"
-    script = ROOT / "benchmarks" / "serving_allreduce.py"
+    script = ROOT / "benchmarks" / "serving" / "serving_allreduce.py"
     command = [sys.executable, str(script), str(dense), str(low), "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
