@@ -18,7 +18,7 @@ UNCURABLE = {
     r"this processor has no .*": "another processor",
     r"of vLLM's CPU engine": "a machine with a GPU",
     r"no inotify": "another operating system",
-    r"mounting a tmpfs needs root.*": "no right to mount",
+    r"mounting a tmpfs needs root.*|no mount command": "no right to mount",
 }
 # Programs (and one service) that .ci/run tries to install.
 PROGRAMS = {
