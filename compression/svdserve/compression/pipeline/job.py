@@ -54,10 +54,10 @@ def compress(model: str, out: Path, recipe: Recipe, run: Run | None = None) -> R
     started, run = time.perf_counter(), run or Run()
     directory = resolve_model(model)
     check_output(out, [directory, *recipe.text_files])
-    if is_searched(recipe):
-        recipe = search(directory, out.with_name(out.name + ".search"), recipe, run)
     work = WorkDirectory.of(out, directory, recipe, run)
     plan = make_plan(directory, recipe, run)
+    if is_searched(recipe):
+        plan = replace(plan, recipe=search(plan, out.with_name(out.name + ".search")))
     with work.locked():
         if (facts := work.open(plan.signature)) is not None:
             return Report(work.out, **facts, made=False)
@@ -127,18 +127,21 @@ def closed_form_at(
             work.publish(final, report.facts())
 
 
-def search(directory: Path, folder: Path, recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with the best number of last blocks, by a quarter of the calibration tokens.
+def search(plan: Plan, folder: Path) -> Recipe:
+    """The plan's recipe with the best number of last blocks, by a quarter of its tokens.
+
+    Args:
+        folder: the folder for the checkpoint of every number that is tried.
 
     Raises:
         UserError: the method reads no calibration text.
     """
+    recipe, run = plan.recipe, plan.run
     if not recipe.calibrated:
         raise UserError(
             f"allocator last-blocks: method {recipe.method} reads no calibration text, so blocks "
             "cannot be searched; set allocator_parameters.blocks"
         )
-    plan = make_plan(directory, recipe, run)
     fields, tokens = recipe.model_dump(), max(recipe.length, recipe.tokens // 4)
     again = run if run.force else run.model_copy(update={"resume": True})
 
@@ -151,8 +154,8 @@ def search(directory: Path, folder: Path, recipe: Recipe, run: Run) -> Recipe:
         closed_form_at(plan.of(tried, again, measures=True), out)
         return float([e["error"] for e in read_log(out / LOG_FILE) if e["event"] == "block"][-1])
 
-    total, fewest = plan.skeleton.blocks, fewest_last_blocks(plan.skeleton, recipe)
-    found = {"blocks": search_last_blocks(total, recipe.keep, error, fewest)}
+    fewest = fewest_last_blocks(plan.modules, recipe)
+    found = {"blocks": search_last_blocks(len(plan.modules), recipe.keep, error, fewest)}
     return make_recipe(**fields | {"allocator_parameters": found})
 
 

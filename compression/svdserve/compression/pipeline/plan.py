@@ -1,6 +1,7 @@
 """The first stage: plan a compression and check its input before the long part starts."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -66,9 +67,9 @@ class Plan:
     def needs_gradients(self) -> bool:
         return bool(needing_gradients(self.statistics)) or self.needs_spectra
 
-    @property
+    @cached_property
     def signature(self) -> Signature:
-        """Everything that determines the bytes of the output."""
+        """Everything that determines the bytes of the output; reads the calibration texts once."""
         texts = [self.recipe, *(text for _, text in self.recipe.trainings)]
         return {
             "recipe": self.recipe.model_dump(mode="json"),

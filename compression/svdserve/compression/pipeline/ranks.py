@@ -7,8 +7,7 @@ from torch import Tensor
 
 from svdserve.compression.allocation import Budget, Module, Ranks, get_allocator
 from svdserve.compression.format.layouts import get_layout
-from svdserve.compression.model.skeleton import Skeleton
-from svdserve.compression.pipeline.modules import Modules, every, plan_modules
+from svdserve.compression.pipeline.modules import Modules, every
 from svdserve.compression.pipeline.recipe import Recipe, make_recipe
 from svdserve.compression.system.errors import UserError
 
@@ -76,15 +75,15 @@ def _sizes(modules: Modules, known: Mapping[str, Tensor]) -> dict[str, Module]:
     return found
 
 
-def fewest_last_blocks(skeleton: Skeleton, recipe: Recipe) -> int:
+def fewest_last_blocks(modules: Modules, recipe: Recipe) -> int:
     """The least number of last blocks whose least ranks stay within κ; all blocks if none does."""
-    modules, fields = plan_modules(skeleton, recipe.grouping), recipe.model_dump()
-    for blocks in range(1, skeleton.blocks):
+    fields = recipe.model_dump()
+    for blocks in range(1, len(modules)):
         with suppress(UserError):
             changed = {"allocator_parameters": {"blocks": blocks}}
             plan_ranks(modules, make_recipe(**fields | changed), {})
             return blocks
-    return skeleton.blocks
+    return len(modules)
 
 
 def search_last_blocks(

@@ -31,9 +31,6 @@ class Streams:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def read(self, name: str, rows: slice | Tensor) -> Tensor:
         return self._tensors[name][rows].to(device=self._device, dtype=torch.float32)
 
