@@ -250,22 +250,6 @@ def test_broken_lists_of_int8_linears(tmp_path: Path) -> None:
         )
 
 
-def test_a_linear_belongs_to_one_module() -> None:
-    spec = {"layout": "pair", "rank": 2, "in": 8, "out": [8]}
-    block = {
-        "quant_method": "svdserve",
-        "format_version": 1,
-        "base_model": "m",
-        "keep": 0.5,
-        "modules": {
-            "a.up_proj": {**spec, "members": ["up_proj"]},
-            "a.gate_up_proj": {**spec, "members": ["gate_proj", "up_proj"], "out": [8, 8]},
-        },
-    }
-    with pytest.raises(UserError, match=r"a.up_proj is factored by a.up_proj and by"):
-        parse_config(block)
-
-
 @pytest.mark.parametrize(
     ("tensor", "change", "message"),
     [

@@ -160,11 +160,12 @@ def test_non_finite_factors_are_named(directory: Path, value: float):
         check_finite(open_checkpoint(directory))
 
 
-def test_a_linear_belongs_to_one_module():
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_linear_belongs_to_one_module(version: int):
     spec = {"layout": "pair", "rank": 2, "in": 8, "out": [8]}
     block = {
         "quant_method": "svdserve",
-        "format_version": 3,
+        "format_version": version,
         "base_model": "m",
         "keep": 0.5,
         "modules": {

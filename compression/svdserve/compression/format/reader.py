@@ -175,7 +175,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def linear_tensors(spec: LinearSpec) -> list[str]:
     """Suffixes of the tensors of an unfactored linear's weight."""
-    return [f"{WEIGHT}{suffix}" for suffix in get_codec(spec.codec).shapes((0, 0))]
+    return [f"{WEIGHT}{suffix}" for suffix in get_codec(spec.codec).suffixes]
 
 
 def _encoded_suffixes(spec: LinearSpec) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _encoded_suffixes(spec: LinearSpec) -> dict[str, str]:
     codec = get_codec(spec.codec)
     layout = get_layout(spec.layout) if isinstance(spec, ModuleSpec) else None
     matrices = (WEIGHT,) if layout is None else layout.matrices
-    return {f"{matrix}{own}": own for matrix in matrices for own in codec.shapes((0, 0))}
+    return {f"{matrix}{own}": own for matrix in matrices for own in codec.suffixes}
 
 
 def _known_suffixes() -> set[str]:
@@ -191,7 +191,7 @@ def _known_suffixes() -> set[str]:
     found = {name for layout in LAYOUTS.values() for name in layout.indices}
     matrices = {name for layout in LAYOUTS.values() for name in layout.matrices} | {WEIGHT}
     for codec in CODECS.values():
-        found |= {f"{matrix}{suffix}" for matrix in matrices for suffix in codec.shapes((0, 0))}
+        found |= {f"{matrix}{suffix}" for matrix in matrices for suffix in codec.suffixes}
     return found - {WEIGHT}
 
 

@@ -49,7 +49,8 @@ def store(factors: Factors, layout: Layout, codec: Codec, dtype: torch.dtype) ->
         FloatingPointError: a value overflows even after balancing.
     """
     matrices = layout.encode(factors)
-    for given in (matrices, layout.balanced(matrices)):
+    for balance in (False, True):
+        given = layout.balanced(matrices) if balance else matrices
         tensors: dict[str, Tensor] = {name: given[name] for name in layout.indices}
         for name in layout.matrices:
             encoded = codec.encode(given[name], dtype)

@@ -97,7 +97,7 @@ class FactoredWeight(EncodedModule):
 
     def factors(self) -> StoredFactors:
         """The tensors, without a copy and outside the autograd graph."""
-        names = [f"{m}{s}" for m in self.layout.matrices for s in self.codec.shapes((0, 0))]
+        names = [f"{m}{s}" for m in self.layout.matrices for s in self.codec.suffixes]
         mine = self._tensors()
         tensors = {name: mine[name].detach() for name in (*names, *self.layout.indices)}
         return StoredFactors(self.layout, self.codec, tensors)
@@ -112,7 +112,7 @@ class FactoredWeight(EncodedModule):
             return
         values = {name: self.matrix(name, torch.float32) for name in self.layout.matrices}
         for name, value in values.items():
-            for suffix in self.codec.shapes((0, 0)):
+            for suffix in self.codec.suffixes:
                 delattr(self, f"{name}{suffix}")
             setattr(self, name, nn.Parameter(value))
         self.codec = FLOAT

@@ -47,7 +47,7 @@ class LayerPart:
         """The last parts of the names of its tensors in the checkpoint."""
         if self.spec is not None:
             return tuple(self.spec.tensors())
-        return tuple(f"{WEIGHT}{suffix}" for suffix in self.codec.shapes((0, 0)))
+        return tuple(f"{WEIGHT}{suffix}" for suffix in self.codec.suffixes)
 
 
 def layer_parts(

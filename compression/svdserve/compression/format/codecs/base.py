@@ -39,6 +39,11 @@ class Codec(ABC):
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of a matrix of ``shape`` [m, n], by suffix."""
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of a matrix's tensors."""
+        return tuple(self.shapes((0, 0)))
+
     @abstractmethod
     def dtypes(self, suffix: str) -> tuple[torch.dtype, ...]:
         """The dtypes that the tensor of that suffix may be stored in."""
@@ -89,5 +94,5 @@ class Storage:
 
 def decoded(codec: Codec, name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The matrix ``name`` [m, n], decoded from the tensors called ``name`` plus suffix."""
-    suffixes = codec.shapes((0, 0))
-    return codec.decode({suffix: tensors[f"{name}{suffix}"] for suffix in suffixes}, dtype)
+    found = {suffix: tensors[f"{name}{suffix}"] for suffix in codec.suffixes}
+    return codec.decode(found, dtype)
