@@ -53,18 +53,22 @@ class _OfInputs(Statistic):
         return total.div_(max(self._tokens, 1))
 
 
-class Gram(_OfInputs):
+class _OfOneStream(_OfInputs):
+    """The Gram matrix of the inputs in the stream that a subclass reads."""
+
+    def _sum(self, total: Tensor, batch: Batch) -> None:
+        add_gram(total, _rows(batch.student if self.student else batch.teacher))
+
+    def _whole(self, total: Tensor) -> Tensor:
+        return mirrored(total)
+
+
+class Gram(_OfOneStream):
     """H = X Xᵀ / T."""
 
     name = "gram"
     description = "Gram matrix of the student's inputs"
     student = True
-
-    def _sum(self, total: Tensor, batch: Batch) -> None:
-        add_gram(total, _rows(batch.student))
-
-    def _whole(self, total: Tensor) -> Tensor:
-        return mirrored(total)
 
 
 class Shift(_OfInputs):
@@ -79,18 +83,12 @@ class Shift(_OfInputs):
         total += (x_f - x).T @ x
 
 
-class TeacherGram(_OfInputs):
+class TeacherGram(_OfOneStream):
     """X_f X_fᵀ / T."""
 
     name = "teacher_gram"
     description = "Gram matrix of the teacher's inputs"
     teacher = True
-
-    def _sum(self, total: Tensor, batch: Batch) -> None:
-        add_gram(total, _rows(batch.teacher))
-
-    def _whole(self, total: Tensor) -> Tensor:
-        return mirrored(total)
 
 
 class TeacherMagnitude(_OfInputs):

@@ -7,6 +7,7 @@ decoded first.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -66,9 +67,7 @@ def read_factors(
     (name,), spec = part.names, part.spec
     layout, codec = spec.layout_and_codec()
 
-    def stored(suffix: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        return checkpoint.block(name, suffix, rows, columns)
-
+    stored = partial(checkpoint.block, name)
     read: Read = stored
     indices = {suffix: stored(suffix) for suffix in layout.indices}
     if layout.decoded_when_served or codec.axes is None:
@@ -109,19 +108,12 @@ def read_whole(
         return Matrix(FLOAT, {"": torch.cat(weights)})
     tensors = {}
     for suffix, axes in codec.axes.items():
-        tensors[suffix] = torch.cat(
-            [
-                _rows(
-                    lambda found, rows, columns, name=name: checkpoint.block(  # type: ignore[misc]
-                        name, found, rows, columns
-                    ),
-                    f"{WEIGHT}{suffix}",
-                    r,
-                    columns=columns if 1 in axes else slice(None),
-                )
-                for name, r in mine
-            ]
-        )
+        cut = columns if 1 in axes else slice(None)
+        blocks = [
+            _rows(partial(checkpoint.block, name), f"{WEIGHT}{suffix}", r, columns=cut)
+            for name, r in mine
+        ]
+        tensors[suffix] = torch.cat(blocks)
     return Matrix(codec, tensors)
 
 
