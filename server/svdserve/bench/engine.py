@@ -18,15 +18,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
+from pydantic import BaseModel, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from svdserve.bench.bytes_ratio import StepWork, model_work
+from svdserve.bench.options import ModelOptions
 from svdserve.bench.plots import Point, draw
 from svdserve.bench.worker import EngineOptions
 from svdserve.compression.format.untrusted import read_json
@@ -43,17 +44,11 @@ Member = TypeVar("Member")
 Item = TypeVar("Item")
 
 
-class BenchOptions(BaseModel):
+class BenchOptions(ModelOptions):
     """What is measured; lengths are in tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: Path
     models: tuple[Path, ...] = Field(min_length=1)
-    pairs: PositiveInt = Field(
-        default=5,
-        description="The number of rounds that count. One more round comes first to warm up.",
-    )
     starts: PositiveInt = Field(
         default=1, description="How many times all engines are started and measured."
     )
@@ -68,16 +63,6 @@ class BenchOptions(BaseModel):
     )
     prefill_len: PositiveInt = Field(
         default=512, description="The number of prompt tokens when prefill is measured."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="The dtype of weights and activations. `auto` is the model's own dtype.",
-    )
-    eager: bool = Field(
-        default=True, description="Run without compilation and CUDA graphs, or compiled."
-    )
-    kv_cache_bytes: PositiveInt = Field(
-        default=512 << 20, description="The size of the KV cache of each model, in bytes."
     )
 
     @property

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
+from svdserve.bench.options import RoundOptions
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
@@ -87,10 +88,8 @@ def layers_of(directory: Path) -> tuple[Layer, ...]:
         ) from None
 
 
-class KernelOptions(BaseModel):
+class KernelOptions(RoundOptions):
     """What is measured. The default layers are those of a 1B Llama shape."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[Layer, ...] = llama_layers(2048, 8192, 32, 8, 64)
     keeps: tuple[float, ...] = Field(
@@ -98,10 +97,6 @@ class KernelOptions(BaseModel):
     )
     rows: tuple[PositiveInt, ...] = Field(
         default=(1, 8, 32, 512), description="The number of tokens that a layer reads at once."
-    )
-    pairs: PositiveInt = Field(
-        default=5,
-        description="The number of rounds that count. One more round comes first to warm up.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="Single layers are measured in this dtype."

@@ -22,12 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, computed_field
+from pydantic import BaseModel, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 
 from svdserve.bench.bytes_ratio import StepWork, model_work
 from svdserve.bench.launch import SERVE, Server, running
+from svdserve.bench.options import ModelOptions
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.server.cpu_install import work_around
@@ -43,15 +44,9 @@ THROUGHPUT = "output_tokens_per_second"
 _CHUNK = 16  # tokens for each hash of a trace
 
 
-class LoadOptions(BaseModel):
+class LoadOptions(ModelOptions):
     """What is measured; lengths are in tokens. If ``workloads`` is empty, servers only start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    pairs: PositiveInt = Field(
-        default=5,
-        description="The number of rounds that count. One more round comes first to warm up.",
-    )
     starts: PositiveInt = Field(
         default=3, description="How many times each server is started, up to its first token."
     )
@@ -68,16 +63,6 @@ class LoadOptions(BaseModel):
         default=1024,
         ge=64,
         description="The largest number of tokens of a request, prompt and output together.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="The dtype of weights and activations. `auto` is the model's own dtype.",
-    )
-    eager: bool = Field(
-        default=True, description="Run without compilation and CUDA graphs, or compiled."
-    )
-    kv_cache_bytes: PositiveInt = Field(
-        default=512 << 20, description="The size of the KV cache of each model, in bytes."
     )
 
     def lengths(self, workload: Workload, clients: int, seed: int) -> list[tuple[int, int]]:
