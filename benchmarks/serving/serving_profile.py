@@ -19,8 +19,8 @@ from typing import Any
 
 from serving_1b import KEEPS
 
-from svdserve.bench.bytes_ratio import ModelWork, model_work
 from svdserve.bench.engine import BenchOptions, start_engines, turns
+from svdserve.bench.ratios import ModelWork, model_work
 from svdserve.bench.worker import TOTAL
 from svdserve.compression.system.files import write_results
 from svdserve.compression.system.machine import this_machine

@@ -3,9 +3,9 @@
 All engines are loaded at once and measured in turn, A B C, C B A, ..., so that other work on the
 machine affects every model alike; a ratio compares two measurements that are seconds apart. An
 engine's speed may depend on the memory that it happened to get, which several starts of all engines
-show. Medians are reported with the extremes of the rounds, beside the ideal ratio: that of the
-bytes which a decoding step reads, or of the operations of prefill (bytes_ratio.py). Each engine is
-a process (worker.py).
+show. Medians are reported with the extremes of the rounds, beside the ideal ratio: the bytes ratio
+of a decoding step, or the operations ratio of prefill (ratios.py). Each engine is a process
+(worker.py).
 """
 
 import json
@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from svdserve.bench.bytes_ratio import StepWork, model_work
 from svdserve.bench.options import ModelOptions
 from svdserve.bench.plots import Point, draw
+from svdserve.bench.ratios import StepWork, model_work
 from svdserve.bench.worker import EngineOptions
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.hub import model_name
@@ -113,8 +113,7 @@ class ModelResult(BaseModel):
 class Ratio(BaseModel):
     """A model's tokens per second over the dense model's, round by round.
 
-    ``ideal`` is the dense model's bytes over this model's (decode), or the dense model's operations
-    over this model's (prefill).
+    ``ideal`` is the bytes ratio of a decoding step, or the operations ratio of prefill (ratios.py).
     """
 
     directory: str
@@ -160,9 +159,8 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
 
 
 def _work_ratio(model: StepWork, dense: StepWork, workload: str) -> float:
-    if workload.startswith("decode"):
-        return dense.bytes / model.bytes
-    return dense.operations / model.operations
+    decodes = workload.startswith("decode")
+    return model.bytes_ratio(dense) if decodes else model.operations_ratio(dense)
 
 
 def run_bench(options: BenchOptions) -> BenchResult:

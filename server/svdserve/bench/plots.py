@@ -14,7 +14,7 @@ class Point:
     Attributes:
         label: on the horizontal axis.
         median, lowest, highest: over the rounds.
-        work_ratio: the ideal ratio, of bytes or operations (bytes_ratio.py); None if not known.
+        work_ratio: the bytes ratio or the operations ratio (ratios.py); None if not known.
     """
 
     label: str

@@ -68,13 +68,13 @@ def _chosen(result: LoadResult, name: str, workload: str, clients: int) -> dict[
 def _work_ratio(
     result: LoadResult, server: ServerResult, workload: str, clients: int
 ) -> float | None:
-    """The first server's bytes (decode) or operations (prefill) over this one's; None if mixed."""
+    """The bytes ratio (decode) or operations ratio (prefill); None for the mixed workload."""
     first = result.servers[0]
     if workload == "decode":
         name = f"decode_{clients}"
-        return first.work[name].bytes / server.work[name].bytes
+        return server.work[name].bytes_ratio(first.work[name])
     if workload == "prefill":
-        return first.work["prefill"].operations / server.work["prefill"].operations
+        return server.work["prefill"].operations_ratio(first.work["prefill"])
     return None
 
 

@@ -26,9 +26,9 @@ from pydantic import BaseModel, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 
-from svdserve.bench.bytes_ratio import StepWork, model_work
 from svdserve.bench.launch import SERVE, Server, running
 from svdserve.bench.options import ModelOptions
+from svdserve.bench.ratios import StepWork, model_work
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.server.cpu_install import work_around

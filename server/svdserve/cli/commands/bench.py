@@ -79,8 +79,8 @@ def bench(
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
 
     Without `--served` and `--kernels`, decoding and prefill are measured separately in vLLM's
-    engine. Each speed is shown beside the ideal ratio: that of the bytes which decoding must read,
-    or of the operations of prefill. With `--served`, the clients of `vllm bench serve` measure
+    engine. Each speed is shown beside the ideal ratio: the bytes ratio of decoding, or the
+    operations ratio of prefill. With `--served`, the clients of `vllm bench serve` measure
     `svdserve serve`. With `--kernels`, no model is loaded.
     """
     options.grant(allow_links=allow_links)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint
 from files import file_bytes
 from models import random_tokens, save_model
-from svdserve.bench.bytes_ratio import model_work
+from svdserve.bench.ratios import StepWork, model_work
 
 LENGTH = 24
 
@@ -57,3 +57,9 @@ def test_the_engine_may_hold_other_bytes_than_the_files(tmp_path: Path):
     whole, half = (model_work(dense, dtype) for dtype in (None, torch.bfloat16))
     assert whole.decode(1, 10).bytes == 2 * half.decode(1, 10).bytes
     assert whole.decode(1, 10).operations == half.decode(1, 10).operations
+
+
+def test_both_ratios_are_over_the_compressed_model():
+    dense, small = StepWork(bytes=12, operations=30), StepWork(bytes=8, operations=10)
+    assert small.bytes_ratio(dense) == 1.5
+    assert small.operations_ratio(dense) == 3

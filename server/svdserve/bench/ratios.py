@@ -1,11 +1,8 @@
-"""The bytes that one engine step must read and its operations, which limit its speed.
+"""The bytes ratio and the operations ratio of two models, which limit the ratio of their speeds.
 
 Decoding a small batch is limited by its bytes: a step reads every weight of the blocks, the output
 head and the KV cache of every sequence once. Prefill is limited by its operations. Both are counted
 from the configuration and the safetensors headers; activations, norms and sampling are left out.
-
-The ratio of the dense model's bytes, or operations, to the compressed model's is the ideal ratio of
-their speeds.
 """
 
 from dataclasses import dataclass
@@ -26,6 +23,14 @@ class StepWork:
 
     bytes: int
     operations: int
+
+    def bytes_ratio(self, dense: "StepWork") -> float:
+        """The dense model's bytes over this model's, which is the ideal speed-up of decoding."""
+        return dense.bytes / self.bytes
+
+    def operations_ratio(self, dense: "StepWork") -> float:
+        """The dense model's operations over this model's: the ideal speed-up of prefill."""
+        return dense.operations / self.operations
 
 
 @dataclass(frozen=True)
