@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "SVDSERVE_SHORT_PATHS"
+SHORT_PATHS = "SVDSERVE_SHORT_PATHS"
 """The environment variable that serve() sets for its child processes; plugin.py reads it."""
 
 _PATH = re.compile(r"(?<![\w.~-])/+(?P<first>[^\s/'\"]+)(?:/+[^\s/'\"<>|,;:()\[\]{}]+)+")

@@ -26,7 +26,7 @@ from svdserve.server.cpu_install import serves_on_cpu, work_around
 from svdserve.server.http import security, shutdown
 from svdserve.server.http.keys import ApiKeys, digest_of
 from svdserve.server.http.security import SecurityOptions
-from svdserve.server.redaction import VARIABLE, shorten_paths
+from svdserve.server.redaction import SHORT_PATHS, shorten_paths
 from svdserve.server.vllm_flags import require_vllm
 from svdserve.server.worker import EXTENSION
 
@@ -68,7 +68,7 @@ def serve(
     os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ.get("VLLM_PLUGINS")))
     os.environ.update(options.to_environment())
     os.environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_N))
-    os.environ[VARIABLE] = "1"
+    os.environ[SHORT_PATHS] = "1"
     work_around()
     sys.argv = ["vllm", "serve", directory, *arguments]
     require_vllm()

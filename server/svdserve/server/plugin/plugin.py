@@ -11,7 +11,7 @@ from typing import Any
 
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
-from svdserve.server.redaction import VARIABLE, shorten_paths
+from svdserve.server.redaction import SHORT_PATHS, shorten_paths
 
 # svdserve is tested from the first of these versions up to, but not with, the second;
 # pyproject.toml requires the same range.
@@ -28,7 +28,7 @@ def register() -> None:
     other models as if svdserve were not installed, and refuses svdserve's checkpoints with the same
     line.
     """
-    if os.environ.get(VARIABLE):
+    if os.environ.get(SHORT_PATHS):
         shorten_paths()
     try:
         _register()

@@ -24,7 +24,7 @@ from svdserve.kernels.reference import gated
 from svdserve.server.plugin.linear import LowRankLinearMethod
 from svdserve.server.plugin.twin import Twin
 
-VARIABLE = "SVDSERVE_VERIFY"
+VERIFY = "SVDSERVE_VERIFY"
 """The environment variable whose value 1 makes the loader verify what it has loaded."""
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -53,7 +53,7 @@ class LayerCheck:
 
 def wanted() -> bool:
     """Whether this process is to verify the layers that it loads."""
-    return os.environ.get(VARIABLE) == "1"
+    return os.environ.get(VERIFY) == "1"
 
 
 def verify_layers(
@@ -172,7 +172,7 @@ def verify(directory: Path, tensor_parallel_size: int = 1, dtype: str = "auto") 
     Raises:
         UserError: the engine did not start; vLLM's messages above say why.
     """
-    os.environ[VARIABLE] = "1"
+    os.environ[VERIFY] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
