@@ -56,7 +56,8 @@ def serve(
 
     Raises:
         UserError: the model does not exist, the checkpoint is malformed, the file of keys holds no
-            key, the port is taken, the memory does not suffice, or the engine did not start.
+            key, the port is taken, the memory does not suffice, the engine did not start, or a
+            layer that was to be verified is wrong.
     """
     given, directory = directory, str(resolve_model(directory))
     refuse_compressed_draft([*configured_flags(extra_args), *extra_args])

@@ -5,10 +5,11 @@ worker's memory from outside.
 """
 
 import socket
-from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict
+
+from svdserve.server.layer_checks import LayerCheck
 
 EXTENSION = "svdserve.server.plugin.worker.WorkerExtension"
 """The value for vLLM's ``--worker-extension-cls``."""
@@ -30,8 +31,8 @@ class WorkerReport(BaseModel):
     """One worker after it has loaded its model; memory in bytes.
 
     ``load_seconds`` and ``weights`` are None if another loader than svdserve's loaded the model.
-    ``checks`` has a LayerCheck (plugin/verify.py) as a dict for every factored layer if the loader
-    was to verify them, and is empty otherwise.
+    ``checks`` has one for every factored layer if the loader was to verify them, and is empty
+    otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,7 +45,7 @@ class WorkerReport(BaseModel):
     weights: WorkerWeights | None
     kv_cache_bytes: int
     device_bytes: int | None
-    checks: list[dict[str, Any]] = []
+    checks: list[LayerCheck] = []
 
     @property
     def local(self) -> bool:

@@ -21,6 +21,7 @@ from models import save_model
 from svdserve.compression.system.errors import UserError
 from svdserve.server.http.app import EndpointPlugin
 from svdserve.server.http.shutdown import GracefulShutdown
+from svdserve.server.layer_checks import VERIFY
 from svdserve.server.plugin import plugin
 from svdserve.server.plugin.loader import _name_kernels
 from vllm_run import ENVIRONMENT, run
@@ -189,3 +190,11 @@ def test_gauges_and_shutdown_do_not_stop_a_server_whose_vllm_names_things_otherw
     with TestClient(app) as client:
         assert client.get("/").text == "served"
     assert "A shutdown will not wait for the requests in flight" in caplog.text
+
+
+def test_layers_that_were_to_be_verified_are_not_right_without_reports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VERIFY, "1")
+    with pytest.raises(UserError, match="leave out --worker-extension-cls"):
+        asyncio.run(EndpointPlugin().init_state(object(), State(), Namespace()))

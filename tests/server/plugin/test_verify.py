@@ -3,22 +3,27 @@
 Left out is DiffLlama, which vLLM does not serve dense either.
 """
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
+from checkpoints import write_checkpoint
 from models import random_tokens, save_model
+from servers import BIN, ENVIRONMENT, FLAGS
 from svdserve.compression.model.loading import load_model
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
+from svdserve.server.layer_checks import VERIFY, LayerCheck, require_right
 from svdserve.server.plugin import verify
-from svdserve.server.plugin.verify import LayerCheck, require_right
 from vllm_run import Served, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
@@ -118,7 +123,7 @@ def served(root: Path) -> dict[str, Served]:
     fields = {"method": "svd", "allocator": "uniform", "keep": 0.7, "layout": "interpolative"}
     compress(str(dense), root / "joined", make_recipe(**fields), Run(progress=False))
     engines["joined"] = {"model": str(root / "joined"), "dtype": "bfloat16"}
-    environment = {"SVDSERVE_VERIFY": "1"}
+    environment = {VERIFY: "1"}
     results = run(root / "run", list(engines.values()), PROMPTS, timeout=900, **environment)
     return dict(zip(engines, results, strict=True))
 
@@ -176,6 +181,31 @@ def test_one_wrong_channel_of_many_is_found() -> None:
 def test_a_wrong_layer_is_named() -> None:
     with pytest.raises(ValueError, match=r"1 of 2 factored layers .* b is off by 0\.5"):
         require_right([LayerCheck("a", 1e-6, 1e-3), LayerCheck("b", 0.5, 1e-3)])
+
+
+def test_serving_refuses_a_wrong_layer(tmp_path: Path) -> None:
+    """Factors whose large terms cancel: right in the files' float32, but not in bfloat16."""
+    dense = save_model("llama", tmp_path / "dense")
+    model = write_checkpoint(dense, tmp_path / "damaged", layout="pair", shared=True)
+    file, module = model / "model.safetensors", "model.layers.1.self_attn.qkv_proj"
+    tensors = load_file(file)
+    inner, outer = (tensors[f"{module}.{name}"] for name in ("factor_in", "factor_out"))
+    before = outer @ inner
+    inner[0] += 3e3 * inner[1]
+    outer[:, 1] -= 3e3 * outer[:, 0]
+    assert (outer @ inner - before).norm() < 1e-2 * before.norm()
+    save_file(tensors, file, {"format": "pt"})
+    flags = ["--verify", "--port", "0", *FLAGS, "--dtype", "bfloat16"]
+    command = [BIN / "svdserve", "serve", model, *flags]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    log = done.stdout + done.stderr
+    assert done.returncode == 2, log[-4000:]
+    assert "Traceback" not in log
+    (line,) = (line for line in log.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: 1 of 12 factored layers give other outputs than their weights: ")
+    assert f"{module} is off by " in line
+    assert "allowed is 0.05; " in line
 
 
 def test_the_command_wants_a_compressed_model(root: Path) -> None:

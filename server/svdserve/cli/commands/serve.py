@@ -43,7 +43,10 @@ def serve(
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Compare every layer with its weights before serving."),
+        typer.Option(
+            "--verify",
+            help="Compare every layer with its weights before serving, and refuse a wrong one.",
+        ),
     ] = False,
     allow_links: options.AllowLinks = False,
 ) -> None:
@@ -55,13 +58,14 @@ def serve(
     commas. After SIGTERM, requests have `--shutdown-timeout` seconds to finish, 30 by default.
     """
     from svdserve.server.http.security import SecurityOptions
+    from svdserve.server.layer_checks import VERIFY
     from svdserve.server.serve import configured_model
     from svdserve.server.serve import serve as run_server
     from svdserve.server.vllm_flags import find_model
 
     options.grant(allow_links=allow_links)
     if verify:
-        os.environ["SVDSERVE_VERIFY"] = "1"
+        os.environ[VERIFY] = "1"
     fixed = SecurityOptions.from_environment().api_keys
     chosen = flags.given(ctx).make(SecurityOptions, api_keys=fixed)
     every = [*(words or []), *ctx.args]

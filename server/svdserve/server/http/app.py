@@ -24,6 +24,7 @@ from svdserve.compression.format.reader import is_checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.server.http.dashboard import attach_dashboard
 from svdserve.server.http.errors import RequestErrors
+from svdserve.server.layer_checks import require_right, wanted
 from svdserve.server.metrics import ModelFacts, ServerMetrics, model_facts, resident_bytes
 from svdserve.server.worker import EXTENSION, METHOD, WorkerReport, slowest_load
 
@@ -89,28 +90,38 @@ class EndpointPlugin:
         app.user_middleware.append(Middleware(RequestErrors))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Collect the facts of the model and start its gauges.
+        """Collect the facts of the model and start its gauges; judge the layers if wanted.
 
         vLLM calls this after it has loaded the model and before the server listens.
         ``engine_client`` is None on vLLM's render server, which holds no model.
+
+        Raises:
+            UserError: the layers were to be verified, and one is wrong or the workers do not tell.
         """
         if engine_client is None:
             return
+        reports: list[WorkerReport] = []
         try:
-            await self._start(engine_client, state, args)
+            reports = await worker_reports(engine_client)
+            await self._start(engine_client, state, args, reports)
         except Exception as error:  # e.g. another vLLM has other names; the server still serves
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             logger.warning("svdserve gauges are off: %s%s", kind, error)
+        if wanted():
+            if not reports:
+                raise UserError(
+                    "--verify: the workers have not reported their layers; leave out "
+                    "--worker-extension-cls, or serve without --verify"
+                )
+            require_right([check for report in reports for check in report.checks])
 
-    async def _start(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def _start(
+        self, engine_client: Any, state: Any, args: Namespace, reports: list[WorkerReport]
+    ) -> None:
         config = engine_client.vllm_config
         directory = Path(config.model_config.model)
         facts = model_facts(directory)
         modules = inspect_checkpoint(directory).modules if is_checkpoint(directory) else ()
-        reports = []
-        if config.parallel_config.worker_extension_cls == EXTENSION:
-            answers = await engine_client.collective_rpc(METHOD)
-            reports = [WorkerReport.model_validate(answer) for answer in answers]
         name = (args.served_model_name or [args.model])[0]
         load_seconds = slowest_load(reports)
         model = ServedModel(name=name, model=facts, load_seconds=load_seconds)
@@ -120,6 +131,14 @@ class EndpointPlugin:
         roles = pids(max(0, parallel._api_process_rank), parallel._api_process_count, reports)
         metrics = ServerMetrics(name, facts, partial(resident_bytes, roles), reports)
         self._watch = asyncio.create_task(metrics.watch())
+
+
+async def worker_reports(engine_client: Any) -> list[WorkerReport]:
+    """The report of every worker; none if the workers have another extension than svdserve's."""
+    if engine_client.vllm_config.parallel_config.worker_extension_cls != EXTENSION:
+        return []
+    answers = await engine_client.collective_rpc(METHOD)
+    return [WorkerReport.model_validate(answer) for answer in answers]
 
 
 def pids(api_server: int, api_servers: int, reports: list[WorkerReport]) -> dict[str, int]:

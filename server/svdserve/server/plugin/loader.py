@@ -37,11 +37,12 @@ from svdserve.compression.format.reader import Checkpoint, open_checkpoint
 from svdserve.compression.format.schema import QUANT_METHOD
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.registry import what_decides
+from svdserve.server.layer_checks import LayerCheck, wanted
 from svdserve.server.plugin.linear import LowRankLinearMethod, StoredBytes
 from svdserve.server.plugin.mlp import join_layers
 from svdserve.server.plugin.norms import prefer_norms
 from svdserve.server.plugin.twin import Twin, kind_of
-from svdserve.server.plugin.verify import LayerCheck, verify_layers, wanted
+from svdserve.server.plugin.verify import verify_layers
 
 logger = init_logger("vllm.svdserve")
 
@@ -58,7 +59,7 @@ class LoadReport:
         layers: the number of factored vLLM layers, 0 for a dense model.
         stored: bytes of weights on this worker, in the dtype that is served.
         read: bytes of factored layers that this worker has read from the files.
-        checks: one for each factored layer if ``svdserve verify`` asked for them, else none.
+        checks: one for each factored layer if the layers were to be verified, else none.
     """
 
     seconds: float

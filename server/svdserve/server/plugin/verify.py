@@ -7,8 +7,7 @@ wrong on this processor, a shard that is cut at the wrong place.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,14 @@ from vllm.model_executor.layers.linear import LinearBase
 from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels.reference import gated
+from svdserve.server.layer_checks import VERIFY, LayerCheck
 from svdserve.server.plugin.linear import LowRankLinearMethod
 from svdserve.server.plugin.twin import Twin
-
-VERIFY = "SVDSERVE_VERIFY"
-"""The environment variable whose value 1 makes the loader verify what it has loaded."""
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _ROUNDED_TOLERANCE = 0.1  # of products that round the activations too
 _CHANNEL = 5.0  # one output channel may be off by this many tolerances
 _VECTORS = 8
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """Relative error of one layer's outputs, and what is allowed.
-
-    The error is that of all outputs, or a fifth of the worst output channel's error if that is
-    larger, so that one wrong row of a large weight is found too. The error of a channel is relative
-    to the norm of the channel or to that of the mean channel, whichever is larger.
-    """
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def right(self) -> bool:
-        return self.error <= self.allowed
-
-
-def wanted() -> bool:
-    """Whether this process is to verify the layers that it loads."""
-    return os.environ.get(VERIFY) == "1"
 
 
 def verify_layers(
@@ -154,18 +128,6 @@ def _error(served: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")  # the worst layer is found by comparing
 
 
-def require_right(checks: Sequence[LayerCheck]) -> None:
-    """Raise UserError that names the worst layer, if one is wrong."""
-    wrong = [check for check in checks if not check.right]
-    if wrong:
-        worst = max(wrong, key=lambda check: check.error)
-        raise UserError(
-            f"{len(wrong)} of {len(checks)} factored layers give other outputs than their weights: "
-            f"{worst.name} is off by {worst.error:.3g}, allowed is {worst.allowed:g}; do not serve "
-            "this model on this machine, and report the fault"
-        )
-
-
 def verify(directory: Path, tensor_parallel_size: int = 1, dtype: str = "auto") -> list[LayerCheck]:
     """Load a checkpoint into vLLM and compare every layer, on every TP rank.
 
@@ -177,7 +139,7 @@ def verify(directory: Path, tensor_parallel_size: int = 1, dtype: str = "auto") 
     if tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from svdserve.server.cpu_install import work_around
-    from svdserve.server.worker import EXTENSION, METHOD
+    from svdserve.server.worker import EXTENSION, METHOD, WorkerReport
 
     work_around()
     from vllm import LLM
@@ -195,5 +157,5 @@ def verify(directory: Path, tensor_parallel_size: int = 1, dtype: str = "auto") 
     except (RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{directory}: vLLM did not start: {first}") from None
-    reports: list[dict[str, Any]] = engine.collective_rpc(METHOD)
-    return [LayerCheck(**check) for report in reports for check in report["checks"]]
+    reports = map(WorkerReport.model_validate, engine.collective_rpc(METHOD))
+    return [check for report in reports for check in report.checks]

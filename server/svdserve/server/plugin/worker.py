@@ -42,7 +42,7 @@ class WorkerExtension:
             weights=None if loaded is None else WorkerWeights(**asdict(loaded.stored)),
             kv_cache_bytes=_allocated_bytes(self.model_runner.kv_caches),
             device_bytes=_device_bytes(),
-            checks=[] if loaded is None else [asdict(check) for check in loaded.checks],
+            checks=[] if loaded is None else list(loaded.checks),
         )
         return report.model_dump()
 
