@@ -1,4 +1,7 @@
-"""What docker/check.sh built and saw, as JSON: check_record.py BASE ROOT TRANSCRIPT."""
+"""This script prints a record of a run of docker/check.sh as JSON: what it built and what it saw.
+
+docker/check.sh calls it as check_record.py BASE ROOT TRANSCRIPT.
+"""
 
 import hashlib
 import json
@@ -7,11 +10,18 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-# A block's line of the progress of a compression, and the bar.
+# It matches the lines that a compression prints for its blocks, and its progress bar.
 _PROGRESS = re.compile(r"^(block |gate_up_proj |\s|$)")
 
 
 def main(base: str, root: Path, transcript: Path) -> None:
+    """Print the record.
+
+    Args:
+        base: the name of the image that stood in for the Dockerfile's own base.
+        root: the root folder of the image that was built.
+        transcript: the file that holds the output of the check.
+    """
     packages = [str(path) for path in root.glob("opt/svdserve/lib/python3*/site-packages")]
     installed = {one.metadata["Name"]: one.version for one in distributions(path=packages)}
     dockerfile = Path(__file__).with_name("cpu.Dockerfile")

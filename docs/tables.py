@@ -1,9 +1,9 @@
-"""Tables and the picture of speed of the pages here and the README, from results/*.json.
+"""This script writes the tables of the pages here and of the README, and the picture of speed.
 
-That of the alerts is from their rules.
+It reads results/*.json, and the rules of Prometheus for the table of the alerts.
 
-python docs/tables.py            # write them
-python docs/tables.py --check    # exit code 1 if one is out of date
+python docs/tables.py            # writes the tables and the picture
+python docs/tables.py --check    # ends with exit code 1 if a table is out of date
 """
 
 import json
@@ -35,12 +35,12 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def comparison(name: str) -> str:
-    """What `svdserve compare` found, as it shows it."""
+    """Return the table that `svdserve compare` printed."""
     return markdown(Comparison.model_validate(_read(name)))
 
 
 def speed(file: str) -> str:
-    """Median and range of the rounds, over the dense model, and the ideal ratio."""
+    """Compare speeds with the dense model: median and range of the rounds, and the ideal ratio."""
     result = _read(file)["result"]
     models: dict[str, dict[str, str]] = {}
     for ratio in result["ratios"]:
@@ -65,7 +65,7 @@ def speed(file: str) -> str:
 
 
 def profile(file: str) -> str:
-    """Where the time of a step goes, in seconds, and what the machine allows."""
+    """Say where the time of a step goes, in seconds, and what the machine allows."""
     rows, found = [], _read(file)
     options = found["options"]
     names = [Path(directory).name for directory in (options["dense"], *options["models"])]
@@ -78,7 +78,7 @@ def profile(file: str) -> str:
 
 
 def layers() -> str:
-    """Time of a low-rank layer over its two products alone, lowest and highest over κ."""
+    """Divide the time of a layer by that of its two products; show the extremes over κ."""
     rows: list[list[str]] = []
     files = {"kernels_1b": "", "kernels_1b_xeon": "", "kernels_1b_amx": " with AMX"}
     for file, units in files.items():
@@ -99,7 +99,7 @@ def layers() -> str:
 
 
 def cost() -> str:
-    """What a compression with the default recipe took."""
+    """Say how much time and memory a compression with the default recipe took."""
     found = _read("compression_cost")
     time, memory = found["time"], found["memory"]
     rows = [
@@ -117,7 +117,7 @@ def cost() -> str:
 
 
 def betas() -> str:
-    """What β of SAES-SVD is worth, and what each rule chose."""
+    """Show the perplexity that each rule for β of SAES-SVD gives, and the β that it chose."""
     rows = [
         [
             name,
@@ -131,7 +131,7 @@ def betas() -> str:
 
 
 def variants() -> str:
-    """The default recipe with one choice changed, and methods beside variants of themselves."""
+    """Compare the default recipe with one choice changed, and methods with their variants."""
     found = _read("ablation_variants")
     rows = [
         [
@@ -145,7 +145,7 @@ def variants() -> str:
 
 
 def served() -> str:
-    """Perplexity as transformers computes it, and as clients of the server get it."""
+    """Compare the perplexity that transformers computes with the one that clients measure."""
     found = _read("served_quality")["mean_loss"]
     rows, dense = [], next(iter(found.values()))
     for name, one in found.items():
@@ -158,7 +158,7 @@ def served() -> str:
 
 
 def kills() -> str:
-    """What was killed, and what it resumed to."""
+    """Count the commands that were killed, and say what they resumed to."""
     found = _read("reliability_kill")
     rows = []
     for name, one in found["commands"].items():
@@ -172,7 +172,7 @@ def kills() -> str:
 
 
 def alerts() -> str:
-    """What Prometheus warns of."""
+    """List the conditions of which Prometheus warns."""
     rules = yaml.safe_load((DOCS.parent / "docker/prometheus/rules.yml").read_text())
     rows = [
         [f"`{rule['alert']}`", rule["labels"]["severity"], f"`{rule['expr']}`", rule["for"]]
@@ -184,7 +184,7 @@ def alerts() -> str:
 
 
 def reliability() -> str:
-    """Fuzz, load and soak: what was sent and what came of it."""
+    """Say what the tests of fuzz, load, soak and faults sent, and what came of it."""
     names = ("fuzz", "load", "soak", "faults")
     fuzz, load, soak, faults = (_read(f"reliability_{name}") for name in names)
     one = load["compressed"]
@@ -240,7 +240,7 @@ def _most(rounds: list[dict[str, Any]], key: str) -> float:
 
 
 def _all(rounds: list[dict[str, Any]], key: str) -> str:
-    """The values, each once."""
+    """Join the values of all rounds, each once."""
     return ", ".join(map(str, sorted({one[key] for one in rounds})))
 
 
@@ -269,17 +269,17 @@ TABLES = {
 
 
 def picture() -> None:
-    """Ratios of the 1B shape and their ideals."""
+    """Draw the speeds of the 1B shape over the dense model, beside the ideal ratios."""
     plot_bench(BenchResult.model_validate(_read("serving_1b")["result"]), DOCS / "speed.svg")
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results have them now."""
+    """Return a page whose tables show what the results hold now."""
     return _PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[4], text)
 
 
 def main() -> None:
-    """Write everything, or check the tables."""
+    """Write the tables and the picture, or check the tables if ``--check`` is given."""
     check, stale = "--check" in sys.argv, []
     for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         text = page.read_text()

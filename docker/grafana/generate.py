@@ -1,7 +1,7 @@
-"""The Grafana dashboard as code: ``python docker/grafana/generate.py`` writes dashboards/.
+"""This script holds the Grafana dashboard as code and writes it into dashboards/.
 
-What is drawn is decided here, and checked against a running server by tests/docker; the JSON that
-Grafana reads is generated, never edited.
+Run ``python docker/grafana/generate.py`` after a change, and never edit the JSON that Grafana
+reads. tests/docker checks that a running server has every series that the dashboard draws.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,17 +31,17 @@ WINDOW = "[$__rate_interval]"
 THIRD, EIGHTH = 8, 3  # of Grafana's 24 columns
 
 Query = tuple[str, str]
-"""PromQL, and the legend."""
+"""A query holds its PromQL and its legend."""
 
 
 def percentiles(histogram: str) -> list[Query]:
-    """Median, 95th and 99th percentile over all chosen servers."""
+    """Ask for the median and the 95th and 99th percentile over all chosen servers."""
     rates = f"sum by (le) (rate({histogram}_bucket{MODEL}{WINDOW}))"
     return [(f"histogram_quantile({q}, {rates})", f"p{100 * q:g}") for q in (0.5, 0.95, 0.99)]
 
 
 def rate(counter: str, labels: str = MODEL, by: str = "") -> str:
-    """Events per second, one series for every value of the label ``by``."""
+    """Ask for events per second, with one series for every value of the label ``by``."""
     grouping = f" by ({by})" if by else ""
     return f"sum{grouping} (rate({counter}{labels}{WINDOW}))"
 
@@ -49,7 +49,7 @@ def rate(counter: str, labels: str = MODEL, by: str = "") -> str:
 def lines(
     title: str, unit: str, queries: Iterable[Query], description: str, limit: str = ""
 ) -> timeseries.Panel:
-    """Values over time; where a series is named as ``limit`` the others are stacked below it."""
+    """Draw values over time; if ``limit`` names a series, the others are stacked below it."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -75,7 +75,7 @@ def lines(
 
 
 def number(title: str, unit: str, promql: str, description: str) -> stat.Panel:
-    """The value now."""
+    """Show the present value of one query."""
     (query,) = _queries([(promql, title)])
     return (
         stat.Panel()
@@ -91,7 +91,7 @@ def number(title: str, unit: str, promql: str, description: str) -> stat.Panel:
 
 
 def labels(title: str, promql: str, description: str) -> table.Panel:
-    """The labels of an info metric, a row for each server."""
+    """List the labels of an info metric, with a row for each server."""
     (query,) = _queries([(promql, title)])
     return (
         table.Panel()
@@ -277,7 +277,7 @@ SECTIONS: dict[str, list[stat.Panel | timeseries.Panel | table.Panel]] = {
 
 
 def build() -> Dashboard:
-    """The whole dashboard."""
+    """Build the whole dashboard."""
     dashboard = (
         dashboards.Dashboard("svdserve")
         .uid("svdserve")
@@ -313,7 +313,7 @@ def build() -> Dashboard:
 
 
 def as_json() -> str:
-    """The file that Grafana reads."""
+    """Return the text of the file that Grafana reads."""
     return JSONEncoder(sort_keys=True, indent=2).encode(build()) + "\n"
 
 
