@@ -128,6 +128,13 @@ class _Block(nn.Module):
         return self.attn(x)
 
 
+def test_a_block_whose_code_fails_is_named() -> None:
+    with torch.device("meta"):
+        block = _Block()
+    with pytest.raises(UserError, match=r"^block model\.layers\.3 is not supported: its own code"):
+        Trace(block, ((), {}), torch.Size((1, 2, 5)), "model.layers.3")  # the linears read 4
+
+
 def test_members_of_two_inputs_are_refused() -> None:
     with torch.device("meta"):
         block = _Block()

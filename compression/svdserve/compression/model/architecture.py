@@ -118,14 +118,14 @@ class Trace:
             for path, module in self.block.named_modules()
             if path
         ]
-        self.run("one of its blocks fails")
+        self.run("its own code fails")
         for hook in hooks:
             hook.remove()
 
     def run(self, step: str) -> Any:
         """Run the block and return its output; ``step`` says in an error message what failed."""
         args, kwargs = self.call
-        with foreign_code(self.name, step), torch.no_grad():
+        with foreign_code(f"block {self.name}", step), torch.no_grad():
             return self.block(self.hidden, *args, **kwargs)
 
     def _watch(self, path: str) -> Any:

@@ -235,11 +235,12 @@ def transformers_says(directory: Path, step: str) -> Iterator[None]:
 
 
 @contextmanager
-def foreign_code(architecture: str, step: str) -> Iterator[None]:
+def foreign_code(what: str, step: str) -> Iterator[None]:
     """Turn any error of a model's own code while it is traced into a UserError of one line.
 
     Raises:
-        UserError: the code fails; the message has the architecture, ``step`` and the reason.
+        UserError: the code fails; the message begins with ``what``, such as "architecture 'gpt2'",
+            and has ``step`` and the reason.
     """
     try:
         yield
@@ -248,6 +249,6 @@ def foreign_code(architecture: str, step: str) -> Iterator[None]:
     except Exception as error:
         text = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            f"architecture {architecture!r} is not supported: {step}: {text}; give a model whose "
-            "blocks run one after the other on hidden states [B, L, d]"
+            f"{what} is not supported: {step}: {text}; give a model whose blocks run one after the "
+            "other on hidden states [B, L, d]"
         ) from None

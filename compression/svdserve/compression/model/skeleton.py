@@ -212,7 +212,9 @@ class Skeleton:
         setattr(decoder, attribute, recorders.modules)
 
         def run(tokens: Tensor) -> tuple[Tensor, list[Call]]:
-            with foreign_code(self.model_type, "its decoder fails without its blocks"):
+            with foreign_code(
+                f"architecture {self.model_type!r}", "its decoder fails without its blocks"
+            ):
                 return recorders.record(lambda: decoder(input_ids=tokens, use_cache=False))
 
         try:
