@@ -78,7 +78,7 @@ EARLY_TARGETS = ("sm_90", "sm_100")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _AMDGCN = re.compile(r"^\s+([a-z]\w*)", re.MULTILINE)
 _POINTERS = dict.fromkeys(
-    ("channels_ptr", "pivots_ptr", "groups_ptr", "counters_ptr", "arrivals_ptr"), "i32"
+    ("channels_ptr", "pivots_ptr", "parts_ptr", "counters_ptr", "arrivals_ptr"), "i32"
 )
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

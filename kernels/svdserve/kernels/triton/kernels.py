@@ -1,9 +1,9 @@
 """The Triton kernels: shrink, expand, and both in one launch; launch.py launches them.
 
 Shrink is z = x[pivots] + Z x[rest] with the gather and the addition fused in, or z = V x; expand is
-y = C z + b. Sums are float32. As in a grouped GEMM, a kernel computes several groups at once, each
-with its own factors and rank, which all read the same x. A group is one part (parts.py): the q, k
-and v of a model that is factored ``separate`` are three groups of one launch.
+y = C z + b. Sums are float32. As in a grouped GEMM, a kernel computes several parts at once, each
+with its own factors and rank, which all read the same x. A part is that of parts.py: the q, k and
+v of a model that is factored ``separate`` are three parts of one launch.
 
 A factor_in has few rows, so it gives few tiles to the many multiprocessors of a GPU. Shrink may
 therefore divide its columns among SPLITS programs, each of which writes its own float32 sums. The
@@ -20,8 +20,8 @@ wide, and no kernel is compiled a second time for another shape.
 import triton
 import triton.language as tl
 
-GROUP_FIELDS = 8
-# The columns of the table of groups, all in blocks of 16: the rank; the width of factor_in; the
+PART_FIELDS = 8
+# The columns of the table of parts, all in blocks of 16: the rank; the width of factor_in; the
 # outputs; the offsets of factor_in, factor_out and the channels; the first columns in z and y.
 RANK = tl.constexpr(0)
 WIDTH = tl.constexpr(1)
@@ -31,7 +31,7 @@ OUTER = tl.constexpr(4)
 CHANNELS = tl.constexpr(5)
 Z_COLUMN = tl.constexpr(6)
 Y_COLUMN = tl.constexpr(7)
-FIELDS = tl.constexpr(GROUP_FIELDS)
+FIELDS = tl.constexpr(PART_FIELDS)
 
 # The indices of the counters of the single launch.
 STARTED = tl.constexpr(0)
@@ -41,7 +41,7 @@ COUNTERS = 4  # one is unused, so that what follows is aligned
 
 # Sizes that vary from call to call. Triton must not specialise on them, or it would compile a
 # kernel again when one of them is 1 or is not a multiple of 16.
-_CALL_SIZES = ("rows", "x_blocks", "z_blocks", "y_blocks", "groups", "tiles", "shrink_tiles")
+_CALL_SIZES = ("rows", "x_blocks", "z_blocks", "y_blocks", "parts", "tiles", "shrink_tiles")
 _CALL_SIZES += ("has_bias", "rest_block", "rest_blocks")
 
 # How shrink reads x. PLAIN: all channels. GATHERED: by the indices of pivots and other channels.
@@ -52,17 +52,17 @@ IN_ORDER = tl.constexpr(2)
 
 
 @triton.jit
-def _locate(groups_ptr, groups, tile, SIZE: tl.constexpr, BN: tl.constexpr):
-    """The group that a tile of BN rows of its factor belongs to, and the tile's first row."""
-    group = 0
+def _locate(parts_ptr, parts, tile, SIZE: tl.constexpr, BN: tl.constexpr):
+    """The part that a tile of BN rows of its factor belongs to, and the tile's first row."""
+    part = 0
     before = 0
     first = 0
-    for index in range(groups):
+    for index in range(parts):
         if tile >= first:
-            group = index
+            part = index
             before = first
-        first += tl.cdiv(tl.load(groups_ptr + index * FIELDS + SIZE) * 16, BN)
-    return groups_ptr + group * FIELDS, (tile - before) * BN
+        first += tl.cdiv(tl.load(parts_ptr + index * FIELDS + SIZE) * 16, BN)
+    return parts_ptr + part * FIELDS, (tile - before) * BN
 
 
 @triton.jit
@@ -116,21 +116,21 @@ def _ask_for(rows, width, LINES: tl.constexpr):
 
 @triton.jit
 def _shrink_tile(
-    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, groups_ptr,
-    rows, x_blocks, z_blocks, groups, rest_block, row_block, tile, split,
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, parts_ptr,
+    rows, x_blocks, z_blocks, parts, rest_block, row_block, tile, split,
     READ: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    group, first = _locate(groups_ptr, groups, tile, RANK, BN)
-    rank = tl.load(group + RANK) * 16
-    width = tl.load(group + WIDTH) * 16
-    column = tl.load(group + Z_COLUMN) * 16
-    channels = channels_ptr + tl.load(group + CHANNELS) * 16
+    part, first = _locate(parts_ptr, parts, tile, RANK, BN)
+    rank = tl.load(part + RANK) * 16
+    width = tl.load(part + WIDTH) * 16
+    column = tl.load(part + Z_COLUMN) * 16
+    channels = channels_ptr + tl.load(part + CHANNELS) * 16
     t = row_block * BT + tl.arange(0, BT)
     n = first + tl.arange(0, BN)
     x_rows = x_ptr + (t.to(tl.int64) * (x_blocks * 16))[:, None]
-    inner = inner_ptr + tl.load(group + INNER).to(tl.int64) * 16
+    inner = inner_ptr + tl.load(part + INNER).to(tl.int64) * 16
     w_rows = inner + (n * width)[:, None]
     share = tl.cdiv(tl.cdiv(width, BK), SPLITS) * BK
     begin = split * share
@@ -184,20 +184,20 @@ def _shrink_tile(
 
 @triton.jit
 def _expand_tile(
-    z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-    rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
+    z_ptr, outer_ptr, bias_ptr, y_ptr, parts_ptr,
+    rows, z_blocks, y_blocks, parts, has_bias, row_block, tile,
     EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    group, first = _locate(groups_ptr, groups, tile, OUTPUTS, BN)
-    rank = tl.load(group + RANK) * 16
-    outputs = tl.load(group + OUTPUTS) * 16
-    column = tl.load(group + Y_COLUMN) * 16
+    part, first = _locate(parts_ptr, parts, tile, OUTPUTS, BN)
+    rank = tl.load(part + RANK) * 16
+    outputs = tl.load(part + OUTPUTS) * 16
+    column = tl.load(part + Y_COLUMN) * 16
     t = row_block * BT + tl.arange(0, BT)
     n = first + tl.arange(0, BN)
-    z_rows = z_ptr + tl.load(group + Z_COLUMN) * 16 + (t.to(tl.int64) * (z_blocks * 16))[:, None]
-    outer = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16
+    z_rows = z_ptr + tl.load(part + Z_COLUMN) * 16 + (t.to(tl.int64) * (z_blocks * 16))[:, None]
+    outer = outer_ptr + tl.load(part + OUTER).to(tl.int64) * 16
     c_rows = outer + (n * rank)[:, None]
     if EARLY:
         if LINES and not WIDEN:
@@ -229,39 +229,39 @@ def _swizzled(rows, tiles, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=_CALL_SIZES)
 def shrink(
-    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, groups_ptr,
-    rows, x_blocks, z_blocks, groups, rest_block, tiles,
+    x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, parts_ptr,
+    rows, x_blocks, z_blocks, parts, rest_block, tiles,
     READ: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute z of every group, with a program for each tile [BT, BN] of z and split of its sum."""
+    """Compute z of every part, with a program for each tile [BT, BN] of z and split of its sum."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
     _shrink_tile(
         x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr,
-        arrivals_ptr + row_block * tiles + tile, groups_ptr,
-        rows, x_blocks, z_blocks, groups, rest_block, row_block, tile, tl.program_id(1),
+        arrivals_ptr + row_block * tiles + tile, parts_ptr,
+        rows, x_blocks, z_blocks, parts, rest_block, row_block, tile, tl.program_id(1),
         READ, SPLITS, EARLY, LINES, PRECISION, WIDEN, BT, BN, BK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_CALL_SIZES)
 def expand(
-    z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-    rows, z_blocks, y_blocks, groups, has_bias, tiles,
+    z_ptr, outer_ptr, bias_ptr, y_ptr, parts_ptr,
+    rows, z_blocks, y_blocks, parts, has_bias, tiles,
     EARLY: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of every group, with a program for each tile [BT, BN] of y."""
+    """Compute y of every part, with a program for each tile [BT, BN] of y."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row_block, tile = _swizzled(rows, tiles, BT)
     _expand_tile(
-        z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-        rows, z_blocks, y_blocks, groups, has_bias, row_block, tile,
+        z_ptr, outer_ptr, bias_ptr, y_ptr, parts_ptr,
+        rows, z_blocks, y_blocks, parts, has_bias, row_block, tile,
         EARLY, LINES, PRECISION, WIDEN, BT, BN, BK,
     )  # fmt: skip
 
@@ -269,8 +269,8 @@ def expand(
 @triton.jit(do_not_specialize=_CALL_SIZES)
 def shrink_expand(
     x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr, arrivals_ptr, outer_ptr, bias_ptr,
-    y_ptr, groups_ptr, counters_ptr,
-    rows, x_blocks, z_blocks, y_blocks, groups, has_bias, rest_block,
+    y_ptr, parts_ptr, counters_ptr,
+    rows, x_blocks, z_blocks, y_blocks, parts, has_bias, rest_block,
     shrink_tiles, tiles,
     READ: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -287,8 +287,8 @@ def shrink_expand(
     if ticket < shrink_tiles * SPLITS:
         _shrink_tile(
             x_ptr, inner_ptr, channels_ptr, pivots_ptr, z_ptr, sums_ptr,
-            arrivals_ptr + ticket // SPLITS, groups_ptr,
-            rows, x_blocks, z_blocks, groups, rest_block,
+            arrivals_ptr + ticket // SPLITS, parts_ptr,
+            rows, x_blocks, z_blocks, parts, rest_block,
             0, ticket // SPLITS, ticket % SPLITS,
             READ, SPLITS, False, LINES, PRECISION, WIDEN, BT, BN, BK,
         )  # fmt: skip
@@ -297,17 +297,17 @@ def shrink_expand(
     else:
         tile = ticket - shrink_tiles * SPLITS
         if LINES and not WIDEN:
-            group, first = _locate(groups_ptr, groups, tile, OUTPUTS, BN)
-            rank = tl.load(group + RANK) * 16
-            n = tl.minimum(first + tl.arange(0, BN), tl.load(group + OUTPUTS) * 16 - 1)
-            outer = outer_ptr + tl.load(group + OUTER).to(tl.int64) * 16
+            part, first = _locate(parts_ptr, parts, tile, OUTPUTS, BN)
+            rank = tl.load(part + RANK) * 16
+            n = tl.minimum(first + tl.arange(0, BN), tl.load(part + OUTPUTS) * 16 - 1)
+            outer = outer_ptr + tl.load(part + OUTER).to(tl.int64) * 16
             _ask_for(outer + (n * rank)[:, None], rank, LINES)
         while tl.atomic_add(counters_ptr + SHRUNK, 0, sem="acquire") < shrink_tiles * SPLITS:
             pass
         tl.debug_barrier()
         _expand_tile(
-            z_ptr, outer_ptr, bias_ptr, y_ptr, groups_ptr,
-            rows, z_blocks, y_blocks, groups, has_bias, 0, tile,
+            z_ptr, outer_ptr, bias_ptr, y_ptr, parts_ptr,
+            rows, z_blocks, y_blocks, parts, has_bias, 0, tile,
             False, LINES, PRECISION, WIDEN, BT, BN, BK,
         )  # fmt: skip
     if tl.atomic_add(counters_ptr + FINISHED, 1, sem="acq_rel") == tiles - 1:

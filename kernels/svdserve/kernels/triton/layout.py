@@ -30,7 +30,7 @@ def aligned(matrix: Tensor, rows: bool = False) -> Tensor:
 
 
 def aligned_bias(bias: Tensor, outputs: Sequence[int]) -> Tensor:
-    """The bias of all groups, each padded to whole blocks; no copy if it fits already."""
+    """The bias of all parts, each padded to whole blocks; no copy if it fits already."""
     if all(size % ALIGNMENT == 0 for size in outputs):
         fits = bias.data_ptr() % ALIGNMENT == 0 and bias.is_contiguous()
         return bias if fits else bias.clone(memory_format=torch.contiguous_format)
@@ -62,10 +62,10 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def group_table(
+def make_part_table(
     ranks: tuple[int, ...], widths: tuple[int, ...], outputs: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The table of groups (see kernels.py), int32 [groups, 8].
+    """The table of parts (see kernels.py), int32 [parts, 8].
 
     It is cached, because a CUDA graph cannot hold the copy of the table to the device.
     """

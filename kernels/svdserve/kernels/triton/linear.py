@@ -38,8 +38,8 @@ from svdserve.kernels.triton.layout import (
     aligned_bias,
     channels_of,
     flat,
-    group_table,
     indices,
+    make_part_table,
     padded,
 )
 
@@ -53,7 +53,7 @@ class TritonFactors(PreparedFactors):
     outer: Tensor
     channels: Tensor
     pivots: Tensor
-    groups: Tensor
+    part_table: Tensor
     counters: Tensor
 
     def __init__(
@@ -92,7 +92,9 @@ class TritonFactors(PreparedFactors):
             "outer": flat(outer),
             "channels": indices([rest for _, rest in channels], widths),
             "pivots": indices([own for own, _ in channels], self.ranks),
-            "groups": group_table(tuple(self.ranks), tuple(widths), tuple(self.outputs), device),
+            "part_table": make_part_table(
+                tuple(self.ranks), tuple(widths), tuple(self.outputs), device
+            ),
             "counters": torch.zeros(
                 kernels.COUNTERS + MOST_BLOCKS * sum(self.ranks) // ALIGNMENT,
                 dtype=torch.int32,
@@ -126,7 +128,7 @@ class TritonFactors(PreparedFactors):
             self.outer,
             self.channels,
             self.pivots,
-            self.groups,
+            self.part_table,
             self.counters,
             self.in_features,
             self.ranks,
@@ -144,7 +146,7 @@ def _run(
     outer: Tensor,
     channels: Tensor,
     pivots: Tensor,
-    groups: Tensor,
+    part_table: Tensor,
     counters: Tensor,
     in_features: int,
     ranks: Sequence[int],
@@ -176,7 +178,7 @@ def _run(
                     "outer_ptr": outer,
                     "bias_ptr": y if added is None else added,
                     "y_ptr": y,
-                    "groups_ptr": groups,
+                    "parts_ptr": part_table,
                     "counters_ptr": counters,
                     "arrivals_ptr": counters[kernels.COUNTERS :],
                 }
@@ -184,7 +186,7 @@ def _run(
                     "rows": rows,
                     "x_blocks": whole.stride(0) // ALIGNMENT,
                     "y_blocks": y.shape[1] // ALIGNMENT,
-                    "groups": len(ranks),
+                    "parts": len(ranks),
                     "has_bias": int(bias is not None),
                     "rest_block": ranks[0] // ALIGNMENT if read == IN_ORDER else 0,
                     "READ": read,
@@ -202,7 +204,7 @@ def _fake(
     outer: Tensor,
     channels: Tensor,
     pivots: Tensor,
-    groups: Tensor,
+    part_table: Tensor,
     counters: Tensor,
     in_features: int,
     ranks: Sequence[int],
@@ -212,15 +214,15 @@ def _fake(
     plan: str,
     bias: Tensor | None,
 ) -> Tensor:
-    del inner, outer, channels, pivots, groups, counters, in_features, ranks, widths, read, plan
+    del inner, outer, channels, pivots, part_table, counters, in_features, ranks, widths, read, plan
     del bias
     return x.new_empty(*x.shape[:-1], sum(outputs))
 
 
 define(
     "lowrank_triton(Tensor x, Tensor inner, Tensor outer, Tensor channels, Tensor pivots, "
-    "Tensor groups, Tensor counters, int in_features, int[] ranks, int[] widths, int[] outputs, "
-    "int read, str plan, Tensor? bias) -> Tensor",
+    "Tensor part_table, Tensor counters, int in_features, int[] ranks, int[] widths, "
+    "int[] outputs, int read, str plan, Tensor? bias) -> Tensor",
     _run,
     _fake,
 )
