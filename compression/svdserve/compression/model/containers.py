@@ -1,8 +1,8 @@
 """Running a block piecewise: stop it at a linear, or replay a container with a stored output.
 
 A container's output must be the output of its closing linear, alone or in a tuple with items that
-the block does not use, such as the weights of eager attention. ``learn_containers`` checks this by
-runs on the meta device before the walk starts.
+the block does not use, such as the weights of eager attention. ``learn_containers`` checks this on
+the meta device before the walk starts.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from svdserve.compression.model.architecture import Call, Group, LinearCall, Trace
+from svdserve.compression.model.architecture import Group, LinearCall, Trace
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.system.errors import UserError
 
@@ -88,23 +88,20 @@ def inputs_of(linear: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def learn_containers(
-    block: nn.Module, groups: tuple[Group, ...], call: Call, shape: torch.Size, name: str
-) -> Mapping[Group, Container]:
-    """The containers of a block by the groups that close them, from runs on the meta device.
+def learn_containers(trace: Trace, groups: tuple[Group, ...]) -> Mapping[Group, Container]:
+    """The containers of a block by the groups that close them.
+
+    The block runs once more on the meta device, with its containers replayed.
 
     Args:
-        block: the block; its parameters may be on meta.
+        trace: of the block.
         groups: the groups in the order in which the walk replaces them.
-        call: the arguments besides the hidden states.
-        shape: shape [B, L, d] of the hidden states.
-        name: the block's name, for messages.
 
     Raises:
         UserError: the linears are called in another order, a container changes the output of its
             closing linear, or the block does not return hidden states.
     """
-    trace = Trace(block, call, shape, name)
+    name = trace.name
     calls = {linear.path: linear for linear in trace.linears}
     expected = [path for group in groups for path in _paths(group)]
     place = {path: index for index, group in enumerate(groups) for path in _paths(group)}
@@ -122,7 +119,7 @@ def learn_containers(
             stack.enter_context(container.replayed(trace.block, output))
         result = trace.run("it fails without its attention and MLP")
     result = result[0] if isinstance(result, tuple) else result
-    if not isinstance(result, Tensor) or result.shape != shape:
+    if not isinstance(result, Tensor) or result.shape != trace.hidden.shape:
         raise UserError(
             f"{name}: does not return hidden states [B, L, d]; this architecture is not supported"
         )
@@ -141,7 +138,7 @@ def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
             the block.
     """
     tokens = [torch.tensor([ids]) for ids in ([0, 1], [1, 0])]
-    (hidden, calls), (_, others) = skeleton.embed(tokens, device)
+    (_, calls), (_, others) = skeleton.embed(tokens, device)
     for index, (call, other) in enumerate(zip(calls, others, strict=True)):
         name = skeleton.block_name(index)
         tensors = zip(tree_leaves(call), tree_leaves(other), strict=True)
@@ -150,8 +147,7 @@ def require_walkable(skeleton: Skeleton, device: torch.device) -> None:
                 f"{name}: reads the tokens themselves besides the hidden states, such as "
                 f"embeddings of its own; architecture {skeleton.model_type!r} is not supported yet"
             )
-        groups, block = skeleton.groups[index], skeleton.layers[index]
-        learn_containers(block, groups, call, hidden.shape, name)
+        learn_containers(skeleton.traces[index], skeleton.groups[index])
 
 
 def _container(trace: Trace, group: Group, linears: list[LinearCall]) -> Container:

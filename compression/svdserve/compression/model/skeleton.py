@@ -19,7 +19,6 @@ from svdserve.compression.format.tensors import TensorFiles, check_sizes
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.architecture import (
     Call,
-    Group,
     Trace,
     find_groups,
     not_taken,
@@ -66,7 +65,8 @@ class Skeleton:
         self._name_as_in_memory()
         self._require_weights()
         require_language_head(directory, self.config)
-        self.groups = self._find_groups()
+        self.traces = self._trace_blocks()
+        self.groups = [taken(find_groups(trace), trace.name) for trace in self.traces]
 
     def _name_as_in_memory(self) -> None:
         """Add the prefix that tensor names lack if the base model alone was saved."""
@@ -123,15 +123,14 @@ class Skeleton:
             raise nested(self.directory, self.model_type)
         raise self._unsupported("it has no list of num_hidden_layers blocks")
 
-    def _find_groups(self) -> list[tuple[Group, ...]]:
-        """The groups of every block, from a trace of the block with the decoder's arguments."""
+    def _trace_blocks(self) -> list[Trace]:
+        """A trace of every block with the decoder's arguments."""
         two, cpu = torch.tensor([[0, 1]]), torch.device("cpu")
         ((hidden, calls),) = self.embed([two], cpu, weights=False)
-        found: list[tuple[Group, ...]] = []
-        for index, (block, call) in enumerate(zip(self.layers, calls, strict=True)):
-            name = self.block_name(index)
-            found.append(taken(find_groups(Trace(block, call, hidden.shape, name)), name))
-        return found
+        return [
+            Trace(block, call, hidden.shape, self.block_name(index))
+            for index, (block, call) in enumerate(zip(self.layers, calls, strict=True))
+        ]
 
     def _unsupported(self, reason: str) -> UserError:
         return UserError(

@@ -66,7 +66,8 @@ class _Skeleton:
         mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
         self.call: tuple[Any, ...] = ((mask,), {})
         shape = torch.Size((1, LENGTH, D))
-        self.groups = [find_groups(Trace(b, self.call, shape, "block")) for b in self.layers]
+        self.traces = [Trace(block, self.call, shape, "block") for block in self.layers]
+        self.groups = [find_groups(trace) for trace in self.traces]
 
     def embed(self, batches: list[Tensor], _device: torch.device) -> Iterator[Any]:
         for tokens in batches:
@@ -74,9 +75,6 @@ class _Skeleton:
 
     def block(self, index: int, _device: torch.device) -> nn.Module:
         return copy.deepcopy(self.layers[index]).requires_grad_(False)
-
-    def block_name(self, index: int) -> str:
-        return f"layers.{index}"
 
 
 def inputs(layers: list[nn.Module], at: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:

@@ -277,10 +277,9 @@ class _Block(nn.Module):
 
 
 def test_a_container_that_changes_its_last_output_is_refused():
-    call, shape = ((), {}), torch.Size((1, 2, 8))
-    groups = find_groups(Trace(_Block(), call, shape, "block"))
+    trace = Trace(_Block(), ((), {}), torch.Size((1, 2, 8)), "block")
     with pytest.raises(UserError, match="attn does more than return"):
-        learn_containers(_Block(), groups, call, shape, "block")
+        learn_containers(trace, find_groups(trace))
 
 
 def test_missing_and_misshapen_weights_are_named(tmp_path: Path):

@@ -101,14 +101,8 @@ class Walk:
             for row in self._measured_rows:
                 if rows.start <= row < rows.stop:
                     self._measured.add(hidden[row - rows.start][None])
-            shape = hidden.shape
-        calls = self._calls[shape[0]]
-        self.containers = [
-            learn_containers(block, groups, call, shape, self.skeleton.block_name(index))
-            for index, (block, groups, call) in enumerate(
-                zip(self.skeleton.layers, self.skeleton.groups, calls, strict=True)
-            )
-        ]
+        traced = zip(self.skeleton.traces, self.skeleton.groups, strict=True)
+        self.containers = [learn_containers(trace, groups) for trace, groups in traced]
 
     def error(self) -> float | None:
         """The student's error at the streams' block boundary (measure.py).
