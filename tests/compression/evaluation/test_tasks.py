@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import random_tokens, save_model
-from svdserve.compression.evaluation.tasks import TaskAccuracy, task_accuracies
+from svdserve.compression.evaluation.tasks import TaskAccuracy, check_tasks, task_accuracies
 from svdserve.compression.system.errors import UserError
 
 
@@ -90,6 +90,27 @@ def test_bad_lines_are_named(model: Path, tmp_path: Path) -> None:
             task_accuracies(model, [str(file)])
     with pytest.raises(UserError, match="cannot be read"):
         task_accuracies(model, [str(tmp_path / "absent.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["letters.json", "letters", "absent/letters"])
+def test_a_path_that_is_no_jsonl_file_is_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters").touch()
+    (tmp_path / "letters.json").touch()
+    with pytest.raises(
+        UserError, match=rf"^{name}: is no task; give a file .* ends in \.jsonl, or"
+    ):
+        check_tasks([name])
+
+
+def test_a_folder_may_have_the_name_of_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "piqa").mkdir()
+    assert check_tasks(["piqa"]) == {}
 
 
 def test_unknown_task_is_named(model: Path) -> None:

@@ -19,8 +19,8 @@ class Evaluation(BaseModel):
     )
     tasks: tuple[str, ...] = Field(
         default=(),
-        description="A multiple-choice task: a JSONL file, or a name that lm-evaluation-harness "
-        "knows.",
+        description="A multiple-choice task: a file `*.jsonl`, or a name that "
+        "lm-evaluation-harness knows.",
     )
     limit: PositiveInt | None = Field(
         default=None,

@@ -19,6 +19,7 @@ from svdserve.compression.evaluation.perplexity import Measurement, measured
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.system.errors import UserError
 
+_SUFFIX = ".jsonl"
 # Tasks whose choices have very different lengths.
 NORMALISED = ("hellaswag", "openbookqa", "arc_challenge")
 
@@ -71,7 +72,7 @@ def task_accuracies(
     """Accuracies of a dense or compressed model.
 
     Args:
-        tasks: JSONL files, or names that lm-evaluation-harness knows.
+        tasks: JSONL files, whose names end in .jsonl, or names that lm-evaluation-harness knows.
         limit: number of items to use from the start of each task; None for all.
         batch_size: number of requests in a forward step.
         dtype: dtype of weights and activations. The softmax is always float32, because rounding it
@@ -109,7 +110,7 @@ def task_accuracies(
         softmax_dtype="float32",
     )
     wanted: list[str | dict[str, Any]] = [_local(name, file) for name, file in files.items()]
-    wanted += [task for task in tasks if not task.endswith(".jsonl")]
+    wanted += [task for task in tasks if not task.endswith(_SUFFIX)]
     try:
         found = simple_evaluate(
             wrapped, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=False
@@ -142,13 +143,21 @@ def check_tasks(tasks: Sequence[str], limit: int | None = None) -> dict[str, Pat
         The local files by the names of their tasks.
 
     Raises:
-        UserError: a file does not exist or has an invalid line or no line, two files have the same
-            name, or the limit is below 1.
+        UserError: a task is a path without the suffix, a file does not exist or has an invalid line
+            or no line, two files have the same name, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit}: give at least 1, or leave it out for all")
     files: dict[str, Path] = {}
-    for file in (Path(task) for task in tasks if task.endswith(".jsonl")):
+    for task in tasks:
+        file = Path(task)
+        if not task.endswith(_SUFFIX):
+            if len(file.parts) > 1 or file.is_file():
+                raise UserError(
+                    f"{task}: is no task; give a file whose name ends in {_SUFFIX}, or the name of "
+                    "a task of lm-evaluation-harness, which is no path"
+                )
+            continue
         if file.stem in files:
             raise UserError(f"{file}: another task is also called {file.stem}; rename one")
         files[file.stem] = file
