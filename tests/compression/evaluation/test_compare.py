@@ -164,6 +164,18 @@ def test_methods_share_the_teachers_pass_and_change_nothing(
     assert len(list((tmp_path / "teacher").iterdir())) == 2
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_cache_of_the_user_is_kept(found, text: Path, tmp_path: Path, *, own: bool) -> None:
+    _, model, _ = found
+    cache, work = tmp_path / "cache", tmp_path / "work"
+    run = RUN.model_copy(update={"cache": cache}) if own else RUN
+    rows = {"kfac": make_recipe(method="kfac-svd", calibration=str(text), tokens=256, seq_len=32)}
+    compare(str(model), work, rows, [0.6], Evaluation(texts=(text,), seq_len=64), run)
+    used, unused = (cache, work / "teacher") if own else (work / "teacher", cache)
+    assert len(list(used.iterdir())) == 1
+    assert not unused.exists()
+
+
 def test_another_recipe_under_the_same_name_is_refused(found, text: Path) -> None:
     _, model, root = found
     other = {"ours": make_recipe(method="svd", calibration=str(text), tokens=256, seq_len=32)}

@@ -17,7 +17,7 @@ from rich.console import Console
 from svdserve.compression.evaluation.options import Evaluation
 from svdserve.compression.evaluation.perplexity import Perplexity, perplexity
 from svdserve.compression.evaluation.plots import new_figure, save_figure
-from svdserve.compression.evaluation.tasks import TaskAccuracies, task_accuracies
+from svdserve.compression.evaluation.tasks import TaskAccuracies, check_tasks, task_accuracies
 from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.format.untrusted import read_json
@@ -96,21 +96,25 @@ def compare(
             recipe that would store the dense model unchanged gets no row.
         keeps: the keep ratios κ.
         evaluation: texts and tasks.
-        run: how this machine compresses; ``work`` also serves as its cache.
+        run: how this machine compresses. Without a cache of its own it gets one in ``work``, and
+            it always resumes.
 
     Raises:
-        UserError: there is nothing to measure, or ``work`` holds another recipe under the same
-            name, or results of another model or calibration text.
+        UserError: there is nothing to measure, a task cannot be used, or ``work`` holds another
+            recipe under the same name, or results of another model or calibration text.
     """
     if not evaluation.texts and not evaluation.tasks:
         raise UserError("nothing to compare on; give a text, a task, or both")
+    check_tasks(evaluation.tasks, evaluation.limit)
     directory = resolve_model(model)
     usable_device(evaluation.device)
     texts = {text for recipe in recipes.values() for text in recipe.text_files}
     outputs = {checkpoint_of(work, name, keep) for name in recipes for keep in keeps}
     for out in outputs:
         check_output(out, [directory, *evaluation.files, *texts])
-    run = (run or Run()).model_copy(update={"cache": work / "teacher", "resume": True})
+    run = run or Run()
+    # All cells have the same teacher, so its statistics are worth keeping.
+    run = run.model_copy(update={"cache": run.cache or work / "teacher", "resume": True})
     check_folder(work)
     with exclusive(work / "compare"):
         for folder in (work, *outputs):
