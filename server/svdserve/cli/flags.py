@@ -69,6 +69,23 @@ class Given:
         flags = self._sources[model].flags
         return {name: value for name, value in self._values.items() if name in flags}
 
+    def require_only(self, model: type[BaseModel]) -> None:
+        """Refuse options that belong to other models alone, which the command would ignore.
+
+        Raises:
+            UserError: the message names the first such option, and the option that decides.
+        """
+        chosen = self._sources[model]
+        for source in self._sources.values():
+            for name, flag in source.flags.items():
+                if name not in self._values or name in chosen.flags:
+                    continue
+                if chosen.when:
+                    raise not_with(flag.spelling, chosen.when)
+                raise UserError(
+                    f"{flag.spelling}: is read with {source.when} only; give both or neither"
+                )
+
     def make(self, model: type[Model], **others: Any) -> Model:
         """The model with the values that the user gave, and with ``others``.
 
@@ -84,6 +101,11 @@ class Given:
             if flag is not None and said.startswith(name):
                 said = f"{flag.name}{said.removeprefix(name)}"
             raise UserError(said) from None
+
+
+def not_with(option: str, other: str) -> UserError:
+    """The error of an option that would be ignored because another one is given."""
+    return UserError(f"{option}: is not read with {other}; leave one of them out")
 
 
 class Command(TyperCommand):

@@ -85,7 +85,9 @@ def bench(
     """
     options.grant(allow_links=allow_links)
     given = flags.given(ctx)
-    if not kernels and (dense is None or not models):
+    if kernels:
+        _refuse_beside_kernels(served, models, plot_file)
+    elif dense is None or not models:
         raise UserError("bench compares models: name the dense one and then a compressed one")
     check_result_files([json_file, plot_file])
     check_figure(plot_file)
@@ -98,12 +100,23 @@ def bench(
         _bench_engines(given, names, json_file, plot_file)
 
 
+def _refuse_beside_kernels(served: bool, models: list[str] | None, plot: Path | None) -> None:
+    """Raise UserError if the user gave what `--kernels` would ignore."""
+    if served:
+        raise flags.not_with("--served", "--kernels")
+    if plot is not None:
+        raise flags.not_with("--plot", "--kernels")
+    if models:
+        raise UserError("--kernels measures the layers of one model; name at most DENSE")
+
+
 def _bench_engines(
     given: flags.Given, names: list[str], json_file: Path | None, plot_file: Path | None
 ) -> None:
     from svdserve.bench.engine import BenchOptions, plot_bench, print_bench, run_bench
     from svdserve.compression.model.hub import resolve_model
 
+    given.require_only(BenchOptions)
     dense, *models = map(Path, names)
     chosen = given.make(BenchOptions, dense=dense, models=models)  # checked before a download
     dense, *models = map(resolve_model, names)
@@ -122,6 +135,7 @@ def _bench_served(
     from svdserve.bench.served import LoadOptions, Target, run_load
     from svdserve.compression.model.hub import model_name, resolve_model
 
+    given.require_only(LoadOptions)
     chosen = given.make(LoadOptions)
     found = [resolve_model(name) for name in names]
     targets = [Target(model_name(model).rpartition("/")[2], model) for model in found]
@@ -142,6 +156,7 @@ def _bench_kernels(given: flags.Given, names: list[str], json_file: Path | None)
     )
     from svdserve.compression.model.hub import resolve_model
 
+    given.require_only(KernelOptions)
     chosen = given.make(KernelOptions)
     for name in names:
         chosen = chosen.model_copy(update={"layers": layers_of(resolve_model(name))})
