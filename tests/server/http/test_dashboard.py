@@ -3,44 +3,30 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Response, expect
-from prometheus_client.parser import text_string_to_metric_families
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response as Answer
-from starlette.routing import Route
+from playwright.sync_api import Browser, expect
 
 from browser import VIEWS, chromium
 from checkpoints import write_checkpoint
+from dashboard import View, histogram, nbytes, open_view, quantile, seconds, shown, values
 from models import save_model
 from ports import free_port
+from proxies import proxy
 from svdserve.bench.launch import running
 from traffic import load
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parents[3]
-STATIC = ROOT / "server/svdserve/server/http/dashboard/static"
-SCREENSHOTS = ROOT / "build/screenshots"
+SCREENSHOTS = Path(__file__).parents[3] / "build/screenshots"
 NAME = "pico"
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 WINDOW_SECONDS, PERIOD_SECONDS = 10, 2
@@ -48,31 +34,6 @@ LOAD_SECONDS = 20
 PATIENCE_MS = 60_000
 HOST = "127.0.0.1"
 KEY = "a key of the proxy"
-
-
-@dataclass
-class View:
-    """A page that has looked at the loaded server, and what the browser told of it."""
-
-    page: Page
-    console: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    answers: list[Response] = field(default_factory=list)
-
-    def scrapes(self) -> list[tuple[float, str]]:
-        """Time (Unix, seconds) and text of every scrape that the page shows.
-
-        The times are those of the rows of its table, and an answer belongs to the row whose time
-        its request had; one that a pause has overtaken is not shown and has none.
-        """
-        rows = self.page.locator("#throughput tbody tr").all()
-        known = [row for row in rows if row.locator("td").first.text_content() != "–"]
-        iso = [row.locator("time").get_attribute("datetime") for row in reversed(known)]
-        times = [datetime.fromisoformat(time or "").timestamp() for time in iso]
-        starts = [answer.request.timing["startTime"] / 1000 for answer in self.answers]
-        nearest = [min(range(len(starts)), key=lambda i: abs(starts[i] - time)) for time in times]
-        assert len(set(nearest)) == len(times) > 3
-        return [(t, self.answers[i].text()) for t, i in zip(times, nearest, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -116,26 +77,6 @@ def server(
             yield server.url, server.pid
 
 
-def open_view(browser: Browser, url: str, **context: Any) -> View:
-    page = browser.new_context(**context).new_page()
-    view = View(page)
-
-    def note(message: str) -> None:
-        if "willReadFrequently" not in message:  # Tests read the pixels, the page does not.
-            view.console.append(message)
-
-    page.on("console", lambda message: note(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: view.console.append(f"error: {error}"))
-    page.on("request", lambda request: view.requests.append(request.url))
-    page.on("response", lambda r: view.answers.append(r) if r.url.endswith("/metrics") else None)
-    page.add_init_script(
-        "window.violations = []; addEventListener('securitypolicyviolation',"
-        " (event) => violations.push(event.violatedDirective + ' ' + event.blockedURI))"
-    )
-    page.goto(f"{url}/dashboard")
-    return view
-
-
 @pytest.fixture(scope="module")
 def views(browser: Browser, server: tuple[str, int]) -> dict[str, View]:
     """Each view after the same load, paused so that nothing changes any more."""
@@ -155,62 +96,6 @@ def views(browser: Browser, server: tuple[str, int]) -> dict[str, View]:
             summary.click()
             view.page.screenshot(path=SCREENSHOTS / f"dashboard_{name}.png", full_page=True)
     return opened
-
-
-def shown(page: Page, chart: str) -> dict[str, str]:
-    """The legend of a chart: the value of each series as it is written there."""
-    items = page.locator(f"#{chart} [data-series]").all()
-    return {i.get_attribute("data-series") or "": i.locator(".value").inner_text() for i in items}
-
-
-def seconds(text: str) -> float | None:
-    """Of a written duration; None of the dash that stands for no observations."""
-    if text == "–":
-        return None
-    value, unit = text.replace(",", "").split()
-    return float(value) * {"ms": 1e-3, "s": 1}[unit]
-
-
-def nbytes(text: str) -> float:
-    value, _, unit = text.replace(",", "").partition(" ")
-    return float(value) * {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
-
-
-def values(text: str, name: str, **labels: str) -> list[float]:
-    return [
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    ]
-
-
-def histogram(text: str, name: str) -> list[tuple[float, float]]:
-    """Upper bounds and cumulative counts."""
-    return [
-        (float(sample.labels["le"]), sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == f"{name}_bucket"
-    ]
-
-
-def quantile(
-    q: float, before: list[tuple[float, float]], now: list[tuple[float, float]]
-) -> float | None:
-    """As Prometheus documents histogram_quantile: the observations of a bucket lie evenly in it.
-
-    None without observations.
-    """
-    rank = q * (now[-1][1] - before[-1][1])
-    lower = below = 0.0
-    for (_, old), (bound, new) in zip(before, now, strict=True):
-        if new - old >= rank and new - old > below:
-            if bound == float("inf"):
-                return lower
-            return lower + (bound - lower) * (rank - below) / (new - old - below)
-        lower, below = bound, new - old
-    return None
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -450,39 +335,12 @@ def test_the_hidden_table_and_the_notice_pass_axe_too(
     assert [v for v in found if v["impact"] in ("serious", "critical")] == []
 
 
-@contextmanager
-def proxy(target: str, port: int) -> Iterator[str]:
-    """A reverse proxy below a path, which wants an API key for all but the page's own files."""
-
-    async def forward(request: Request) -> Answer:
-        path = request.url.path.removeprefix("/llm")
-        open_to_all = path.startswith("/dashboard")
-        if not open_to_all and request.headers.get("Authorization") != f"Bearer {KEY}":
-            return Answer(status_code=401)
-        async with httpx.AsyncClient() as client:
-            answer = await client.get(target + path)
-        headers = {k: v for k, v in answer.headers.items() if k != "content-length"}
-        return Answer(answer.content, answer.status_code, headers)
-
-    app = Starlette(routes=[Route("/llm/{path:path}", forward)])
-    served = uvicorn.Server(uvicorn.Config(app, HOST, port, log_level="error"))
-    thread = threading.Thread(target=served.run)
-    thread.start()
-    try:
-        while not served.started:
-            time.sleep(0.05)
-        yield f"http://{HOST}:{port}/llm"
-    finally:
-        served.should_exit = True
-        thread.join()
-
-
 def test_it_asks_for_a_key_and_comes_back_after_an_outage(
     browser: Browser, server: tuple[str, int]
 ) -> None:
     """Behind a proxy below a path, which demands a key, goes away and comes back."""
     port = free_port()
-    with proxy(server[0], port) as url:
+    with proxy(server[0], port, KEY) as url:
         page = open_view(browser, url).page
         status, key = page.get_by_role("status"), page.get_by_role("textbox", name="API key")
         page.get_by_text("The server asks for an API key").first.wait_for(timeout=PATIENCE_MS)
@@ -497,7 +355,7 @@ def test_it_asks_for_a_key_and_comes_back_after_an_outage(
         assert page.locator("#model").inner_text() == NAME
         assert KEY not in page.content()
     status.filter(has_text="The server is unreachable").wait_for(timeout=PATIENCE_MS)
-    with proxy(server[0], port):
+    with proxy(server[0], port, KEY):
         status.filter(has_text="Live").wait_for(timeout=PATIENCE_MS)
         assert not page.locator("#problem").is_visible()
     page.context.close()
@@ -522,26 +380,3 @@ def test_it_says_that_the_server_is_gone(views: dict[str, View], server: tuple[s
         if violation["impact"] in ("serious", "critical")
     ]
     assert serious == []
-
-
-def test_the_wheel_carries_the_page(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    prefix = "svdserve/server/http/dashboard/static/"
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)}
-    files = {str(f.relative_to(STATIC)) for f in STATIC.rglob("*") if f.is_file()}
-    assert packed == files >= {"index.html", "vendor/uplot.min.js", "vendor/uplot.LICENSE"}
-
-
-def test_the_chart_library_is_that_of_npm() -> None:
-    """npm checks the package against the lock file's hash; skipped without npm or its registry."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed (Debian package npm)")
-    ping = subprocess.run(["npm", "ping"], capture_output=True, check=False, timeout=120)
-    if ping.returncode:
-        pytest.skip("the npm registry is not reached")
-    check = [sys.executable, ROOT / "server/vendor/vendor.py", "--check"]
-    done = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
