@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from svdserve.compression.statistics.linalg import (
+    eigen_root,
     left_subspace,
     lower_products,
     mirrored,
@@ -105,3 +106,15 @@ def test_relative_error_is_that_of_the_outputs(n: int):
     want = ((weight - other) @ x).norm() / (weight @ x).norm()
     assert relative_error(weight, other, x @ x.T) == pytest.approx(float(want))
     assert relative_error(weight, weight, None) == 0
+
+
+def test_eigenvalues_that_rounding_made_negative_become_the_smallest_positive_one():
+    g = torch.Generator().manual_seed(4)
+    vectors = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64)).Q
+    rounded, want = (
+        (vectors * torch.tensor(values, dtype=torch.float64)) @ vectors.T
+        for values in ([-1e-9, 0.5, 2.0, 3.0], [0.5, 0.5, 2.0, 3.0])
+    )
+    root = eigen_root(rounded)
+    torch.testing.assert_close(root @ root.T, want)
+    assert torch.equal(eigen_root(torch.zeros(4, 4)), torch.eye(4).double())

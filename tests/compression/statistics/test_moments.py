@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from problems import M, N
 from svdserve.compression.methods import METHODS
 from svdserve.compression.methods.registry import method
 from svdserve.compression.statistics.moments import (
@@ -101,3 +102,31 @@ def test_a_method_of_an_unknown_statistic_is_refused():
     with pytest.raises(UserError, match=r"method mine: unknown statistic 'grams'; allowed: gra"):
         method("mine", **declare)
     assert "mine" not in METHODS
+
+
+def test_gradient_sums_clip_tokens_and_keep_sequences_apart():
+    """Against the formulas, token by token and sequence by sequence."""
+    g = torch.Generator().manual_seed(2)
+    inputs, grads = torch.randn(3, 10, N, generator=g), torch.randn(3, 10, M, generator=g)
+    grads[1, 4] *= 1e3
+    grads[2, 0] *= 1e-6
+    wanted = frozenset({"gradient_gram", "row_fisher"})
+    sums = Sums(wanted, M, N, torch.device("cpu"))
+    sums.add(Batch(teacher=inputs[:2], gradients=grads[:2]))
+    sums.add(Batch(teacher=inputs[2:], gradients=grads[2:]))
+    got = sums.finish()
+    gram, fisher = torch.zeros(M, M).double(), torch.zeros(M).double()
+    for sequence in range(3):
+        mean = grads[sequence].double().norm(dim=1).mean()
+        slope = torch.zeros(M, N).double()
+        for token in range(10):
+            x, y = inputs[sequence, token].double(), grads[sequence, token].double()
+            slope += torch.outer(y, x)
+            y = y / y.norm() * float(y.norm().clamp(0.1 * mean, 10 * mean))
+            gram += torch.outer(y, y) / 30
+        fisher += slope.square().sum(dim=1) / 30
+    torch.testing.assert_close(got.gradient_gram.double(), gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.row_fisher.double(), fisher, rtol=1e-4, atol=1e-4)
+    part = got.of_rows(slice(5, 9))
+    assert torch.equal(part.gradient_gram, got.gradient_gram[5:9, 5:9])
+    assert torch.equal(part.row_fisher, got.row_fisher[5:9])
