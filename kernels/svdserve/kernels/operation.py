@@ -9,11 +9,15 @@ from torch.utils.flop_counter import register_flop_formula
 from svdserve.kernels import reference
 from svdserve.kernels.parts import (
     Activation,
+    AnyPart,
+    Int8Matrix,
+    Int8Part,
     Part,
     PreparedFactors,
     check_bias,
     check_factors,
     check_input,
+    check_int8,
     check_pivots,
     same_inputs,
 )
@@ -69,7 +73,7 @@ def lowrank_linear(
 
 
 def prepare(
-    parts: Sequence[Part],
+    parts: Sequence[AnyPart],
     *,
     activation: Activation | None = None,
     implementation: str | None = None,
@@ -80,7 +84,8 @@ def prepare(
     Several parts read the same x, each with its own rank; their outputs are concatenated.
 
     Args:
-        parts: one or more, on one device and in one dtype.
+        parts: one or more, on one device and in one dtype, all factored or none. Of int8 weights
+            ``reference.int8_linear`` is the definition, and x is bfloat16.
         activation: None, or that of a gated MLP whose outputs are gate and up; see reference.gated.
         implementation: the name of the implementation to use; None lets registry.py choose.
         table: of measurements, by which to choose; None for the table of the device, if it has one.
@@ -94,25 +99,34 @@ def prepare(
         NoImplementation: the named implementation does not exist or cannot compute this.
     """
     for part in parts:
-        check_factors(part)
-        if part.pivots is not None:
+        if isinstance(part, Part):
+            check_factors(part)
+        else:
+            check_int8(part)
+        if isinstance(part, Part | Int8Part) and part.pivots is not None:
             check_pivots(part.pivots, part.in_features)
     same_inputs(parts)
     outputs = sum(part.outputs for part in parts)
     if activation and outputs % 2:
         raise ValueError(f"an activation of {outputs} outputs; give as many rows of gate as of up")
-    table = table or table_of(parts[0].factor_in.device.type)
     request = Request.of(parts, prepared=True, activation=activation)
+    table = table or table_of(request.device)
     chosen = choose(request, implementation, table)
     return chosen.prepare([_ascending(part) for part in parts], activation, table)
 
 
-def _ascending(part: Part) -> Part:
+def _ascending(part: AnyPart) -> AnyPart:
     """The same weight with its pivots sorted."""
-    if part.pivots is None or bool((part.pivots.diff() > 0).all()):
+    if not isinstance(part, Part | Int8Part) or part.pivots is None:
+        return part
+    if bool((part.pivots.diff() > 0).all()):
         return part
     pivots, order = part.pivots.sort()
-    return Part(part.factor_in[order], part.factor_out[:, order], pivots)
+    if isinstance(part, Part):
+        return Part(part.factor_in[order], part.factor_out[:, order], pivots)
+    (rows, row_scale), (columns, scale) = part.factor_in, part.factor_out
+    inner = Int8Matrix(rows[order], row_scale[order])
+    return Int8Part(inner, Int8Matrix(columns[:, order], scale), pivots)
 
 
 def _run(

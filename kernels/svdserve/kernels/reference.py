@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, pad, silu
 
-from svdserve.kernels.parts import Activation
+from svdserve.kernels.parts import Activation, Int8Matrix, Int8Part, WholePart, other_channels
+
+GROUP = 256  # columns of x that share a scale when they are rounded
+_SMALLEST = 1e-36  # below it 127 / peak is not finite in float32, and a group counts as zeros
 
 
 def lowrank_linear(
@@ -42,6 +45,59 @@ def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tenso
         whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
         return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
     return x[..., pivots] + linear(x[..., rest], factor_in)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x [..., n] rounded to int8 and back, with a scale for each token and 256 columns.
+
+    The scale is the group's largest magnitude / 127. The activations of language models have a few
+    columns that are a hundred times larger than the rest; one scale for a whole token, which vLLM's
+    int8 products use, would leave few of the other columns' digits.
+
+    Returns:
+        [..., n] in float32, or in float64 if x is float64.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    columns = x.shape[-1]
+    groups = pad(wide, (0, -columns % GROUP)).reshape(*x.shape[:-1], -(-columns // GROUP), GROUP)
+    peak = groups.abs().amax(dim=-1, keepdim=True)
+    zero = peak < _SMALLEST
+    levels = (groups * torch.where(zero, 0, 127 / torch.where(zero, 1, peak))).round()
+    return (levels * torch.where(zero, 0, peak / 127)).flatten(-2)[..., :columns]
+
+
+def int8_linear(x: Tensor, part: Int8Part | WholePart, bias: Tensor | None = None) -> Tensor:
+    """y = W x + b for int8 weights, with activations rounded to int8 as well.
+
+    x[rest] and the latent are ``rounded``; x[pivots] are added to the latent before, unrounded.
+    Sums are in float32, or in float64 if x is float64.
+
+    Args:
+        x: [..., n].
+        part: the weights, all in int8.
+        bias: [m] or None.
+
+    Returns:
+        [..., m] in the dtype of x.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+
+    def decoded(matrix: Tensor | Int8Matrix) -> Tensor:
+        assert isinstance(matrix, Int8Matrix)
+        return matrix.values.to(exact) * matrix.scale.to(exact)[:, None]
+
+    z = x.to(exact)
+    if isinstance(part, WholePart):
+        outer = decoded(part.weight)
+    else:
+        inner, outer = decoded(part.factor_in), decoded(part.factor_out)
+        if part.pivots is None:
+            z = linear(rounded(z), inner)
+        else:
+            rest = other_channels(part.pivots, x.shape[-1])
+            z = z[..., part.pivots.long()] + linear(rounded(z[..., rest]), inner)
+    y = linear(rounded(z), outer)
+    return (y if bias is None else y + bias.to(exact)).to(x.dtype)
 
 
 def gated(y: Tensor, activation: Activation) -> Tensor:

@@ -10,11 +10,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
 from svdserve.kernels import cpu
-from svdserve.kernels.parts import Activation, Part, PreparedFactors
+from svdserve.kernels.parts import (
+    Activation,
+    AnyPart,
+    Int8Matrix,
+    Part,
+    PreparedFactors,
+    WholePart,
+    last,
+)
 from svdserve.kernels.products import TwoProducts
 from svdserve.kernels.triton.configs import config_for
 from svdserve.kernels.triton.table import Table, table_of
@@ -33,10 +42,13 @@ class Request:
     Attributes:
         device: the type of device, such as "cuda" (also for AMD's GPUs).
         dtype: of x and the factors.
-        columns: the number of columns of every factor: n - r or n, then r, for each part.
+        columns: the number of columns of every factor: n - r or n, then r, for each part; of a
+            weight that is not factored 0, then n.
         prepared: whether the factors may be packed once for many calls.
         activation: the activation of a gated MLP to apply to the outputs; None for none.
         rows: of x; None if factors are prepared for calls with any number of rows.
+        weights: "int8" if the weights are integers with scales; x is bfloat16 then.
+        whole: whether the weights are not factored.
     """
 
     device: str
@@ -45,19 +57,42 @@ class Request:
     prepared: bool
     activation: Activation | None = None
     rows: int | None = None
+    weights: Literal["float", "int8"] = "float"
+    whole: bool = False
 
     @classmethod
     def of(
         cls,
-        parts: Sequence[Part],
+        parts: Sequence[AnyPart],
         *,
         prepared: bool,
         activation: Activation | None = None,
         rows: int | None = None,
     ) -> "Request":
-        first = parts[0].factor_in
-        columns = tuple(f.shape[1] for part in parts for f in (part.factor_in, part.factor_out))
-        return cls(first.device.type, first.dtype, columns, prepared, activation, rows)
+        first = last(parts[0])
+        whole = isinstance(parts[0], WholePart)
+        if any(isinstance(part, WholePart) != whole for part in parts):
+            raise ValueError("parts of one layer must all be factored, or none")
+        columns = tuple(
+            count
+            for part in parts
+            for count in (
+                0 if isinstance(part, WholePart) else part.factor_in.shape[1],
+                last(part).shape[1],
+            )
+        )
+        int8 = isinstance(first, Int8Matrix)
+        dtype = torch.bfloat16 if int8 else first.dtype
+        return cls(
+            first.device.type,
+            dtype,
+            columns,
+            prepared,
+            activation,
+            rows,
+            "int8" if int8 else "float",
+            whole,
+        )
 
     @property
     def parts(self) -> int:
@@ -87,7 +122,7 @@ class Implementation:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     why_not: Callable[[Request], str | None]
-    prepare: Callable[[Sequence[Part], Activation | None, Table | None], PreparedFactors]
+    prepare: Callable[[Sequence[AnyPart], Activation | None, Table | None], PreparedFactors]
     unmeasured: Callable[[Request, Table | None], str | None] = _nothing
 
     def reason_against(self, request: Request) -> str | None:
@@ -107,12 +142,24 @@ def _not_cpu(request: Request) -> str | None:
     return cpu.unsupported()
 
 
-def _cpu(parts: Sequence[Part], activation: Activation | None, _: Table | None) -> PreparedFactors:
-    return cpu.PackedFactors(*parts[0], activation=activation)
+def _cpu(
+    parts: Sequence[AnyPart], activation: Activation | None, _: Table | None
+) -> PreparedFactors:
+    (part,) = parts
+    weights = (None, part.weight) if isinstance(part, WholePart) else part
+    return cpu.PackedFactors(*weights, activation=activation)
+
+
+def _unmeasured_cpu(request: Request, _: Table | None) -> str | None:
+    if (request.weights == "int8" or request.whole) and torch.ops.svdserve.has_amx():
+        return "was not measured for such weights on processors with AMX"
+    return None
 
 
 def _not_triton(request: Request) -> str | None:
     # Without a GPU this is decided before Triton is imported, which takes long.
+    if reason := _not_factored_in_float(request):
+        return reason
     if request.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
         return "needs a GPU, or TRITON_INTERPRET=1 for its slow interpreter"
     if find_spec("triton") is None:
@@ -122,11 +169,27 @@ def _not_triton(request: Request) -> str | None:
     return _no_activation(request)
 
 
-def _triton(parts: Sequence[Part], _: Activation | None, table: Table | None) -> PreparedFactors:
+def _not_torch(request: Request) -> str | None:
+    return _not_factored_in_float(request) or _no_activation(request)
+
+
+def _not_factored_in_float(request: Request) -> str | None:
+    if request.weights == "float" and not request.whole:
+        return None
+    return "multiplies factors in floating point only"
+
+
+def _factored(parts: Sequence[AnyPart]) -> list[Part]:
+    return [part for part in parts if isinstance(part, Part)]
+
+
+def _triton(parts: Sequence[AnyPart], _: Activation | None, table: Table | None) -> PreparedFactors:
     from svdserve.kernels.triton.linear import TritonFactors
 
     request = Request.of(parts, prepared=True)
-    return TritonFactors(parts, table.plan(request.dtype, request.columns) if table else None)
+    return TritonFactors(
+        _factored(parts), table.plan(request.dtype, request.columns) if table else None
+    )
 
 
 def _unmeasured_triton(request: Request, table: Table | None) -> str | None:
@@ -144,13 +207,13 @@ def _no_activation(request: Request) -> str | None:
     return "leaves activations to the caller" if request.activation else None
 
 
-def _torch(parts: Sequence[Part], _: Activation | None, __: Table | None) -> PreparedFactors:
-    return TwoProducts(parts)
+def _torch(parts: Sequence[AnyPart], _: Activation | None, __: Table | None) -> PreparedFactors:
+    return TwoProducts(_factored(parts))
 
 
 _HALF = (torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = (
-    Implementation("cpu", ("cpu",), (torch.bfloat16,), _not_cpu, _cpu),
+    Implementation("cpu", ("cpu",), (torch.bfloat16,), _not_cpu, _cpu, _unmeasured_cpu),
     Implementation(
         "triton",
         ("cuda", "cpu"),
@@ -159,7 +222,7 @@ IMPLEMENTATIONS = (
         _triton,
         _unmeasured_triton,
     ),
-    Implementation("torch", (), (), _no_activation, _torch),
+    Implementation("torch", (), (), _not_torch, _torch),
 )
 
 

@@ -1,8 +1,8 @@
 """Compiles and loads the C++ operation.
 
-The library (bf16.cpp) is compiled once, at first use or by ``make install``, into the folder where
-torch keeps its extensions. If it cannot be used, ``unsupported`` says why, and callers compute the
-two products without it.
+The library (bf16.cpp and int8.cpp) is compiled once, at first use or by ``make install``, into the
+folder where torch keeps its extensions. If it cannot be used, ``unsupported`` says why, and callers
+compute the two products without it.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("bf16.cpp")
-HEADERS = tuple(SOURCE.with_name(f"{name}.h") for name in ("activation", "multiply"))
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "bf16.cpp", FOLDER / "int8.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp")
-ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt")
-NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2")
+ISA = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vbmi2", "-mavx512vnni")
+NEEDED = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi2", "avx512_vnni")
 
 
 @cache
@@ -31,8 +31,9 @@ def unsupported() -> str | None:
     try:
         torch.ops.load_library(library())  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
-        return f"{SOURCE.name} did not compile: {error}"
+        return f"the C++ sources did not compile: {error}"
     torch.library.register_fake("svdserve::lowrank", _fake)
+    torch.library.register_fake("svdserve::lowrank_int8", _fake_int8)
     return None
 
 
@@ -43,7 +44,8 @@ def library() -> Path:
         OSError: there is no compiler, or no folder that this process may write to.
         RuntimeError: the compiler reports errors.
     """
-    sources = b"".join(file.read_bytes() for file in (SOURCE, *HEADERS))
+    files = sorted((*SOURCES, *FOLDER.glob("*.h")))
+    sources = b"".join(file.read_bytes() for file in files)
     digest = hashlib.sha256(sources + repr((FLAGS, ISA, torch.__version__)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
     library = Path(root) / f"svdserve_cpu_{digest.hexdigest()[:16]}.so"
@@ -58,7 +60,8 @@ def _compile(library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-fPIC", "-shared", str(SOURCE)]
+        command = [os.environ.get("CXX", "c++"), *FLAGS, *ISA, "-mpopcnt", "-fPIC", "-shared"]
+        command += map(str, SOURCES)
         # -fopenmp adds the compiler's OpenMP library last; --as-needed drops it if torch has one.
         command += [
             "-o",
@@ -85,7 +88,7 @@ def openmp_libraries() -> list[Path]:
 
 def _fake(
     x: Tensor,
-    packed_in: Tensor,
+    packed_in: Tensor | None,
     packed_out: Tensor,
     mask: Tensor,
     pivots: int,
@@ -97,3 +100,21 @@ def _fake(
 ) -> Tensor:
     del packed_in, packed_out, mask, pivots, rank, bias, activation, amx
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _fake_int8(
+    x: Tensor,
+    packed_in: Tensor | None,
+    scale_in: Tensor | None,
+    packed_out: Tensor,
+    scale_out: Tensor,
+    mask: Tensor,
+    pivots: int,
+    rank: int,
+    outputs: int,
+    bias: Tensor | None,
+    activation: int,
+    amx: bool,
+) -> Tensor:
+    del scale_in, scale_out
+    return _fake(x, packed_in, packed_out, mask, pivots, rank, outputs, bias, activation, amx)
