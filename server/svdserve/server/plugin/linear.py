@@ -11,10 +11,12 @@ channels: columns of factor_in, and the pivots among these channels. They give a
 z [.., r] is all-reduced in place of y [.., m], which is fewer bytes. Every TP rank then holds the
 whole y.
 
-Codecs. Matrices in int8 go through vLLM's own int8 kernels, one for each product, which round the
-product's input to int8 as well. In a row-parallel layer each TP rank scales its inputs by their own
-maximum, and its share of the weight's rows by the scales of the whole rows. Matrices of other
-codecs are decoded when they are loaded.
+Codecs. Matrices in int8 go through svdserve's fused kernel too where it was measured, or else
+through vLLM's own int8 kernels, one for each product. Both round the products' inputs to int8 as
+well, the fused kernel in groups of 256 channels, vLLM's with one scale for a token. In a
+row-parallel layer each TP rank scales its inputs by their own maximum, and its share of the
+weight's rows by the scales of the whole rows. Matrices of other codecs are decoded when they are
+loaded.
 
 Gathering the pivots of x costs most at down_proj, which has the most inputs. mlp.py says how this
 cost is avoided, and when gate_up_proj takes over the activation.
@@ -23,7 +25,7 @@ Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -39,14 +41,15 @@ from vllm.model_executor.layers.linear import (
 from svdserve.compression.format.layouts import get_layout
 from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels import Activation, prepare
-from svdserve.kernels import Part as KernelPart
+from svdserve.kernels import Activation, WholePart, prepare
+from svdserve.kernels.parts import AnyPart
+from svdserve.kernels.registry import Request
 from svdserve.server.plugin.layer_parts import LayerPart
 from svdserve.server.plugin.products import (
     LowRankProduct,
     check_product,
     fused_kernel,
-    fuses_activation,
+    kernel_matrix,
     kernel_part,
     product,
 )
@@ -233,7 +236,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
         together = self._kernel(layer, self.parts) is not None
         for batch in [self.parts] if together else [(part,) for part in self.parts]:
             kernel = self._kernel(layer, batch)
-            ready: list[KernelPart] = []
+            ready: list[AnyPart] = []
             for part in batch:
                 sizes = list(islice(local, part.outputs))
                 mine = list(islice(rows, part.outputs))
@@ -241,6 +244,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored += StoredBytes(dense_equivalent=whole)
                 if part.spec is None:
                     matrix = read_whole(checkpoint, part, mine, self.channels)
+                    if kernel is not None:
+                        ready.append(WholePart(kernel_matrix(layer, matrix)))
+                        continue
                     dense = product(layer, matrix, bias)
                     stored += StoredBytes(dense=dense.stored_bytes)
                     products.append(dense)
@@ -254,7 +260,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 products.append(lowrank)
             if kernel is not None:
                 fused = prepare(ready, activation=activation, implementation=kernel)
-                stored += StoredBytes(lowrank=fused.stored_bytes)
+                whole_part = batch[0].spec is None
+                stored += StoredBytes(**{"dense" if whole_part else "lowrank": fused.stored_bytes})
                 products.append(fused)
         layer.products = nn.ModuleList(products)
         if len(products) == 1:
@@ -265,25 +272,39 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def fuses(self, layer: LinearBase, activation: Activation) -> bool:
         """Whether the layer's kernel can apply the activation of a gated MLP to its outputs."""
-        columns = self._columns(self.parts)
-        return bool(columns) and fuses_activation(columns, layer.weight, activation)
+        request = self._request(layer, self.parts)
+        if request is None or fused_kernel(request) is None:
+            return False
+        return fused_kernel(replace(request, activation=activation)) == fused_kernel(request)
 
     def _kernel(self, layer: LinearBase, parts: Sequence[LayerPart]) -> str | None:
         """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""
-        columns = self._columns(parts)
-        return fused_kernel(columns, layer.weight) if columns else None
+        request = self._request(layer, parts)
+        return None if request is None else fused_kernel(request)
 
-    def _columns(self, parts: Sequence[LayerPart]) -> list[int]:
-        """Columns of every factor if a kernel of svdserve may compute the parts; else empty."""
-        if len(self.channels) != self.input_size:
-            return []
+    def _request(self, layer: LinearBase, parts: Sequence[LayerPart]) -> Request | None:
+        """What a kernel of svdserve would compute; None if no kernel computes such parts."""
+        whole, product = parts[0].spec is None, parts[0].codec.product
+        if any((part.spec is None, part.codec.product) != (whole, product) for part in parts):
+            return None
+        # A TP rank's channels give a partial latent, which must be summed between the products.
+        if len(self.channels) != self.input_size and not whole:
+            return None
         columns: list[int] = []
         for part in parts:
-            if part.spec is None or part.codec.product != "float":
-                return []
-            passing = get_layout(part.spec.layout).passing(part.spec.rank)
-            columns += [part.spec.in_features - passing, part.spec.rank]
-        return columns
+            if part.spec is None:
+                columns += [0, len(self.channels)]
+            else:
+                passing = get_layout(part.spec.layout).passing(part.spec.rank)
+                columns += [part.spec.in_features - passing, part.spec.rank]
+        return Request(
+            layer.weight.device.type,
+            layer.weight.dtype,
+            tuple(columns),
+            prepared=True,
+            weights="int8" if product == "int8" else "float",
+            whole=whole,
+        )
 
     def _rows(
         self, layer: LinearBase, checkpoint: Checkpoint, order: Tensor | None

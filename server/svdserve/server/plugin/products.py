@@ -1,7 +1,5 @@
 """What computes a low-rank layer: svdserve's fused kernels, or else vLLM's products."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -16,25 +14,25 @@ from vllm.platforms import current_platform
 
 from svdserve.compression.format.codecs import Codec
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels import Activation, NoImplementation, Part
-from svdserve.kernels.registry import Request, choose, reasons_against
+from svdserve.kernels import Int8Matrix, Int8Part, NoImplementation, Part
+from svdserve.kernels.parts import AnyPart
+from svdserve.kernels.registry import Request, asked_for, choose, reasons_against
 from svdserve.server.plugin.shares import LowRankShare, Matrix
 
 logger = init_logger(__name__)
 
 
-def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
-    """The kernel of svdserve for float factors; None if vLLM's own products are to run.
-
-    Args:
-        columns: the numbers of columns of factor_in and factor_out, for each part that the kernel
-            is to compute at once.
-        like: a tensor with the device and dtype of the factors.
+def fused_kernel(request: Request) -> str | None:
+    """The kernel of svdserve for such weights; None if vLLM's own products are to run.
 
     Raises:
         UserError: SVDSERVE_KERNEL names a kernel that cannot compute them.
     """
-    request = Request(like.device.type, like.dtype, tuple(columns), prepared=True)
+    reasons = reasons_against(request)
+    if request.weights == "int8" or request.whole:
+        # Only svdserve's kernel for CPUs knows them, and vLLM has products for all other devices.
+        able = [name for name in ("cpu",) if name not in reasons and asked_for() in (None, name)]
+        return able[0] if able else None
     try:
         chosen = choose(request).name
     except NoImplementation as error:
@@ -42,25 +40,13 @@ def fused_kernel(columns: Sequence[int], like: Tensor) -> str | None:
     if chosen != "torch":
         return chosen
     if request.parts == 1:
-        reasons = "; ".join(f"{name} {why}" for name, why in reasons_against(request).items())
-        logger.info_once("Factors run as two products: %s", reasons or "SVDSERVE_KERNEL=torch")
+        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        logger.info_once("Factors run as two products: %s", why or "SVDSERVE_KERNEL=torch")
     return None
 
 
-def fuses_activation(columns: Sequence[int], like: Tensor, activation: Activation) -> bool:
-    """Whether the kernel of ``fused_kernel`` can apply the activation of a gated MLP too.
-
-    The arguments and errors are those of ``fused_kernel``.
-    """
-    request = Request(
-        like.device.type, like.dtype, tuple(columns), prepared=True, activation=activation
-    )
-    kernel = fused_kernel(columns, like)
-    return kernel is not None and kernel not in reasons_against(request)
-
-
-def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> Part:
-    """The factors as a kernel's part, on the layer's device and in its dtype.
+def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> AnyPart:
+    """The factors as a kernel's part, on the layer's device; floats in its dtype.
 
     ``ordered_input`` says that the pivots come first among the inputs.
     """
@@ -70,9 +56,24 @@ def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> 
         assert order is not None
         pivots = torch.arange(passing) if ordered_input else order[:passing]
         pivots = pivots.to(layer.weight.device)
-    dtype = layer.weight.dtype
-    inner, outer = (own(m.decoded(dtype), layer) for m in (share.inner, share.outer))
+    inner, outer = (kernel_matrix(layer, matrix) for matrix in (share.inner, share.outer))
+    if isinstance(inner, Int8Matrix) and isinstance(outer, Int8Matrix):
+        return Int8Part(inner, outer, pivots)
+    assert isinstance(inner, Tensor)
+    assert isinstance(outer, Tensor)
     return Part(inner, outer, pivots)
+
+
+def kernel_matrix(layer: LinearBase, matrix: Matrix) -> Tensor | Int8Matrix:
+    """A matrix as kernels take it, on the layer's device; floats in its dtype."""
+    if matrix.codec.product == "int8":
+        return Int8Matrix(*_own_int8(layer, matrix))
+    return own(matrix.decoded(layer.weight.dtype), layer)
+
+
+def _own_int8(layer: LinearBase, matrix: Matrix) -> tuple[Tensor, Tensor]:
+    values, scale = matrix.tensors[""], matrix.tensors["_scale"]
+    return own(values, layer, torch.int8), own(scale, layer, torch.float32)
 
 
 class Product(nn.Module):
@@ -231,9 +232,7 @@ def product(
     """The product with a matrix: by vLLM's kernel for its codec, or of the decoded matrix."""
     dtype = layer.weight.dtype
     if matrix.codec.product == "int8":
-        values, scale = matrix.tensors[""], matrix.tensors["_scale"]
-        own_values = own(values, layer, torch.int8)
-        return Int8Product(own_values, own(scale, layer, torch.float32), dtype, bias)
+        return Int8Product(*_own_int8(layer, matrix), dtype, bias)
     return Product(UnquantizedLinearMethod(), own(matrix.decoded(dtype), layer), bias)
 
 
