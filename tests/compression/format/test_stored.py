@@ -243,3 +243,24 @@ def test_a_rank_for_it_is_found_by_search() -> None:
     assert SCALED.parameters(100, 60, 7) == 7 * 161
     for keep in (0.1, 0.5, 0.8):
         assert SCALED.rank_for_keep(100, 60, keep) == math.floor(keep * 6000 / 161)
+
+
+@pytest.mark.parametrize("layout", [PAIR, INTERPOLATIVE], ids=lambda layout: layout.name)
+def test_int8_keeps_the_products_with_given_inputs(layout: Layout) -> None:
+    """The second factor is fitted to the first as rounded; floats and other layouts stay as is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 48, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(1, -1, 48) @ torch.randn(48, 48, generator=generator).double()
+    gram = x.T @ x
+    inner, outer = (torch.randn(*s, generator=generator).double() for s in ((20, 48), (60, 20)))
+    factors = Factors(inner, outer)
+
+    def error(stored: StoredFactors) -> float:
+        change = stored.dense(torch.float64) - factors.dense()
+        return float((change @ gram @ change.T).trace())
+
+    plain = error(store(factors, layout, INT8, torch.float32))
+    assert error(store(factors, layout, INT8, torch.float32, gram)) < 0.3 * plain
+    for codec, other in ((FLOAT, layout), (INT8, SCALED)):
+        one, two = (store(factors, other, codec, torch.float32, g) for g in (None, gram))
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from svdserve.compression.format.codecs import INT8
-from svdserve.compression.format.codecs.int8 import dequantized, quantized
+from svdserve.compression.format.codecs.int8 import dequantized, quantized, quantized_for
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -42,3 +43,47 @@ def test_scales_are_positive(value: float) -> None:
         INT8.check("_scale", scale)
     INT8.check("_scale", scale.abs().nan_to_num(1.0) + 1)
     INT8.check("", torch.tensor([[-127, 0, 127]], dtype=torch.int8))
+
+
+def correlated(columns: int, seed: int) -> Tensor:
+    """A Gram matrix whose columns are far from independent, as those of language models."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(400, columns, generator=generator, dtype=torch.float64)
+    x = x @ torch.diag(torch.logspace(0, -2, columns, dtype=torch.float64)) @ mixing
+    return x.T @ x
+
+
+@pytest.mark.parametrize("columns", [1, 7, 70])
+def test_rounding_for_inputs_by_brute_force(columns: int) -> None:
+    """After each column all later ones are fitted anew by least squares; GPTQ only updates them."""
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(5, columns, generator=generator, dtype=torch.float64)
+    gram = correlated(columns, seed=columns)
+    damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    _, scale = quantized(weight)
+    left, want = weight.clone(), torch.empty_like(weight)
+    for column in range(columns):
+        want[:, column] = (left[:, column] / scale.double()).round().clamp(-127, 127)
+        done, later = slice(0, column + 1), slice(column + 1, columns)
+        error = weight[:, done] - want[:, done] * scale.double()[:, None]
+        moved = torch.linalg.solve(damped[later, later], damped[later, done] @ error.T).T
+        left[:, later] = weight[:, later] + moved
+    values, same = quantized_for(weight, gram)
+    assert torch.equal(same, scale)
+    assert torch.equal(values.double(), want)
+
+
+def test_rounding_for_inputs_keeps_their_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, gram = torch.randn(40, 90, generator=generator).double(), correlated(90, seed=1)
+
+    def error(encoded: dict[str, Tensor]) -> float:
+        change = INT8.decode(encoded, torch.float64) - weight
+        return float((change @ gram @ change.T).trace())
+
+    plain = error(INT8.encode(weight, torch.float32))
+    assert error(INT8.encode_for(weight, torch.float32, gram)) < 0.3 * plain
+    assert error(INT8.encode_for(weight, torch.float32, torch.zeros(90, 90))) == plain
+    nothing = INT8.encode_for(weight[:, :0], torch.float32, gram[:0, :0])
+    assert nothing[""].shape == (40, 0)

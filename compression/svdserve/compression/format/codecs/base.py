@@ -57,6 +57,18 @@ class Codec(ABC):
             dtype: the dtype of the model, in which a ``plain`` codec stores the values.
         """
 
+    def encode_for(self, matrix: Tensor, dtype: torch.dtype, gram: Tensor) -> dict[str, Tensor]:
+        """The tensors of a matrix [m, n] whose product with given inputs is to change little.
+
+        A codec that rounds may let the columns that it rounds last make up for the first ones.
+
+        Args:
+            matrix, dtype: as for ``encode``.
+            gram: the sum of x xᵀ [n, n] over the inputs x of the matrix, in float64.
+        """
+        del gram
+        return self.encode(matrix, dtype)
+
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The matrix [m, n] in a floating-point ``dtype`` from its tensors by suffix."""

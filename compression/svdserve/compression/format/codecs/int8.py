@@ -13,6 +13,8 @@ from svdserve.compression.format.codecs.base import Codec
 
 SCALE = "_scale"
 _LARGEST = 127
+_BLOCK = 64  # columns whose errors are moved to all later columns at once
+_RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal, which GPTQ adds to it
 
 
 class Int8(Codec):
@@ -33,12 +35,51 @@ class Int8(Codec):
         values, scale = quantized(matrix)
         return {"": values, SCALE: scale}
 
+    def encode_for(self, matrix: Tensor, dtype: torch.dtype, gram: Tensor) -> dict[str, Tensor]:
+        """Round column by column, and move each column's error to the columns that follow."""
+        del dtype
+        values, scale = quantized_for(matrix, gram)
+        return {"": values, SCALE: scale}
+
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return dequantized(tensors[""], tensors[SCALE], dtype)
 
     def check(self, suffix: str, tensor: Tensor) -> None:
         if suffix == SCALE and not bool(tensor.min() > 0):
             raise ValueError("must be positive")
+
+
+def quantized_for(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and s as of ``quantized``, for a small ‖(W - s Q) X‖ rather than ‖W - s Q‖.
+
+    GPTQ: Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained
+    transformers", ICLR 2023, algorithm 1, with the columns in their own order. With correlated
+    inputs the columns that follow can make up for most of a column's error.
+
+    Args:
+        weight: W [m, n].
+        gram: X Xᵀ [n, n].
+    """
+    nearest, scale = quantized(weight)
+    columns = weight.shape[1]
+    ridge = _RIDGE * gram.diagonal().mean() if columns else 0
+    if not ridge > 0:  # no inputs, or zeros alone: every rounding keeps their products
+        return nearest, scale
+    step, left = scale.double(), weight.double().clone()
+    levels = torch.empty_like(left)
+    damped = gram.double() + ridge * torch.eye(columns, dtype=torch.float64, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = torch.empty_like(left[:, start:stop])
+        for column in range(start, stop):
+            levels[:, column] = (left[:, column] / step).round().clamp(-_LARGEST, _LARGEST)
+            error = (left[:, column] - levels[:, column] * step) / factor[column, column]
+            left[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    return levels.to(torch.int8), scale
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,13 @@ class Layout(ABC):
         """The tensors in the form that svdserve.kernels multiplies."""
         return Part(tensors["factor_in"], tensors["factor_out"], tensors.get("pivots"))
 
+    def multiplied(self, tensors: Tensors, n: int) -> Tensor | None:
+        """The input channels (int64) that factor_in multiplies; None if it is not known."""
+        if self.decoded_when_served or self.matrices != ("factor_in", "factor_out"):
+            return None
+        pivots = self.part(tensors).pivots
+        return torch.arange(n) if pivots is None else other_channels(pivots, n)
+
     def latent(self, x: Tensor, tensors: Tensors) -> Tensor:
         """The latent [..., r] of x [..., n]."""
         part = self.part(tensors)

@@ -183,7 +183,7 @@ def _solve(
     solution = stage.solve(module, weight, statistics, rank)
     try:
         layout = get_layout(plan.recipe.layout)
-        factors = store(solution.factors, layout, storage.codec, storage.dtype)
+        factors = store(solution.factors, layout, storage.codec, storage.dtype, gram)
     except FloatingPointError as fault:
         narrow = storage.dtype == torch.float16
         help_ = "give --dtype bfloat16 or float32" if narrow else "its weights are too large"
