@@ -10,6 +10,7 @@ import torch
 from svdserve.bench import kernels as bench
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.system.errors import UserError
+from svdserve.kernels import cpu
 from svdserve.kernels.registry import Request, choose
 
 
@@ -39,6 +40,24 @@ def test_compares_dense_the_two_products_and_every_implementation(
             assert one.over_products == statistics.median(ratios)
         bench.print_kernel_bench(found)
         assert found.machine.cores > 0
+
+
+@pytest.mark.skipif(bool(cpu.unsupported()), reason=str(cpu.unsupported()))
+def test_int8_is_compared_with_the_fastest_dense_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_BEYOND_CACHE", 20_000)
+    monkeypatch.setattr(bench, "_ROUND_SECONDS", 0)
+    layer = bench.Layer(name="o_proj", outputs=64, inputs=64)
+    options = bench.KernelOptions(
+        layers=(layer,), keeps=(0.5,), rows=(1, 3), pairs=3, weights="int8"
+    )
+    monkeypatch.setenv("SVDSERVE_KERNEL", "cpu")
+    for one in bench.run_kernel_bench(options).results:
+        assert one.op == "cpu"
+        assert set(one.seconds) == {"dense", "dense, our kernel", "two products", "cpu"}
+        medians = {name: statistics.median(times) for name, times in one.seconds.items()}
+        assert medians[one.fastest_dense] == min(medians["dense"], medians["dense, our kernel"])
+    with pytest.raises(UserError, match="--weights int8 is measured on cpu in bfloat16"):
+        bench.run_kernel_bench(options.model_copy(update={"dtype": "float32"}))
 
 
 def test_layers_of_a_model_are_those_that_vllm_merges(tmp_path: Path) -> None:

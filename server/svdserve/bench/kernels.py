@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from svdserve.bench.options import RoundOptions
+from svdserve.compression.format.codecs.int8 import quantized
 from svdserve.compression.format.layouts import INTERPOLATIVE
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine, usable_device
 from svdserve.kernels.operation import prepare
-from svdserve.kernels.parts import Part
+from svdserve.kernels.parts import Int8Matrix, Int8Part, Part, WholePart
 from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
     NoImplementation,
@@ -36,7 +37,7 @@ from svdserve.kernels.registry import (
     choose,
 )
 
-DENSE, PRODUCTS = "dense", "two products"
+DENSE, PRODUCTS, OURS = "dense", "two products", "dense, our kernel"
 _BEYOND_CACHE = 256 << 20  # bytes
 _MOST_COPIES = 512
 _ROUND_SECONDS = 0.02
@@ -101,6 +102,10 @@ class KernelOptions(RoundOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="Single layers are measured in this dtype."
     )
+    weights: Literal["float", "int8"] = Field(
+        default="float",
+        description="`int8` measures int8 weights, dense and factored, by vLLM's kernel and ours.",
+    )
     device: str = Field(
         default="cpu", description="The device that computes, such as `cpu`, `cuda` or `cuda:1`."
     )
@@ -111,8 +116,9 @@ class KernelResult(BaseModel):
 
     Attributes:
         op: the implementation that serving would use.
-        seconds: of the dense product, of the two products alone without the gather of pivots, and
-            of every implementation that runs here.
+        seconds: of the dense product as vLLM has it, of the dense weight by svdserve's kernel where
+            that runs, of the two products alone without the gather of pivots, and of every
+            implementation that runs here.
     """
 
     layer: Layer
@@ -126,11 +132,20 @@ class KernelResult(BaseModel):
         pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
+    @property
+    def fastest_dense(self) -> str:
+        """The faster way to multiply the dense weight, by the medians of the rounds."""
+        ways = [name for name in (DENSE, OURS) if name in self.seconds]
+        return min(ways, key=lambda name: statistics.median(self.seconds[name]))
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def gain(self) -> float:
-        """Dense seconds over the op's, median of the rounds; above 1 low rank is faster."""
-        return self._ratio(DENSE, self.op)
+        """Seconds of the fastest dense way over the op's, median of the rounds.
+
+        Above 1 low rank is faster.
+        """
+        return self._ratio(self.fastest_dense, self.op)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -158,8 +173,14 @@ def run_kernel_bench(options: KernelOptions) -> KernelBench:
     cases = [
         (layer, keep, _rank(layer, keep)) for layer in options.layers for keep in options.keeps
     ]
+    if options.weights == "int8" and (device.type, options.dtype) != ("cpu", "bfloat16"):
+        raise UserError(
+            f"--weights int8 is measured on cpu in bfloat16, not on {options.device} in "
+            f"{options.dtype}; leave out --device and --dtype"
+        )
     try:
-        choose(Request(device.type, getattr(torch, options.dtype), (1, 1), prepared=True))
+        dtype = getattr(torch, options.dtype)
+        choose(Request(device.type, dtype, (1, 1), prepared=True, weights=options.weights))
     except NoImplementation as error:
         raise UserError(str(error)) from None
     results: list[KernelResult] = []
@@ -176,7 +197,8 @@ def print_kernel_bench(bench: KernelBench) -> None:
         "dense / op", "op / products",
     )  # fmt: skip
     for one in bench.results:
-        medians = (statistics.median(one.seconds[n]) * 1e6 for n in (DENSE, PRODUCTS, one.op))
+        named = (one.fastest_dense, PRODUCTS, one.op)
+        medians = (statistics.median(one.seconds[name]) * 1e6 for name in named)
         table.add_row(
             f"{one.layer.name} [{one.layer.outputs}, {one.layer.inputs}]",
             f"{one.keep:g}",
@@ -209,28 +231,57 @@ def _measure(
 
     order = torch.randperm(layer.inputs, generator=generator, device=device)
     pivots = order[:rank].sort().values.to(torch.int32)
-    kept = rank * (layer.outputs + layer.inputs - rank) * dtype.itemsize
+    int8 = options.weights == "int8"
+    kept = rank * (layer.outputs + layer.inputs - rank) * (1 if int8 else dtype.itemsize)
     copies = copies_beyond_cache(kept)
     inner, outer = random(rank, layer.inputs - rank), random(layer.outputs, rank)
-    parts = [Part(inner.clone(), outer.clone(), pivots) for _ in range(copies)]
-    request = Request.of(parts[:1], prepared=True)
-    able = [i.name for i in IMPLEMENTATIONS if i.reason_against(request) is None]
-    prepared = {n: [prepare([part], implementation=n) for part in parts] for n in able}
     weight = random(layer.outputs, layer.inputs)
-    weights = [_product(weight.clone()) for _ in range(copies)]
-    pairs = [(_product(part.factor_in), _product(part.factor_out)) for part in parts]
+    product = _int8_product if int8 else _product
+
+    def part() -> Part | Int8Part:
+        if int8:
+            return Int8Part(_rounded(inner), _rounded(outer), pivots)
+        return Part(inner.clone(), outer.clone(), pivots)
+
+    def whole() -> WholePart:
+        return WholePart(_rounded(weight) if int8 else weight.clone())
+
+    prepared = {}
+    for name, make in ((None, part), (OURS, whole)):
+        request = Request.of([make()], prepared=True)
+        for one in IMPLEMENTATIONS:
+            if one.reason_against(request) is None:
+                prepared[name or one.name] = [
+                    prepare([make()], implementation=one.name) for _ in range(copies)
+                ]
+    weights = [product(weight.clone()) for _ in range(copies)]
+    pairs = [(product(inner.clone()), product(outer.clone())) for _ in range(copies)]
     for rows in options.rows:
         x = random(rows, layer.inputs)
         rest = x[:, rank:].contiguous()
         contenders: dict[str, list[Call]] = {
-            DENSE: [partial(product, x) for product in weights],
-            PRODUCTS: [partial(_both, inner, outer, rest) for inner, outer in pairs],
+            DENSE: [partial(one, x) for one in weights],
+            PRODUCTS: [partial(_both, *one, rest) for one in pairs],
         }
         for name, modules in prepared.items():
             contenders[name] = [partial(module, x) for module in modules]
         seconds = rounds(contenders, options.pairs, device)
-        op = choose(request).name
+        op = choose(Request.of([part()], prepared=True)).name
         yield KernelResult(layer=layer, keep=keep, rank=rank, rows=rows, op=op, seconds=seconds)
+
+
+def _rounded(weight: Tensor) -> Int8Matrix:
+    return Int8Matrix(*quantized(weight))
+
+
+def _int8_product(weight: Tensor) -> Product:
+    """The product by the kernel that vLLM chooses for int8 weights, which rounds x too."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from svdserve.server.plugin.products import Int8Product
+
+    with set_current_vllm_config(VllmConfig()):
+        return Int8Product(*quantized(weight), weight.dtype).forward
 
 
 def copies_beyond_cache(stored_bytes: int) -> int:
