@@ -1,6 +1,6 @@
 """Serve a model under load and take a screenshot of the dashboard.
 
-``python benchmarks/dashboard_screenshot.py MODEL OUT.png`` made docs/dashboard.png; it needs
+``python benchmarks/dashboard_screenshot.py MODEL OUT.png`` made docs/images/dashboard.png; it needs
 Debian's Chromium and the extra ``dev``. All other flags are passed to ``vllm serve``.
 """
 

@@ -270,7 +270,9 @@ TABLES = {
 
 def picture() -> None:
     """Draw the speeds of the 1B shape over the dense model, beside the ideal ratios."""
-    plot_bench(BenchResult.model_validate(_read("serving_1b")["result"]), DOCS / "speed.svg")
+    plot_bench(
+        BenchResult.model_validate(_read("serving_1b")["result"]), DOCS / "images" / "speed.svg"
+    )
 
 
 def filled(text: str) -> str:
