@@ -191,6 +191,10 @@ def test_prepare_sorts_pivots_and_is_one_operation(kind: str) -> None:
         ),
         (lambda m: WholePart(Int8Matrix(m.values, m.scale.double())), "expected int8 and float32"),
         (lambda m: WholePart(m.values), "the weight is torch.int8"),
+        (
+            lambda m: Int8Part(m, Int8Matrix(m.values[:, :4], m.scale), torch.ones(4)),
+            "expected int32",
+        ),
     ],
 )
 def test_wrong_weights_are_refused(

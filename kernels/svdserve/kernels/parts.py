@@ -120,17 +120,13 @@ def check_factors(part: Part) -> None:
     Raises:
         ValueError: they do not fit together.
     """
-    inner, outer, pivots = part
+    inner, outer, _ = part
     _check_shapes(part)
     if not inner.dtype.is_floating_point or inner.dtype != outer.dtype:
         raise ValueError(
             f"factors are {inner.dtype} and {outer.dtype}; expected one floating point dtype"
         )
-    if pivots is not None and pivots.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"pivots are {pivots.dtype}; expected int32 or int64")
-    devices = {tensor.device for tensor in part if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"factors and pivots are on {sorted(map(str, devices))}; expected one")
+    _check_together(part)
 
 
 def check_pivots(pivots: Tensor, in_features: int) -> None:
@@ -162,6 +158,7 @@ def check_int8(part: Int8Part | WholePart) -> None:
             raise ValueError(f"{name} is {matrix.dtype}; expected int8 factors with their scales")
         _check_matrix(name, matrix)
     _check_shapes(part)
+    _check_together(part)
 
 
 def _check_matrix(name: str, matrix: Matrix) -> None:
@@ -229,6 +226,15 @@ def last(part: AnyPart) -> Matrix:
 
 
 _EXPECTED = "expected [r, n] and [m, r], or with pivots [r, n - r], [m, r] and [r]; r at least 1"
+
+
+def _check_together(part: Part | Int8Part) -> None:
+    pivots = part.pivots
+    if pivots is not None and pivots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"pivots are {pivots.dtype}; expected int32 or int64")
+    devices = {tensor.device for tensor in part if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"factors and pivots are on {sorted(map(str, devices))}; expected one")
 
 
 def _check_shapes(part: Part | Int8Part) -> None:

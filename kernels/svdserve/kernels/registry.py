@@ -151,6 +151,7 @@ def _cpu(
 
 
 def _unmeasured_cpu(request: Request, _: Table | None) -> str | None:
+    # Processors without AMX count as one kind: one of them was measured (docs/kernels.md).
     if (request.weights == "int8" or request.whole) and torch.ops.svdserve.has_amx():
         return "was not measured for such weights on processors with AMX"
     return None
@@ -298,6 +299,7 @@ def what_decides(device: str, dtype: torch.dtype) -> dict[str, object]:
         "override": asked_for() or "",
         "kernels": [i.name for i in IMPLEMENTATIONS if i.reason_against(request) is None],
         "table": table and table.model_dump(mode="json"),
+        "amx": cpu.unsupported() is None and torch.ops.svdserve.has_amx(),
         "processor": sorted(u for u, has in torch.cpu.get_capabilities().items() if has is True),
     }
 

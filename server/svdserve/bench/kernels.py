@@ -10,6 +10,7 @@ vLLM.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
     NoImplementation,
     Request,
+    asked_for,
     choose,
 )
 
@@ -178,11 +180,8 @@ def run_kernel_bench(options: KernelOptions) -> KernelBench:
             f"--weights int8 is measured on cpu in bfloat16, not on {options.device} in "
             f"{options.dtype}; leave out --device and --dtype"
         )
-    try:
-        dtype = getattr(torch, options.dtype)
-        choose(Request(device.type, dtype, (1, 1), prepared=True, weights=options.weights))
-    except NoImplementation as error:
-        raise UserError(str(error)) from None
+    dtype = getattr(torch, options.dtype)
+    _served(Request(device.type, dtype, (1, 1), prepared=True, weights=options.weights))
     results: list[KernelResult] = []
     with torch.inference_mode():
         for layer, keep, rank in track(cases, "layers", console=Console(stderr=True)):
@@ -238,22 +237,20 @@ def _measure(
     weight = random(layer.outputs, layer.inputs)
     product = _int8_product if int8 else _product
 
-    def part() -> Part | Int8Part:
-        if int8:
-            return Int8Part(_rounded(inner), _rounded(outer), pivots)
-        return Part(inner.clone(), outer.clone(), pivots)
-
-    def whole() -> WholePart:
-        return WholePart(_rounded(weight) if int8 else weight.clone())
-
+    # A packed kernel copies its weights; those that keep them get copies of their own.
+    part = (
+        Int8Part(_rounded(inner), _rounded(outer), pivots) if int8 else Part(inner, outer, pivots)
+    )
+    whole = WholePart(_rounded(weight) if int8 else weight)
     prepared = {}
-    for name, make in ((None, part), (OURS, whole)):
-        request = Request.of([make()], prepared=True)
+    for name, one_part in ((None, part), (OURS, whole)):
+        request = Request.of([one_part], prepared=True)
         for one in IMPLEMENTATIONS:
             if one.reason_against(request) is None:
                 prepared[name or one.name] = [
-                    prepare([make()], implementation=one.name) for _ in range(copies)
+                    prepare([deepcopy(one_part)], implementation=one.name) for _ in range(copies)
                 ]
+    op = _served(Request.of([part], prepared=True))
     weights = [product(weight.clone()) for _ in range(copies)]
     pairs = [(product(inner.clone()), product(outer.clone())) for _ in range(copies)]
     for rows in options.rows:
@@ -266,8 +263,22 @@ def _measure(
         for name, modules in prepared.items():
             contenders[name] = [partial(module, x) for module in modules]
         seconds = rounds(contenders, options.pairs, device)
-        op = choose(Request.of([part()], prepared=True)).name
         yield KernelResult(layer=layer, keep=keep, rank=rank, rows=rows, op=op, seconds=seconds)
+
+
+def _served(request: Request) -> str:
+    """The implementation that serving would use, or that could if it were measured.
+
+    Raises:
+        UserError: no implementation can compute the request, or not the one that is asked for.
+    """
+    try:
+        return choose(request).name
+    except NoImplementation as error:
+        able = [one.name for one in IMPLEMENTATIONS if one.reason_against(request) is None]
+        if not able or asked_for() is not None:
+            raise UserError(str(error)) from None
+        return able[0]
 
 
 def _rounded(weight: Tensor) -> Int8Matrix:

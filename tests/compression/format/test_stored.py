@@ -264,3 +264,28 @@ def test_int8_keeps_the_products_with_given_inputs(layout: Layout) -> None:
     for codec, other in ((FLOAT, layout), (INT8, SCALED)):
         one, two = (store(factors, other, codec, torch.float32, g) for g in (None, gram))
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+@pytest.mark.parametrize("layout", [PAIR, INTERPOLATIVE], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("noise", [0, 1e-4, 1e-3])
+def test_int8_of_a_latent_with_directions_that_hardly_occur(layout: Layout, noise: float) -> None:
+    """A fit alone would give them coefficients beside which int8 rounds all others to zero."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = random(80, 20) @ random(20, 64) + noise * random(80, 64)
+    left, values, right = torch.linalg.svd(weight)
+    factors = Factors(values[:40, None] * right[:40], left[:, :40])
+    gram = torch.eye(64, dtype=torch.float64)
+    stored = store(factors, layout, INT8, torch.float32, gram)
+    change = stored.dense(torch.float64) - weight
+    assert float((change.norm() / weight.norm()) ** 2) < 2e-4
+
+
+@pytest.mark.parametrize("layout", [PAIR, INTERPOLATIVE], ids=lambda layout: layout.name)
+def test_int8_of_inputs_that_are_all_zero(layout: Layout) -> None:
+    plain = store(pair(), layout, INT8, torch.float32)
+    without = store(pair(), layout, INT8, torch.float32, torch.zeros(IN, IN, dtype=torch.float64))
+    assert all(torch.equal(without.tensors[name], plain.tensors[name]) for name in plain.tensors)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svdserve.compression.format.schema import ModuleSpec
+from svdserve.server.plugin.layer_parts import LayerPart
+from svdserve.server.plugin.linear import LowRankLinearMethod
 from svdserve.server.plugin.mlp import is_plain_chain
 
 
@@ -90,3 +93,26 @@ def test_a_chain_is_found(mlp: type[MLP]) -> None:
 def test_anything_else_in_between_is_seen(mlp: type[MLP]) -> None:
     mlp()(torch.ones(2, 4))  # its forward pass works
     assert not is_plain_chain(mlp())
+
+
+@pytest.mark.parametrize("kernel", ["triton", "torch"])
+def test_a_kernel_without_activations_leaves_them_to_vllm(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDSERVE_KERNEL", kernel)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = ModuleSpec.model_validate(
+        {
+            "role": "mlp_in",
+            "members": ["gate_proj", "up_proj"],
+            "layout": "pair",
+            "codec": "float",
+            "rank": 16,
+            "in": 64,
+            "out": [32, 32],
+        }
+    )
+    method = LowRankLinearMethod("gate_up_proj", (LayerPart(("mlp.gate_up_proj",), spec),))
+    method.input_size, method.channels = 64, range(64)
+    layer = nn.Linear(64, 64, dtype=torch.bfloat16)
+    assert not method.fuses(layer, "silu")

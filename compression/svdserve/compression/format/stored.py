@@ -11,7 +11,8 @@ from svdserve.compression.format.codecs.base import decoded
 from svdserve.compression.format.layouts import Factors, Layout
 from svdserve.compression.format.layouts.base import Tensors
 
-_RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal
+_RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal, which is added to it
+_PULL = 1e-3  # the same of the latent's Gram matrix, by which factor_out is kept near what it was
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ def _encoded(
     matrices: Tensors, layout: Layout, codec: Codec, dtype: torch.dtype, gram: Tensor | None
 ) -> dict[str, Tensor]:
     indices = {name: matrices[name] for name in layout.indices}
-    if gram is not None and not codec.plain:
+    if gram is not None and not codec.plain and bool(gram.diagonal().mean() > 0):
         channels = layout.multiplied(matrices, len(gram))
         if channels is not None:
-            return indices | _refitted(matrices, layout, codec, dtype, gram.double(), channels)
+            gram = gram.double().to(matrices["factor_in"].device)
+            return indices | _refitted(matrices, layout, codec, dtype, gram, channels)
     tensors = dict(indices)
     for name in layout.matrices:
         tensors |= _named(name, codec.encode(matrices[name], dtype))
@@ -98,20 +100,25 @@ def _refitted(
 ) -> dict[str, Tensor]:
     """Round factor_in, fit factor_out to it by least squares, and round that.
 
-    With the latent z = M x, M [r, n], the least squares solution is W G Mᵀ (M G Mᵀ)⁻¹.
+    With the latent z = M x, M [r, n], and H = M G Mᵀ, factor_out becomes C' that minimises
+    ‖(C' M - W) X‖² + λ ‖C' - C‖². Without λ, latents that are almost always zero would get
+    coefficients so large that int8 leaves nothing of the others.
     """
-    channels = channels.to(gram.device)
-    inner = matrices["factor_in"].double()
-    tensors = _named("factor_in", codec.encode_for(inner, dtype, gram[channels][:, channels]))
-    rounded = {**matrices, "factor_in": decoded(codec, "factor_in", tensors, torch.float64)}
-    identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    latent = layout.latent(identity, rounded).T
+    inner, outer = matrices["factor_in"].double(), matrices["factor_out"].double()
+    mine = gram if len(channels) == len(gram) else gram[channels][:, channels]
+    tensors = _named("factor_in", codec.encode_for(inner, dtype, mine))
+    del mine
+    identity = torch.eye(outer.shape[1], dtype=torch.float64, device=outer.device)
+    rounded = decoded(codec, "factor_in", tensors, torch.float64)
+    latent = layout.dense({**matrices, "factor_in": rounded, "factor_out": identity})
+    weight = layout.dense({**matrices, "factor_in": inner, "factor_out": outer})
     # The ridge keeps what calibration has not seen near the weight.
-    known = gram + _RIDGE * gram.diagonal().mean() * identity
-    passed = known @ latent.T
+    passed = gram @ latent.T + _RIDGE * gram.diagonal().mean() * latent.T
     latent_gram = latent @ passed
-    weight = layout.dense({**matrices, "factor_in": inner})
-    outer = torch.linalg.lstsq(latent_gram, (weight @ passed).T).solution.T
+    pull = _PULL * latent_gram.diagonal().mean()
+    root, failed = torch.linalg.cholesky_ex(latent_gram + pull * identity)
+    if not int(failed):
+        outer = torch.cholesky_solve((weight @ passed + pull * outer).T, root).T
     return tensors | _named("factor_out", codec.encode_for(outer, dtype, latent_gram))
 
 

@@ -28,6 +28,7 @@ T* scratch(std::int64_t count) {
   static thread_local std::int64_t size = 0;
   if (size < count) {
     kept.reset();
+    size = 0;  // nothing is left if there is no memory
     void* memory = std::aligned_alloc(kLine, round_up(count * sizeof(T), kLine));
     if (!memory) throw std::bad_alloc();
     kept.reset(static_cast<T*>(memory));

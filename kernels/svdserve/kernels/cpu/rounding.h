@@ -46,7 +46,9 @@ void round_group(const float* from, int64_t count, int64_t padded, const Place& 
         _mm512_cvtepi32_epi8(rounded));
   }
   to.tile(at.token - at.place, at.size, group)[at.place] = {
-      zero ? 0 : peak / kLargest, -128 * _mm512_reduce_add_epi32(sum)};
+      zero ? 0 : peak / kLargest,
+      // Unsigned, as the rounded values of a NaN's group may overflow.
+      static_cast<std::int32_t>(-128u * static_cast<Word>(_mm512_reduce_add_epi32(sum)))};
 }
 
 // The values [columns] of one token; what pads its last vector becomes 0.

@@ -43,7 +43,7 @@ from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, WholePart, prepare
 from svdserve.kernels.parts import AnyPart
-from svdserve.kernels.registry import Request
+from svdserve.kernels.registry import Request, reasons_against
 from svdserve.server.plugin.layer_parts import LayerPart
 from svdserve.server.plugin.products import (
     LowRankProduct,
@@ -273,9 +273,10 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def fuses(self, layer: LinearBase, activation: Activation) -> bool:
         """Whether the layer's kernel can apply the activation of a gated MLP to its outputs."""
         request = self._request(layer, self.parts)
-        if request is None or fused_kernel(request) is None:
+        kernel = None if request is None else fused_kernel(request)
+        if request is None or kernel is None:
             return False
-        return fused_kernel(replace(request, activation=activation)) == fused_kernel(request)
+        return kernel not in reasons_against(replace(request, activation=activation))
 
     def _kernel(self, layer: LinearBase, parts: Sequence[LayerPart]) -> str | None:
         """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""

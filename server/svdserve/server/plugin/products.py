@@ -1,5 +1,7 @@
 """What computes a low-rank layer: svdserve's fused kernels, or else vLLM's products."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -16,7 +18,14 @@ from svdserve.compression.format.codecs import Codec
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Int8Matrix, Int8Part, NoImplementation, Part
 from svdserve.kernels.parts import AnyPart
-from svdserve.kernels.registry import Request, asked_for, choose, reasons_against
+from svdserve.kernels.registry import (
+    IMPLEMENTATIONS,
+    OVERRIDE,
+    Request,
+    asked_for,
+    choose,
+    reasons_against,
+)
 from svdserve.server.plugin.shares import LowRankShare, Matrix
 
 logger = init_logger(__name__)
@@ -30,9 +39,7 @@ def fused_kernel(request: Request) -> str | None:
     """
     reasons = reasons_against(request)
     if request.weights == "int8" or request.whole:
-        # Only svdserve's kernel for CPUs knows them, and vLLM has products for all other devices.
-        able = [name for name in ("cpu",) if name not in reasons and asked_for() in (None, name)]
-        return able[0] if able else None
+        return _optional_kernel(request, reasons)
     try:
         chosen = choose(request).name
     except NoImplementation as error:
@@ -43,6 +50,21 @@ def fused_kernel(request: Request) -> str | None:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
         logger.info_once("Factors run as two products: %s", why or "SVDSERVE_KERNEL=torch")
     return None
+
+
+def _optional_kernel(request: Request, reasons: Mapping[str, str]) -> str | None:
+    """The kernel for weights that vLLM has products for: int8, or not factored."""
+    asked = asked_for()
+    known = ", ".join(one.name for one in IMPLEMENTATIONS)
+    if asked is not None and asked not in known.split(", "):
+        raise UserError(f"{OVERRIDE}={asked} is not known; give one of {known}")
+    able = [one.name for one in IMPLEMENTATIONS if one.name not in reasons]
+    chosen = [name for name in able if asked in (None, name)]
+    if not chosen and request.parts == 1:
+        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        kind = "Int8 weights" if request.weights == "int8" else "Weights that are not factored"
+        logger.info_once("%s run as vLLM's products: %s", kind, why or f"{OVERRIDE}={asked}")
+    return chosen[0] if chosen else None
 
 
 def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> AnyPart:

@@ -28,12 +28,15 @@ class Codec(ABC):
         axes: the axes of the matrix that each suffix's tensor has: 0 for rows, 1 for columns. A TP
             rank uses them to read only its share of a matrix. None if a matrix must be decoded
             before it can be split.
+        revision: counts changes of the values that ``encode`` and ``encode_for`` return. A job that
+            an older revision began is not resumed.
     """
 
     name: ClassVar[str]
     plain: ClassVar[bool] = False
     product: ClassVar[str] = "float"
     axes: ClassVar[Mapping[str, tuple[int, ...]] | None] = None
+    revision: ClassVar[int] = 1
 
     @abstractmethod
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from svdserve.compression.format.codecs.base import Codec
 
 SCALE = "_scale"
 _LARGEST = 127
+_ATTEMPTS = 8
 _BLOCK = 64  # columns whose errors are moved to all later columns at once
 _RIDGE = 1e-3  # of the mean of the Gram matrix's diagonal, which GPTQ adds to it
 
@@ -22,6 +23,7 @@ class Int8(Codec):
 
     name = "int8"
     product = "int8"
+    revision = 2
     axes: ClassVar[Mapping[str, tuple[int, ...]]] = {"": (0, 1), SCALE: (0,)}
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -61,25 +63,44 @@ def quantized_for(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         gram: X Xᵀ [n, n].
     """
     nearest, scale = quantized(weight)
-    columns = weight.shape[1]
-    ridge = _RIDGE * gram.diagonal().mean() if columns else 0
-    if not ridge > 0:  # no inputs, or zeros alone: every rounding keeps their products
+    factor = _update(gram) if weight.shape[1] else None
+    if factor is None:
         return nearest, scale
-    step, left = scale.double(), weight.double().clone()
+    columns, step, left = weight.shape[1], scale.double(), weight.double().clone()
     levels = torch.empty_like(left)
-    damped = gram.double() + ridge * torch.eye(columns, dtype=torch.float64, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         errors = torch.empty_like(left[:, start:stop])
         for column in range(start, stop):
-            levels[:, column] = (left[:, column] / step).round().clamp(-_LARGEST, _LARGEST)
+            moved = (left[:, column] / step).round().clamp(-_LARGEST, _LARGEST)
+            # The largest value of a row stays, so that the row's scale is the same when the decoded
+            # weight is rounded again.
+            own = nearest[:, column].double()
+            levels[:, column] = torch.where(own.abs() == _LARGEST, own, moved)
             error = (left[:, column] - levels[:, column] * step) / factor[column, column]
             left[:, column:stop] -= error[:, None] * factor[column, column:stop]
             errors[:, column - start] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     return levels.to(torch.int8), scale
+
+
+def _update(gram: Tensor) -> Tensor | None:
+    """The upper Cholesky root of G⁻¹, by which GPTQ moves errors; None if G has no usable inverse.
+
+    A failure multiplies the ridge by 10, as in statistics/linalg.py.
+    """
+    ridge = _RIDGE * float(gram.diagonal().mean())
+    for _ in range(_ATTEMPTS if ridge > 0 else 0):
+        damped = gram.double().clone()
+        damped.diagonal().add_(ridge)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not int(failed):
+                found: Tensor = upper
+                return found
+        ridge *= 10
+    return None
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,9 @@ class Layout(ABC):
         if self.decoded_when_served or self.matrices != ("factor_in", "factor_out"):
             return None
         pivots = self.part(tensors).pivots
-        return torch.arange(n) if pivots is None else other_channels(pivots, n)
+        if pivots is None:
+            return torch.arange(n, device=tensors["factor_in"].device)
+        return other_channels(pivots, n)
 
     def latent(self, x: Tensor, tensors: Tensors) -> Tensor:
         """The latent [..., r] of x [..., n]."""
