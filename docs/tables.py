@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
-from svdserve.bench.engine import BenchResult, plot_bench
+from svdserve.bench.contenders import Contender
+from svdserve.bench.engine import BenchResult, ModelResult, plot_bench
 from svdserve.compression.evaluation.compare import Comparison, markdown
+from svdserve.server.worker import LOAD_FORMAT
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
@@ -41,36 +43,35 @@ def comparison(name: str) -> str:
 
 def speed(file: str) -> str:
     """Compare speeds with the dense model: median and range of the rounds, and the ideal ratio."""
-    result = _read(file)["result"]
-    models: dict[str, dict[str, str]] = {}
-    for ratio in result["ratios"]:
-        spread = f"{ratio['lowest']:.2f}–{ratio['highest']:.2f}"
-        cell = f"{ratio['median']:.2f} ({spread}; ideal {ratio['ideal']:.2f})"
-        name = Path(ratio["directory"]).name
-        models.setdefault(name, {})[ratio["workload"]] = cell
-    workloads = list(next(iter(models.values())))
-    sizes: dict[str, list[str]] = {}
-    for model in result["models"]:
-        weights = model["facts"]["lowrank_bytes"] + model["facts"]["dense_bytes"]
-        amounts = (weights, model["resident_bytes"])
-        sizes[Path(model["directory"]).name] = [f"{size / 2**20:,.0f}" for size in amounts]
+    result = BenchResult.model_validate(_read(file)["result"])
+    workloads, dense = result.options.workloads, result.models[0]
     labels = [
         w.replace("decode_", "decode, batch ").replace("prefill_", "prefill of ") for w in workloads
     ]
-    dense = next(iter(sizes))
-    rows = [[f"`{dense}`", *sizes[dense], *["1"] * len(workloads)]]
-    for name, cells in models.items():
-        rows.append([f"`{name}`", *sizes[name], *(cells[w] for w in workloads)])
+    rows = [[*_sizes(dense), *["1"] * len(workloads)]]
+    for model in result.compared:
+        cells = [
+            f"{r.median:.2f} ({r.lowest:.2f}–{r.highest:.2f}; ideal {r.ideal:.2f})"
+            for r in result.over_dense(model)
+        ]
+        rows.append([*_sizes(model), *cells])
     return _table(["model", "weights, MiB", "worker memory, MiB", *labels], rows)
+
+
+def _sizes(model: ModelResult) -> list[str]:
+    amounts = (model.stored_bytes, model.resident_bytes)
+    return [f"`{model.name}`", *(f"{size / 2**20:,.0f}" for size in amounts)]
 
 
 def profile(file: str) -> str:
     """Say where the time of a step goes, in seconds, and what the machine allows."""
     rows, found = [], _read(file)
     options = found["options"]
-    names = [Path(directory).name for directory in (options["dense"], *options["models"])]
+    dense, *small = (Path(directory) for directory in (options["dense"], *options["models"]))
+    both = (Contender(dense), Contender(dense, LOAD_FORMAT))  # older files lack the second
+    names = [one.name for one in (*both, *map(Contender, small))]
     for workload, models in found["workloads"].items():
-        for name, one in ((name, models[name]) for name in names):
+        for name, one in ((name, models[name]) for name in names if name in models):
             figures = one["seconds"] | {"over dense": one["over_dense"], "allowed": one["allowed"]}
             cells = (f"{figure:.2f}" for figure in figures.values())
             rows.append([workload.replace("_", " "), f"`{name}`", *cells])

@@ -57,7 +57,7 @@ Rounds = dict[tuple[str, str], list[dict[str, float]]]  # by workload and model
 def record(options: BenchOptions) -> Rounds:
     """The seconds of every counted round, by workload and model."""
     rounds: Rounds = {}
-    names = [directory.name for directory in options.directories]
+    names = [contender.name for contender in options.contenders]
     with start_engines(options) as engines:
         members = list(zip(engines, names, strict=True))
         for counts, workload, call, (engine, name) in turns(members, options):
@@ -110,12 +110,13 @@ def main() -> None:
         kv_cache_bytes=256 << 20,
     )
     rounds = record(options)
-    work = {directory.name: model_work(directory) for directory in directories}
+    work = {one.name: model_work(one.directory) for one in options.contenders}
+    first, *_ = work  # the dense model, as vLLM has it
     workloads: dict[str, dict[str, Any]] = {}
     for workload, name in product(options.workloads, work):
         own = rounds[workload, name]
-        share = multiplied(work[name], workload) / multiplied(work[dense.name], workload)
-        found = compared(rounds[workload, dense.name], own, share)
+        share = multiplied(work[name], workload) / multiplied(work[first], workload)
+        found = compared(rounds[workload, first], own, share)
         workloads.setdefault(workload, {})[name] = found
         print(workload, name, {part: f"{s:.3f}" for part, s in found["seconds"].items()})
         print(f"    over dense {found['over_dense']:.3f}, allowed {found['allowed']:.3f}")

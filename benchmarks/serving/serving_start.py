@@ -13,7 +13,7 @@ from pathlib import Path
 from serving_bars import Bar, report
 
 from svdserve.bench.report import markdown
-from svdserve.bench.served import LoadOptions, Target, run_load
+from svdserve.bench.served import LoadOptions, run_load, targets_of
 
 MOST = 1.05
 
@@ -33,8 +33,7 @@ def main() -> int:
         dtype="bfloat16",
         kv_cache_bytes=256 << 20,
     )
-    directories = [arguments.model, *arguments.small]
-    result = run_load([Target(directory.name, directory) for directory in directories], options)
+    result = run_load(targets_of(arguments.model, arguments.small, options.dtype), options)
     for server in result.servers:
         del server.ready_seconds[0], server.first_token_seconds[0]
     print(markdown(result))

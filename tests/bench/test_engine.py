@@ -19,6 +19,7 @@ from svdserve.bench.engine import (
 )
 from svdserve.bench.worker import TOTAL
 from svdserve.compression.system.errors import UserError
+from svdserve.server.cpu_install import serves_on_cpu
 
 SMALL = {"prompt_len": 8, "output_len": 8, "prefill_len": 32, "kv_cache_bytes": 16 << 20}
 
@@ -39,10 +40,16 @@ def result(options: BenchOptions) -> BenchResult:
 @pytest.mark.vllm
 def test_every_workload_of_every_model_is_measured(result: BenchResult) -> None:
     assert [model.name for model in result.models] == ["dense", "low"]
-    for model in result.models:
+    assert [model.name for model in result.compared[:-1]] == fair_names()
+    for model in (result.models[0], *result.compared):
         assert list(model.tokens_per_second) == ["decode_1", "decode_4", "prefill_32"]
         assert all(len(speeds) == 4 for speeds in model.tokens_per_second.values())
         assert all(speed > 0 for speeds in model.tokens_per_second.values() for speed in speeds)
+
+
+def fair_names() -> list[str]:
+    """Of the fair baseline, where there is one."""
+    return ["dense, our kernels"] if serves_on_cpu() else []
 
 
 @pytest.mark.vllm
@@ -58,9 +65,12 @@ def test_ratios_pair_the_rounds(result: BenchResult) -> None:
     written = json.loads(result.model_dump_json())
     dense, low = written["models"]
     assert len(written["ratios"]) == 3
-    for ratio in written["ratios"]:
+    assert len(written["fair_ratios"]) == 3 * len(fair_names())
+    own = [(low, ratio) for ratio in written["ratios"]]
+    own += [(written["fair"], ratio) for ratio in written["fair_ratios"]]
+    for model, ratio in own:
         pairs = zip(
-            low["tokens_per_second"][ratio["workload"]],
+            model["tokens_per_second"][ratio["workload"]],
             dense["tokens_per_second"][ratio["workload"]],
             strict=True,
         )
@@ -68,6 +78,8 @@ def test_ratios_pair_the_rounds(result: BenchResult) -> None:
         expected = [rounds[0], (rounds[1] + rounds[2]) / 2, rounds[3]]
         assert [ratio["lowest"], ratio["median"], ratio["highest"]] == pytest.approx(expected)
     assert BenchResult.model_validate(written) == result
+    del written["fair"], dense["load_format"], low["load_format"]  # as older files are
+    assert BenchResult.model_validate(written).compared == result.models[1:]
 
 
 @pytest.mark.vllm
@@ -78,7 +90,7 @@ def test_the_table_shows_each_ratio(
     plot_bench(result, tmp_path / "speed.svg")
     assert "decode 4" in (tmp_path / "speed.svg").read_text()
     shown = capsys.readouterr().out
-    for ratio in result.ratios:
+    for ratio in (*result.ratios, *result.fair_ratios):
         assert f"{ratio.median:.2f}" in shown
     assert result.machine.processor in shown
 
@@ -119,8 +131,9 @@ def test_the_profile_divides_the_measured_time(options: BenchOptions) -> None:
     The engines are in their order though the last one was loaded first.
     """
     with start_engines(options, last_first=True) as engines:
-        assert [Path(engine.directory) for engine in engines] == [*options.directories]
-        _, engine = engines
+        expected = [contender.directory for contender in options.contenders]
+        assert [Path(engine.directory) for engine in engines] == expected
+        engine = engines[-1]
         lengths = {"prompt_len": 8, "output_len": 8, "batch": 4, "seed": 0}
         engine.call({"method": "decode", **lengths})
         recorded = engine.call({"method": "profile", "recorded": "decode", **lengths})

@@ -17,8 +17,10 @@ from svdserve.bench.served import (
     LoadResult,
     Target,
     run_load,
+    targets_of,
 )
 from svdserve.compression.system.errors import UserError
+from svdserve.server.cpu_install import serves_on_cpu
 
 OPTIONS = LoadOptions(
     pairs=2,
@@ -30,13 +32,15 @@ OPTIONS = LoadOptions(
     kv_cache_bytes=16 << 20,
 )
 
+STOCK = ("--load-format", "auto")
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> LoadResult:
     folder = tmp_path_factory.mktemp("load")
     dense = save_model("llama", folder / "dense")
     low = write_checkpoint(dense, folder / "low", layout="interpolative", shared=True)
-    return run_load([Target("dense", dense), Target("low", low)], OPTIONS)
+    return run_load([Target("dense", dense, flags=STOCK), Target("low", low)], OPTIONS)
 
 
 @pytest.mark.vllm
@@ -109,6 +113,19 @@ def test_a_request_fits_the_context(workload: str):
     lengths = OPTIONS.lengths(workload, 32, seed=0)
     assert len(lengths) == 64
     assert all(prompt + output <= OPTIONS.max_len for prompt, output in lengths)
+
+
+def test_the_dense_model_is_served_twice(tmp_path: Path):
+    """As vLLM has it, and as the fair baseline where there is one."""
+    dense, low = tmp_path / "dense", tmp_path / "low"
+    stock, *fair, last = targets_of(dense, [low], "bfloat16")
+    assert (stock.name, stock.flags) == ("dense", ("--load-format", "auto"))
+    assert (last.name, last.directory, last.flags) == ("low", low, stock.flags)
+    named = ["dense, our kernels"] if serves_on_cpu() else []
+    assert [target.name for target in fair] == named
+    assert all(target.directory == dense for target in fair)
+    assert all(target.flags == ("--load-format", "svdserve") for target in fair)
+    assert len(targets_of(dense, [low], "float32")) == 2
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path):

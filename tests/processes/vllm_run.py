@@ -215,6 +215,7 @@ def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     from dataclasses import asdict
 
     from vllm import ir
+    from vllm.model_executor.layers.linear import LinearBase
 
     from svdserve.kernels.parts import PreparedFactors
     from svdserve.server.plugin.loader import load_report
@@ -226,6 +227,10 @@ def _report(model: torch.nn.Module) -> dict[str, Any] | None:
     return asdict(report) | {
         "fused": sum(isinstance(module, PreparedFactors) for module in model.modules()),
         "joined": sum(isinstance(activation, torch.nn.Identity) for activation in activations),
+        "unpacked": sum(
+            isinstance(module, LinearBase) and module.weight.numel() > 0
+            for module in model.modules()
+        ),
         "norms": ir.ops.fused_add_rms_norm.get_priority(),
     }
 

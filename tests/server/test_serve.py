@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from servers import (
     wait_until,
 )
 from svdserve.compression.system.errors import UserError
+from svdserve.server.cpu_install import serves_on_cpu
 from svdserve.server.http import security, shutdown
 from svdserve.server.serve import (
     allowed_plugins,
@@ -42,6 +44,7 @@ from svdserve.server.serve import (
 from svdserve.server.worker import EXTENSION
 
 pytestmark = pytest.mark.vllm
+FORMAT = ("--load-format", "svdserve")
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,24 @@ def test_given_flags_are_kept(models: Models) -> None:
     ours = server_arguments(str(models.factored), ["--uds", "socket"])
     extension = ["--worker-extension-cls", EXTENSION]
     assert ours == ["--uds", "socket", *defaults, *extension, *middleware]
+
+
+def test_a_dense_model_gets_our_kernels_unless_told_otherwise(
+    models: Models, tmp_path: Path
+) -> None:
+    flags = ["--uds", "socket"]
+    ours = ["--load-format", "svdserve"] if serves_on_cpu() else []
+    chosen = [word for word in server_arguments(str(models.reference), flags) if word in FORMAT]
+    assert chosen == ours
+    stock = [*flags, "--load-format", "auto"]
+    assert server_arguments(str(models.reference), stock)[:4] == stock
+    assert "svdserve" not in server_arguments(str(models.reference), stock)
+    assert "svdserve" not in server_arguments(str(models.factored), flags)
+    quantized = shutil.copytree(models.reference, tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    assert "svdserve" not in server_arguments(str(quantized), flags)
 
 
 def test_flags_of_a_config_file_are_kept(

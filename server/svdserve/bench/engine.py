@@ -1,7 +1,8 @@
 """`svdserve bench`: how much faster compressed models decode and prefill than their dense model.
 
 All engines are loaded at once and measured in turn, A B C, C B A, ..., so that other work on the
-machine affects every model alike; a ratio compares two measurements that are seconds apart. An
+machine affects every model alike; a ratio compares two measurements that are seconds apart. The
+dense model runs twice, as vLLM has it and as the fair baseline (contenders.py). An
 engine's speed may depend on the memory that it happened to get, which several starts of all engines
 show. Medians are reported with the extremes of the rounds, beside the ideal ratio: the bytes ratio
 of a decoding step, or the operations ratio of prefill (ratios.py). Each engine is a process
@@ -26,12 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from svdserve.bench.contenders import STOCK, Contender, contenders
 from svdserve.bench.options import ModelOptions
 from svdserve.bench.plots import Point, draw
 from svdserve.bench.ratios import StepWork, model_work
 from svdserve.bench.worker import EngineOptions
 from svdserve.compression.format.untrusted import read_json
-from svdserve.compression.model.hub import model_name
 from svdserve.compression.system.errors import UserError
 from svdserve.compression.system.machine import Machine, this_machine
 from svdserve.kernels.cpu import openmp_libraries
@@ -66,13 +67,13 @@ class BenchOptions(ModelOptions):
     )
 
     @property
-    def directories(self) -> tuple[Path, ...]:
-        """The directories of all models, the dense one's first."""
-        return (self.dense, *self.models)
+    def contenders(self) -> list[Contender]:
+        """What is measured, the dense model first."""
+        return contenders(self.dense, self.models, self.dtype)
 
     @property
     def workloads(self) -> tuple[str, ...]:
-        """The names of the workloads, in the order of their measurement."""
+        """Their names, in the order of measurement."""
         return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
 
     def work(self, directory: Path) -> dict[str, StepWork]:
@@ -91,6 +92,7 @@ class ModelResult(BaseModel):
     """
 
     directory: str
+    load_format: str = STOCK
     facts: ModelFacts
     start_seconds: float
     load_seconds: float | None
@@ -102,7 +104,7 @@ class ModelResult(BaseModel):
 
     @property
     def name(self) -> str:
-        return model_name(self.directory)
+        return Contender(Path(self.directory), self.load_format).name
 
     @property
     def stored_bytes(self) -> int:
@@ -126,27 +128,43 @@ class Ratio(BaseModel):
 
 
 class BenchResult(BaseModel):
-    """Everything that was measured; ``models[0]`` is the dense one."""
+    """All measurements: of the dense model as vLLM has it and the compressed ones, in this order.
+
+    ``fair`` is the dense model with svdserve's kernels, where it would not be the same.
+    """
 
     options: BenchOptions
     machine: Machine
     models: list[ModelResult]
+    fair: ModelResult | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def ratios(self) -> list[Ratio]:
         """Each compressed model and workload over dense."""
-        dense, *others = self.models
-        return [
-            _ratio(model, dense, workload)
-            for model in others
-            for workload in self.options.workloads
-        ]
+        return [ratio for model in self.models[1:] for ratio in self.over_dense(model)]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fair_ratios(self) -> list[Ratio]:
+        """The fair baseline over dense, by workload."""
+        return self.over_dense(self.fair) if self.fair else []
+
+    @property
+    def compared(self) -> list[ModelResult]:
+        """Everything but the dense model as vLLM has it, in the order of the tables."""
+        return [*([self.fair] if self.fair else []), *self.models[1:]]
+
+    def over_dense(self, model: ModelResult) -> list[Ratio]:
+        """Each workload of one of the models over dense."""
+        return [_ratio(model, self.models[0], name) for name in self.options.workloads]
 
 
 def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
     pairs = zip(model.tokens_per_second[workload], dense.tokens_per_second[workload], strict=True)
     rounds = [fast / slow for fast, slow in pairs]
+    mine, theirs = model.work[workload], dense.work[workload]
+    decodes = workload.startswith("decode")
     return Ratio(
         directory=model.directory,
         workload=workload,
@@ -154,17 +172,12 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
         median=statistics.median(rounds),
         lowest=min(rounds),
         highest=max(rounds),
-        ideal=_work_ratio(model.work[workload], dense.work[workload], workload),
+        ideal=mine.bytes_ratio(theirs) if decodes else mine.operations_ratio(theirs),
     )
 
 
-def _work_ratio(model: StepWork, dense: StepWork, workload: str) -> float:
-    decodes = workload.startswith("decode")
-    return model.bytes_ratio(dense) if decodes else model.operations_ratio(dense)
-
-
 def run_bench(options: BenchOptions) -> BenchResult:
-    """Load all models, measure them in turn, and return every figure.
+    """Load all contenders, measure them in turn, and return every figure.
 
     Raises:
         UserError: a directory cannot be served, or a model's context is too short.
@@ -175,23 +188,29 @@ def run_bench(options: BenchOptions) -> BenchResult:
         with start_engines(options, last_first=bool(start % 2)) as engines:
             results = results or [
                 ModelResult(
-                    directory=str(d), facts=model_facts(d), work=options.work(d), **e.description
+                    directory=str(one.directory),
+                    load_format=one.load_format,
+                    facts=model_facts(one.directory),
+                    work=options.work(one.directory),
+                    **engine.description,
                 )
-                for d, e in zip(options.directories, engines, strict=True)
+                for one, engine in zip(options.contenders, engines, strict=True)
             ]
             members = list(zip(engines, results, strict=True))
             for counts, workload, call, (engine, result) in turns(members, options):
                 speed = engine.call(call)
                 if counts:
                     result.tokens_per_second.setdefault(workload, []).append(speed)
-    return BenchResult(options=options, machine=this_machine(), models=results)
+    fair = next((result for result in results if result.load_format != STOCK), None)
+    models = [result for result in results if result is not fair]
+    return BenchResult(options=options, machine=this_machine(), models=models, fair=fair)
 
 
 @contextmanager
 def start_engines(
     options: BenchOptions, last_first: bool = False
 ) -> Iterator[list["EngineProcess"]]:
-    """The engines of the dense and the other models, loaded; their processes end with the context.
+    """The engines of all contenders, loaded; their processes end with the context.
 
     Args:
         options: of the benchmark.
@@ -201,15 +220,15 @@ def start_engines(
         UserError: a directory cannot be served, or a model's context is too short.
         EngineDied: an engine process ended; the message holds the end of its log.
     """
-    for directory in options.directories:
+    for directory in (options.dense, *options.models):
         check_model(directory)
         _check_context(directory, _context(options))
     work_around()
     order = -1 if last_first else 1
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(_engine(directory, options))
-            for directory in _shown(options.directories[::order], "loading")
+            stack.enter_context(_engine(contender, options))
+            for contender in _shown(options.contenders[::order], "loading")
         ]
         yield engines[::order]
 
@@ -238,12 +257,12 @@ def _shown(items: Sequence[Item], what: str) -> Iterable[Item]:
 def print_bench(result: BenchResult) -> None:
     """Print sizes and ratios as tables."""
     options, machine = result.options, result.machine
-    dense, *others = result.models
+    dense = result.models[0]
     rounds = options.pairs * options.starts
     sizes = Table(title="Models")
     for heading in ("model", "keep", "weights MiB", "resident MiB", "start s"):
         sizes.add_column(heading, justify="left" if heading == "model" else "right")
-    for model in result.models:
+    for model in (dense, *result.compared):
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
@@ -256,10 +275,10 @@ def print_bench(result: BenchResult) -> None:
         speeds.add_column(workload, justify="right")
     absolute = [statistics.median(dense.tokens_per_second[name]) for name in options.workloads]
     speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
-    for model in others:
-        ratios = (_ratio(model, dense, workload) for workload in options.workloads)
+    for model in result.compared:
         cells = (
-            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\nideal {r.ideal:.2f}" for r in ratios
+            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\nideal {r.ideal:.2f}"
+            for r in result.over_dense(model)
         )
         speeds.add_row(model.name, *cells)
     console = Console()
@@ -273,17 +292,15 @@ def plot_bench(result: BenchResult, file: Path) -> None:
     Raises:
         UserError: matplotlib is not installed.
     """
-    dense, *others = result.models
     models = {
         model.name: [
             Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, work_ratio=r.ideal)
-            for r in result.ratios
-            if r.directory == model.directory
+            for r in result.over_dense(model)
         ]
-        for model in others
+        for model in result.compared
     }
     title = f"{result.machine.processor}, {'eager' if result.options.eager else 'compiled'}"
-    draw({title: models}, file, dense.name, "tokens/s over dense")
+    draw({title: models}, file, result.models[0].name, "tokens/s over dense")
 
 
 def _calls(options: BenchOptions, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -333,11 +350,12 @@ class EngineProcess:
 
 
 @contextmanager
-def _engine(directory: Path, options: BenchOptions) -> Iterator[EngineProcess]:
+def _engine(contender: Contender, options: BenchOptions) -> Iterator[EngineProcess]:
     """A loaded engine; its process ends with the context."""
     batch = max(options.batch_sizes)
     engine_options = EngineOptions(
-        directory=str(directory),
+        directory=str(contender.directory),
+        load_format=contender.load_format,
         dtype=options.dtype,
         eager=options.eager,
         max_model_len=_context(options),

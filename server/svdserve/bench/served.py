@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, PositiveInt, computed_field
 from rich.console import Console
 from rich.progress import track
 
+from svdserve.bench.contenders import contenders
 from svdserve.bench.launch import SERVE, Server, running
 from svdserve.bench.options import ModelOptions
 from svdserve.bench.ratios import StepWork, model_work
@@ -87,11 +88,27 @@ class LoadOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class Target:
-    """One server: its name in the results, its model, and the command that serves the model."""
+    """One server.
+
+    Attributes:
+        name: in the results.
+        directory: its model.
+        command: serves the model.
+        flags: of `vllm serve`, for this server only.
+    """
 
     name: str
     directory: Path
     command: tuple[str, ...] = SERVE
+    flags: tuple[str, ...] = ()
+
+
+def targets_of(dense: Path, models: Sequence[Path], dtype: str) -> list[Target]:
+    """The servers of all contenders (contenders.py), the dense model's first."""
+    return [
+        Target(one.name.rpartition("/")[2], one.directory, flags=("--load-format", one.load_format))
+        for one in contenders(dense, models, dtype)
+    ]
 
 
 class Load(BaseModel):
@@ -270,6 +287,7 @@ def _started(
         *("--kv-cache-memory-bytes", str(options.kv_cache_bytes)),
         "--no-enable-prefix-caching",
         *(("--enforce-eager",) if options.eager else ()),
+        *target.flags,
     ]
     log = folder / f"{target.name}.log"
     port = _free_port()

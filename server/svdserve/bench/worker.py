@@ -26,6 +26,7 @@ class EngineOptions:
     """Options of one engine; lengths are in tokens."""
 
     directory: str
+    load_format: str
     dtype: str
     eager: bool
     max_model_len: int
@@ -43,6 +44,7 @@ class Engine:
         start = time.perf_counter()
         self._llm = LLM(
             model=options.directory,
+            load_format=options.load_format,
             dtype=options.dtype,
             enforce_eager=options.eager,
             max_model_len=options.max_model_len,

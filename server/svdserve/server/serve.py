@@ -28,7 +28,7 @@ from svdserve.server.http.keys import ApiKeys, digest_of
 from svdserve.server.http.security import SecurityOptions
 from svdserve.server.redaction import SHORT_PATHS, shorten_paths
 from svdserve.server.vllm_flags import require_vllm
-from svdserve.server.worker import EXTENSION
+from svdserve.server.worker import EXTENSION, LOAD_FORMAT
 
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 PLUGIN = "svdserve"
@@ -46,7 +46,8 @@ def serve(
     """Serve a model directory until SIGTERM or SIGINT.
 
     Args:
-        directory: an svdserve checkpoint, or a dense Hugging Face model, which is served dense.
+        directory: an svdserve checkpoint, or a dense Hugging Face model, which is served dense; on
+            a CPU with svdserve's kernels, unless the flags name another ``--load-format``.
         extra_args: flags of `vllm serve`. Without --host the server listens on this machine only.
         options: keys and limits; None reads them from the environment. Keys given in vLLM's way
             (--api-key, VLLM_API_KEY) are added to them.
@@ -156,6 +157,7 @@ def server_arguments(
     parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
     parser.add_argument("--shutdown-timeout", "--shutdown_timeout")
     parser.add_argument("--worker-extension-cls", "--worker_extension_cls")
+    parser.add_argument("--load-format", "--load_format")
     add_memory_flags(parser)
     try:
         given, _ = parser.parse_known_args([*configured_flags(extra_args), *extra_args])
@@ -180,6 +182,9 @@ def server_arguments(
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
+    quantized = read_json(Path(directory) / "config.json").get("quantization_config")
+    if given.load_format is None and not quantized and serves_on_cpu():
+        arguments += ["--load-format", LOAD_FORMAT]
     for module in (security, shutdown):  # the last is the outermost
         arguments += ["--middleware", module.MIDDLEWARE]
     if serves_on_cpu() and given.nnodes == 1:

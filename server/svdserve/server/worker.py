@@ -13,6 +13,8 @@ from svdserve.server.layer_checks import LayerCheck
 
 EXTENSION = "svdserve.server.plugin.worker.WorkerExtension"
 """The value for vLLM's ``--worker-extension-cls``."""
+LOAD_FORMAT = "svdserve"
+"""The value of ``--load-format`` that names svdserve's model loader (plugin/loader.py)."""
 METHOD = "svdserve_report"
 """The method of the extension, for ``collective_rpc``."""
 

@@ -66,7 +66,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "dummy": ("checkpoint", "--load-format dummy cannot load an svdserve checkpoint; allowed: "),
     "svdserve": ("checkpoint", ""),
     "safetensors": ("checkpoint", ""),
-    "svdserve for a dense model": ("dense", "is not an svdserve checkpoint"),
+    "svdserve for a dense model": ("dense", ""),
 }
 
 

@@ -78,10 +78,11 @@ def bench(
 ) -> None:
     """Compare the speed and memory of models in vLLM, in interleaved rounds.
 
-    Without `--served` and `--kernels`, decoding and prefill are measured separately in vLLM's
-    engine. Each speed is shown beside the ideal ratio: the bytes ratio of decoding, or the
-    operations ratio of prefill. With `--served`, the clients of `vllm bench serve` measure
-    `svdserve serve`. With `--kernels`, no model is loaded.
+    The dense model runs twice: as vLLM has it, and on a CPU also with svdserve's kernels, as
+    `svdserve serve` serves it. Without `--served` and `--kernels`, decoding and prefill are
+    measured separately in vLLM's engine. Each speed is shown beside the ideal ratio: the bytes
+    ratio of decoding, or the operations ratio of prefill. With `--served`, the clients of `vllm
+    bench serve` measure `svdserve serve`. With `--kernels`, no model is loaded.
     """
     options.grant(allow_links=allow_links)
     given = flags.given(ctx)
@@ -132,14 +133,13 @@ def _bench_served(
     given: flags.Given, names: list[str], json_file: Path | None, plot_file: Path | None
 ) -> None:
     from svdserve.bench.report import markdown, plot
-    from svdserve.bench.served import LoadOptions, Target, run_load
-    from svdserve.compression.model.hub import model_name, resolve_model
+    from svdserve.bench.served import LoadOptions, run_load, targets_of
+    from svdserve.compression.model.hub import resolve_model
 
     given.require_only(LoadOptions)
     chosen = given.make(LoadOptions)
-    found = [resolve_model(name) for name in names]
-    targets = [Target(model_name(model).rpartition("/")[2], model) for model in found]
-    result = run_load(targets, chosen)
+    dense, *models = map(resolve_model, names)
+    result = run_load(targets_of(dense, models, chosen.dtype), chosen)
     if json_file is not None:
         write_results(json_file, result.model_dump(mode="json"))
     if plot_file is not None:

@@ -54,8 +54,9 @@ def serve(
 
     Every flag of `vllm serve` works too, such as `--port 8001 --max-model-len 4096`;
     `vllm serve --help=all` lists them. The default address is 127.0.0.1:8000. A dense model is
-    served dense. The environment variable SVDSERVE_API_KEYS may also hold keys, separated by
-    commas. After SIGTERM, requests have `--shutdown-timeout` seconds to finish, 30 by default.
+    served dense, on a CPU with svdserve's kernels; `--load-format auto` serves it as vLLM does.
+    The environment variable SVDSERVE_API_KEYS may also hold keys, separated by commas. After
+    SIGTERM, requests have `--shutdown-timeout` seconds to finish, 30 by default.
     """
     from svdserve.server.http.security import SecurityOptions
     from svdserve.server.layer_checks import VERIFY

@@ -6,6 +6,10 @@ change it. So the loader takes the place of vLLM's DefaultModelLoader, of which 
 for the formats that read plain safetensors ("auto", "hf", "safetensors"), and does what its parent
 does for every model that is not quantized with svdserve. ``--load-format svdserve`` names it
 explicitly. The other formats are refused.
+
+A dense model in bfloat16 on CPU whose load format is named explicitly is loaded as vLLM does, and
+then gets what compressed models get beside their factors: svdserve's kernel for its linears and
+head (whole.py), joined activations (mlp.py) and norms (norms.py), each where it can run.
 """
 
 import time
@@ -39,14 +43,15 @@ from svdserve.compression.system.errors import UserError
 from svdserve.kernels.registry import what_decides
 from svdserve.server.layer_checks import LayerCheck, wanted
 from svdserve.server.plugin.linear import LowRankLinearMethod, StoredBytes
-from svdserve.server.plugin.mlp import join_layers
+from svdserve.server.plugin.mlp import join_activations, join_layers
 from svdserve.server.plugin.norms import prefer_norms
 from svdserve.server.plugin.twin import Twin, kind_of
 from svdserve.server.plugin.verify import verify_layers
+from svdserve.server.plugin.whole import use_kernel
+from svdserve.server.worker import LOAD_FORMAT
 
 logger = init_logger("vllm.svdserve")
 
-LOAD_FORMAT = "svdserve"
 REPLACED_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -126,9 +131,10 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: LoadConfig) -> None:
         self._stored: StoredBytes | None = None
+        self._ours = False  # whether a dense model gets svdserve's kernels
         self.explicit = load_config.load_format == LOAD_FORMAT
         if self.explicit:
-            load_config = replace(load_config, load_format="safetensors")
+            load_config = replace(load_config, load_format="auto")
         super().__init__(load_config)
 
     def load_model(
@@ -179,14 +185,16 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
     ) -> nn.Module:
         """Load a model that svdserve did not compress as vLLM does, and keep a report of it.
 
-        Raises:
-            UserError: ``--load-format svdserve`` was given.
+        With ``--load-format svdserve`` it gets svdserve's kernels, if it is dense in bfloat16 and
+        on CPU: nothing was measured for others, and quantized weights have products of their own.
         """
-        if self.explicit:
-            raise UserError(
-                f"{model_config.model} is not an svdserve checkpoint; leave out --load-format"
-            )
         started = time.perf_counter()
+        unquantized = model_config.quantization is None and model_config.dtype == torch.bfloat16
+        self._ours = self.explicit and unquantized and current_platform.is_cpu()
+        if self._ours:
+            self._adapters = vllm_config.lora_config is not None
+            _name_kernels(vllm_config)
+            prefer_norms(vllm_config)
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         if self._stored is not None:
             _reports[model] = LoadReport(time.perf_counter() - started, 0, self._stored)
@@ -206,6 +214,8 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
             with suppress(Exception):
                 nbytes = sum(p.nbytes for p in model.parameters())
                 self._stored = StoredBytes(dense=nbytes, dense_equivalent=nbytes)
+            if self._ours:
+                self._serve_whole(model)
             return
         layers = lowrank_layers(model)
         methods = [method for _, method in layers]
@@ -222,10 +232,23 @@ class SvdserveModelLoader(DefaultModelLoader):  # type: ignore[misc]
         rest = sum(p.nbytes for p in expected.values())
         stored = StoredBytes(dense=rest, dense_equivalent=rest)
         self._map_rows(model)
+        self._serve_whole(model)
         self._joined = {} if self._adapters else join_layers(model, self._checkpoint)
         for layer, method in layers:
             stored += method.load(layer, self._checkpoint, **self._joined.get(layer, {}))
         self._stored = stored
+
+    def _serve_whole(self, model: nn.Module) -> None:
+        """Give the layers that are not factored svdserve's kernel, before vLLM packs them."""
+        layers = use_kernel(model)
+        joined = 0 if self._adapters else join_activations(model)
+        if layers:
+            logger.info(
+                "Layers that are not factored: svdserve's kernel computes %d, %d of them with "
+                "their activation",
+                layers,
+                joined,
+            )
 
     def _map_rows(self, model: nn.Module) -> None:
         """Tell every factored layer which rows the model's own loading would give it.

@@ -7,7 +7,7 @@ Activation. If one kernel of svdserve computes gate_up_proj, it may also apply t
 sums. Memory then never holds gate and up, and on CPU each layer runs two torch operations fewer.
 
 Both need an MLP whose traced code is that chain and nothing else; any other MLP stays as vLLM has
-it.
+it. The activation is also taken over by a gate_up_proj that is not factored (whole.py).
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from svdserve.compression.format.reader import Checkpoint
 from svdserve.kernels import Activation
 from svdserve.server.plugin.linear import LowRankLinearMethod
+from svdserve.server.plugin.whole import WholeLinearMethod
 
 CHAIN = ("gate_up_proj", "act_fn", "down_proj")
 
@@ -37,16 +38,42 @@ def join_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[nn.Module, dic
         if not isinstance(method, LowRankLinearMethod) or first.bias is not None:
             continue
         joined = found[first] = {}
-        activation = _activation(mlp.act_fn)
-        if activation and method.fuses(first, activation):
+        if activation := _take_activation(mlp, method):
             joined["activation"] = activation
-            mlp.act_fn = nn.Identity()
         if isinstance(next_method, LowRankLinearMethod):
             order = next_method.input_order(checkpoint)
             if order is not None and set(method.output_sizes) == {len(order)}:
                 joined["row_order"] = order
                 found[last] = {"ordered_input": True}
     return found
+
+
+def join_activations(model: nn.Module) -> int:
+    """Let each gate_up_proj that is not factored take over the activation, if its kernel can.
+
+    As ``join_layers``, this is not for a model that may get LoRA adapters.
+
+    Returns:
+        The number of these layers.
+    """
+    count = 0
+    for mlp in _gated_mlps(model):
+        method = getattr(mlp.gate_up_proj, "quant_method", None)
+        if isinstance(method, WholeLinearMethod) and mlp.gate_up_proj.bias is None:
+            method.activation = _take_activation(mlp, method)
+            count += method.activation is not None
+    return count
+
+
+def _take_activation(
+    mlp: Any, method: LowRankLinearMethod | WholeLinearMethod
+) -> Activation | None:
+    """Replace the activation by the identity if the method of gate_up_proj can apply it."""
+    activation = _activation(mlp.act_fn)
+    if activation is None or not method.fuses(mlp.gate_up_proj, activation):
+        return None
+    mlp.act_fn = nn.Identity()
+    return activation
 
 
 def _gated_mlps(model: nn.Module) -> Iterator[Any]:

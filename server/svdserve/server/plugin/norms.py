@@ -1,4 +1,4 @@
-"""RMSNorm of compressed models on CPU, by vLLM's own C++ operations.
+"""RMSNorm of the models that svdserve's loader changes, on CPU, by vLLM's own C++ operations.
 
 vLLM 0.32 compiles them for CPU, but runs eight torch operations for each norm instead
 (vllm/ir/ops/layernorm.py). These take a noticeable part of a small model's step. In compiled mode
