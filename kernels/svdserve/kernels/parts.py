@@ -44,6 +44,11 @@ class Part(NamedTuple):
     pivots: Tensor | None = None
 
     @property
+    def columns(self) -> tuple[int, int]:
+        """The numbers of columns of factor_in and factor_out."""
+        return self.factor_in.shape[1], self.factor_out.shape[1]
+
+    @property
     def rank(self) -> int:
         return self.factor_out.shape[1]
 
@@ -57,11 +62,16 @@ class Part(NamedTuple):
 
 
 class Int8Part(NamedTuple):
-    """The same with factors in int8; ``reference.int8_linear`` defines it."""
+    """The int8 factors of one low-rank linear W [m, n]; reference.int8_linear defines it."""
 
     factor_in: Int8Matrix
     factor_out: Int8Matrix
     pivots: Tensor | None = None
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """The numbers of columns of factor_in and factor_out."""
+        return self.factor_in.shape[1], self.factor_out.shape[1]
 
     @property
     def outputs(self) -> int:
@@ -76,6 +86,11 @@ class WholePart(NamedTuple):
     """A weight W [m, n] that is not factored."""
 
     weight: Matrix
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """0, as there is no factor_in, and the number of columns of W."""
+        return 0, self.weight.shape[1]
 
     @property
     def outputs(self) -> int:

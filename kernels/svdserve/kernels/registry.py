@@ -73,14 +73,7 @@ class Request:
         whole = isinstance(parts[0], WholePart)
         if any(isinstance(part, WholePart) != whole for part in parts):
             raise ValueError("parts of one layer must all be factored, or none")
-        columns = tuple(
-            count
-            for part in parts
-            for count in (
-                0 if isinstance(part, WholePart) else part.factor_in.shape[1],
-                last(part).shape[1],
-            )
-        )
+        columns = tuple(count for part in parts for count in part.columns)
         int8 = isinstance(first, Int8Matrix)
         dtype = torch.bfloat16 if int8 else first.dtype
         return cls(
@@ -158,9 +151,9 @@ def _unmeasured_cpu(request: Request, _: Table | None) -> str | None:
 
 
 def _not_triton(request: Request) -> str | None:
-    # Without a GPU this is decided before Triton is imported, which takes long.
     if reason := _not_factored_in_float(request):
         return reason
+    # Without a GPU this is decided before Triton is imported, which takes long.
     if request.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "0":
         return "needs a GPU, or TRITON_INTERPRET=1 for its slow interpreter"
     if find_spec("triton") is None:

@@ -2,11 +2,10 @@
 
 All engines are loaded at once and measured in turn, A B C, C B A, ..., so that other work on the
 machine affects every model alike; a ratio compares two measurements that are seconds apart. The
-dense model runs twice, as vLLM has it and as the fair baseline (contenders.py). An
-engine's speed may depend on the memory that it happened to get, which several starts of all engines
-show. Medians are reported with the extremes of the rounds, beside the ideal ratio: the bytes ratio
-of a decoding step, or the operations ratio of prefill (ratios.py). Each engine is a process
-(worker.py).
+dense model runs twice, as vLLM has it and as the fair baseline (contenders.py). An engine's speed
+may depend on the memory that it happened to get, which several starts of all engines show. Medians
+are reported with the extremes of the rounds, beside the ideal ratio: the bytes ratio of a decoding
+step, or the operations ratio of prefill (ratios.py). Each engine is a process (worker.py).
 """
 
 import json
@@ -73,7 +72,7 @@ class BenchOptions(ModelOptions):
 
     @property
     def workloads(self) -> tuple[str, ...]:
-        """Their names, in the order of measurement."""
+        """The names of the workloads, in the order of their measurement."""
         return (*(f"decode_{batch}" for batch in self.batch_sizes), f"prefill_{self.prefill_len}")
 
     def work(self, directory: Path) -> dict[str, StepWork]:

@@ -33,8 +33,8 @@ class WorkerReport(BaseModel):
     """One worker after it has loaded its model; memory in bytes.
 
     ``load_seconds`` and ``weights`` are None if another loader than svdserve's loaded the model.
-    ``checks`` has one for every factored layer if the loader was to verify them, and is empty
-    otherwise.
+    ``checks`` has a LayerCheck for every factored layer if the loader was to verify them, and is
+    empty otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,7 +8,7 @@
 
 namespace {
 
-// The numbers are those of cpu.py.
+// The numbers are those of linear.py.
 enum class Activation : std::int64_t { none, silu, gelu_tanh };
 
 // e^x, to about 1e-5: far finer than the bfloat16 that its only user rounds to.

@@ -25,7 +25,7 @@ Interface: LinearMethodBase in vllm/model_executor/layers/linear.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -43,12 +43,13 @@ from svdserve.compression.format.reader import Checkpoint
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import Activation, WholePart, prepare
 from svdserve.kernels.parts import AnyPart
-from svdserve.kernels.registry import Request, reasons_against
+from svdserve.kernels.registry import Request
 from svdserve.server.plugin.layer_parts import LayerPart
 from svdserve.server.plugin.products import (
     LowRankProduct,
     check_product,
     fused_kernel,
+    fuses_activation,
     kernel_matrix,
     kernel_part,
     product,
@@ -240,8 +241,8 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for part in batch:
                 sizes = list(islice(local, part.outputs))
                 mine = list(islice(rows, part.outputs))
-                whole = sum(sizes) * len(self.channels) * layer.weight.element_size()
-                stored += StoredBytes(dense_equivalent=whole)
+                equivalent = sum(sizes) * len(self.channels) * layer.weight.element_size()
+                stored += StoredBytes(dense_equivalent=equivalent)
                 if part.spec is None:
                     matrix = read_whole(checkpoint, part, mine, self.channels)
                     if kernel is not None:
@@ -260,8 +261,9 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 products.append(lowrank)
             if kernel is not None:
                 fused = prepare(ready, activation=activation, implementation=kernel)
-                whole_part = batch[0].spec is None
-                stored += StoredBytes(**{"dense" if whole_part else "lowrank": fused.stored_bytes})
+                nbytes = fused.stored_bytes
+                whole = batch[0].spec is None
+                stored += StoredBytes(dense=nbytes) if whole else StoredBytes(lowrank=nbytes)
                 products.append(fused)
         layer.products = nn.ModuleList(products)
         if len(products) == 1:
@@ -273,10 +275,7 @@ class LowRankLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def fuses(self, layer: LinearBase, activation: Activation) -> bool:
         """Whether the layer's kernel can apply the activation of a gated MLP to its outputs."""
         request = self._request(layer, self.parts)
-        kernel = None if request is None else fused_kernel(request)
-        if request is None or kernel is None:
-            return False
-        return kernel not in reasons_against(replace(request, activation=activation))
+        return request is not None and fuses_activation(request, activation)
 
     def _kernel(self, layer: LinearBase, parts: Sequence[LayerPart]) -> str | None:
         """svdserve's kernel that computes all of the parts at once; None if vLLM's products do."""

@@ -1,6 +1,7 @@
 """What computes a low-rank layer: svdserve's fused kernels, or else vLLM's products."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from vllm.platforms import current_platform
 
 from svdserve.compression.format.codecs import Codec
 from svdserve.compression.system.errors import UserError
-from svdserve.kernels import Int8Matrix, Int8Part, NoImplementation, Part
+from svdserve.kernels import Activation, Int8Matrix, Int8Part, NoImplementation, Part
 from svdserve.kernels.parts import AnyPart
 from svdserve.kernels.registry import (
     IMPLEMENTATIONS,
@@ -54,17 +55,27 @@ def fused_kernel(request: Request) -> str | None:
 
 def _optional_kernel(request: Request, reasons: Mapping[str, str]) -> str | None:
     """The kernel for weights that vLLM has products for: int8, or not factored."""
-    asked = asked_for()
-    known = ", ".join(one.name for one in IMPLEMENTATIONS)
-    if asked is not None and asked not in known.split(", "):
-        raise UserError(f"{OVERRIDE}={asked} is not known; give one of {known}")
-    able = [one.name for one in IMPLEMENTATIONS if one.name not in reasons]
-    chosen = [name for name in able if asked in (None, name)]
+    asked, known = asked_for(), [one.name for one in IMPLEMENTATIONS]
+    if asked not in (None, *known):
+        raise UserError(f"{OVERRIDE}={asked} is not known; give one of {', '.join(known)}")
+    chosen = [name for name in known if name not in reasons and asked in (None, name)]
     if not chosen and request.parts == 1:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
         kind = "Int8 weights" if request.weights == "int8" else "Weights that are not factored"
         logger.info_once("%s run as vLLM's products: %s", kind, why or f"{OVERRIDE}={asked}")
     return chosen[0] if chosen else None
+
+
+def fuses_activation(request: Request, activation: Activation) -> bool:
+    """Whether the kernel of ``fused_kernel`` can apply the activation of a gated MLP too.
+
+    Raises:
+        UserError: SVDSERVE_KERNEL names a kernel that cannot compute the request.
+    """
+    kernel = fused_kernel(request)
+    return kernel is not None and kernel not in reasons_against(
+        replace(request, activation=activation)
+    )
 
 
 def kernel_part(layer: LinearBase, share: LowRankShare, ordered_input: bool) -> AnyPart:

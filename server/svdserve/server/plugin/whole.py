@@ -10,7 +10,6 @@ UnquantizedEmbeddingMethod in vllm/model_executor/layers/vocab_parallel_embeddin
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from svdserve.kernels import Activation, WholePart, prepare
 from svdserve.kernels.registry import Request
-from svdserve.server.plugin.products import fused_kernel
+from svdserve.server.plugin.products import fused_kernel, fuses_activation
 
 
 class _ByKernel:
@@ -38,7 +37,7 @@ class _ByKernel:
     def fuses(self, layer: nn.Module, activation: Activation) -> bool:
         """Whether the kernel can apply the activation of a gated MLP to the layer's outputs."""
         del layer
-        return fused_kernel(replace(self._request, activation=activation)) == self._kernel
+        return fuses_activation(self._request, activation)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the loaded weight."""

@@ -52,7 +52,7 @@ class Int8(Codec):
 
 
 def quantized_for(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and s as of ``quantized``, for a small ‖(W - s Q) X‖ rather than ‖W - s Q‖.
+    """Like ``quantized``, but Q makes ‖(W - s Q) X‖ small for the inputs X, rather than ‖W - s Q‖.
 
     GPTQ: Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained
     transformers", ICLR 2023, algorithm 1, with the columns in their own order. With correlated
@@ -63,7 +63,7 @@ def quantized_for(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         gram: X Xᵀ [n, n].
     """
     nearest, scale = quantized(weight)
-    factor = _update(gram) if weight.shape[1] else None
+    factor = _inverse_root(gram) if weight.shape[1] else None
     if factor is None:
         return nearest, scale
     columns, step, left = weight.shape[1], scale.double(), weight.double().clone()
@@ -84,7 +84,7 @@ def quantized_for(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     return levels.to(torch.int8), scale
 
 
-def _update(gram: Tensor) -> Tensor | None:
+def _inverse_root(gram: Tensor) -> Tensor | None:
     """The upper Cholesky root of G⁻¹, by which GPTQ moves errors; None if G has no usable inverse.
 
     A failure multiplies the ridge by 10, as in statistics/linalg.py.
@@ -95,10 +95,10 @@ def _update(gram: Tensor) -> Tensor | None:
         damped.diagonal().add_(ridge)
         root, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            inverse = torch.cholesky_inverse(root)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
-                found: Tensor = upper
-                return found
+                return upper  # type: ignore[no-any-return]
         ridge *= 10
     return None
 

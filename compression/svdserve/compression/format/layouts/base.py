@@ -140,7 +140,10 @@ class Layout(ABC):
         return Part(tensors["factor_in"], tensors["factor_out"], tensors.get("pivots"))
 
     def multiplied(self, tensors: Tensors, n: int) -> Tensor | None:
-        """The input channels (int64) that factor_in multiplies; None if it is not known."""
+        """The input channels (int64) that factor_in multiplies.
+
+        None for a layout whose stored matrices are not those that the kernels multiply.
+        """
         if self.decoded_when_served or self.matrices != ("factor_in", "factor_out"):
             return None
         pivots = self.part(tensors).pivots
