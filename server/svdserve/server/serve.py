@@ -182,8 +182,7 @@ def server_arguments(
         arguments += ["--shutdown-timeout", str(DEFAULT_GRACE_SECONDS)]
     if given.worker_extension_cls is None:
         arguments += ["--worker-extension-cls", EXTENSION]
-    quantized = read_json(Path(directory) / "config.json").get("quantization_config")
-    if given.load_format is None and not quantized and serves_on_cpu():
+    if given.load_format is None and serves_on_cpu() and not _is_quantized(Path(directory)):
         arguments += ["--load-format", LOAD_FORMAT]
     for module in (security, shutdown):  # the last is the outermost
         arguments += ["--middleware", module.MIDDLEWARE]
@@ -191,6 +190,11 @@ def server_arguments(
         workers = given.tensor_parallel_size or 1
         check_memory(Path(directory), given.dtype, given.kv_cache_memory_bytes, workers)
     return arguments
+
+
+def _is_quantized(directory: Path) -> bool:
+    """Whether the configuration of a model tells how its weights are stored, as ours does."""
+    return bool(read_json(directory / "config.json").get("quantization_config"))
 
 
 def configured_flags(extra_args: Sequence[str]) -> list[str]:

@@ -305,6 +305,7 @@ def test_a_websocket_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_listening_to_all_without_a_key_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], host: str
 ) -> None:
+    (tmp_path / "config.json").write_text("{}")
     several = ["--nnodes", "2", "--port", "0"]  # whose memory is not ours to check
     flags = [*several, "--host", host]
     server_arguments(str(tmp_path), flags)
