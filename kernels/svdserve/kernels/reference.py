@@ -6,7 +6,7 @@ from torch.nn.functional import gelu, linear, pad, silu
 
 from svdserve.kernels.parts import Activation, Int8Matrix, Int8Part, WholePart, other_channels
 
-GROUP = 256  # columns of x that share a scale when they are rounded
+GROUP = 64  # columns of x that share a scale when they are rounded
 _SMALLEST = 1e-36  # below it 127 / peak is not finite in float32, and a group counts as zeros
 
 
@@ -48,7 +48,7 @@ def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tenso
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x [..., n] rounded to int8 and back, with a scale for each token and 256 columns.
+    """x [..., n] rounded to int8 and back, with a scale for each token and 64 columns.
 
     The scale is the group's largest magnitude / 127. The activations of language models have a few
     columns that are a hundred times larger than the rest; one scale for a whole token, which vLLM's

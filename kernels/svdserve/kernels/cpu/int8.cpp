@@ -28,13 +28,12 @@ void widen(const Half* from, int64_t count, float* to) {
 
 // Rounded activations in one scratch memory.
 struct Rounded {
-  int64_t blocks, groups, values_at, scales_at;
+  int64_t blocks, values_at, scales_at;
 
   Rounded(Arrays& arrays, int64_t columns, int64_t tokens)
       : blocks(round_up(words_of(columns, 1), kLanes) / kLanes),
-        groups((blocks * kLanes + kGroup - 1) / kGroup),
         values_at(arrays.add<Word>(blocks * kLanes * tokens)),
-        scales_at(arrays.add<GroupScale>(groups * tokens)) {}
+        scales_at(arrays.add<GroupScale>(blocks * tokens)) {}
   Int8Activations in(char* base) const {
     return {{reinterpret_cast<Word*>(base + values_at), blocks},
             reinterpret_cast<GroupScale*>(base + scales_at)};

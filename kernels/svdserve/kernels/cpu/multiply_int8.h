@@ -1,7 +1,7 @@
 // One tile of tokens times one panel of weights, both int8, with AVX512-VNNI or with AMX.
 //
-// Each token's columns are rounded in groups of 256, each with its own scale (rounding.h). Sums of a
-// group are whole numbers, then scaled and added in float32. The instructions multiply unsigned by
+// Each token's columns are rounded in groups of 64, each with its own scale (rounding.h): a block of
+// 16 words. Sums of a group are whole numbers, then scaled and added in float32. The instructions multiply unsigned by
 // signed bytes, so a weight q is stored as q + 128; its share of 128 times the sum of the group's
 // activations is taken off beforehand.
 
@@ -20,7 +20,6 @@
 
 namespace {
 
-constexpr int64_t kGroup = 64;             // words that share a scale
 constexpr Word kUnsigned = 0x80808080;     // turns four signed bytes into unsigned ones, by xor
 
 // A vector of 16 integers of 32 bits. GCC 12 copies a sum in every step if its type is __m512i, which
@@ -33,34 +32,42 @@ struct GroupScale {
   std::int32_t offset;
 };
 
-// Packed activations and the scales of their groups, [token tile][group][token of the tile].
+// Packed activations and the scales of their groups, [token tile][block][token of the tile].
 struct Int8Activations {
   Activations values;
   GroupScale* scales;
 
-  int64_t groups() const { return (values.blocks * kLanes + kGroup - 1) / kGroup; }
-  GroupScale* tile(int64_t start, int size, int64_t group) const {
-    return scales + start * groups() + group * size;
+  GroupScale* tile(int64_t start, int size, int64_t block) const {
+    return scales + start * values.blocks + block * size;
   }
 };
 
-// out = values * scale, added to what is there if `add`. Without a branch, around which the compiler
-// would move the sums of all tokens to memory.
-[[gnu::always_inline]] inline void add_scaled(__m512 values, float scale, bool add, float* out) {
-  const __m512 before = _mm512_maskz_loadu_ps(add ? 0xffff : 0, out);
-  _mm512_storeu_ps(out, _mm512_fmadd_ps(values, _mm512_set1_ps(scale), before));
+// values * scale + before, of which nothing is read unless `add`. Without a branch, around which the
+// compiler would move the sums of all tokens to memory.
+[[gnu::always_inline]] inline __m512 add_scaled(__m512i values, float scale, bool add,
+                                                const float* before) {
+  const __m512 sum = _mm512_maskz_loadu_ps(add ? 0xffff : 0, before);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(values), _mm512_set1_ps(scale), sum);
 }
 
 // out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel,
-// over one group of columns, in the scale of the tokens, added to what is there if `add`.
+// in the scale of the tokens, added to what is there if `add`.
 template <int Tokens, int Blocks>
 void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, int64_t words,
                    bool add, float* out) {
-  Integers sums[Tokens][Blocks];
-  unrolled<Tokens, Blocks>([&](auto token, auto block) {
-    sums[token][block] = (Integers)_mm512_set1_epi32(scales[token].offset);
-  });
+  // Where the registers also hold the sums of all groups, those need not go through the cache.
+  constexpr bool kHeld = Tokens * Blocks <= 12;
+  __m512 held[Tokens][Blocks];
+  if constexpr (kHeld)
+    unrolled<Tokens, Blocks>([&](auto token, auto block) {
+      const float* before = out + token * kPanel + block * kLanes;
+      held[token][block] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, before);
+    });
   do {
+    Integers sums[Tokens][Blocks];
+    unrolled<Tokens, Blocks>([&](auto token, auto block) {
+      sums[token][block] = (Integers)_mm512_set1_epi32(scales[token].offset);
+    });
 #pragma GCC unroll 2
     for (int word = 0; word < kLanes; ++word, ++x, w += kLanes * Blocks) {
       __m512i weights[Blocks];
@@ -74,12 +81,22 @@ void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, 
         sums[token][block] = (Integers)_mm512_dpbusd_epi32(sum, weights[block], value);
       });
     }
-    words -= kLanes, x += (Tokens - 1) * kLanes;
+    unrolled<Tokens, Blocks>([&](auto token, auto block) {
+      const __m512i sum = (__m512i)sums[token][block];
+      const float scale = scales[token].scale;
+      float* to = out + token * kPanel + block * kLanes;
+      if constexpr (kHeld)
+        held[token][block] =
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), held[token][block]);
+      else
+        _mm512_storeu_ps(to, add_scaled(sum, scale, add, to));
+    });
+    words -= kLanes, x += (Tokens - 1) * kLanes, scales += Tokens, add = true;
   } while (words > 0);  // there is a word: code for none would keep the sums in memory too
-  unrolled<Tokens, Blocks>([&](auto token, auto block) {
-    const __m512 values = _mm512_cvtepi32_ps((__m512i)sums[token][block]);
-    add_scaled(values, scales[token].scale, add, out + token * kPanel + block * kLanes);
-  });
+  if constexpr (kHeld)
+    unrolled<Tokens, Blocks>([&](auto token, auto block) {
+      _mm512_storeu_ps(out + token * kPanel + block * kLanes, held[token][block]);
+    });
 }
 
 // The same with AMX, for `tokens` of 16 * Tiles at most.
@@ -89,11 +106,11 @@ __attribute__((target("amx-tile,amx-int8"))) void multiply_int8_amx(
     float* out) {
   constexpr int kStride = kLanes * Blocks * sizeof(Word), kRow = kPanel * sizeof(std::int32_t);
   alignas(64) std::int32_t sums[kLanes * Tiles * kPanel];
-  _tile_zero(0);
-  if constexpr (Blocks > 1) _tile_zero(1);
-  if constexpr (Tiles > 1) _tile_zero(2);
-  if constexpr (Tiles > 1 && Blocks > 1) _tile_zero(3);
   for (; words > 0; words -= kLanes, x += tokens * kLanes, w += kLanes * kLanes * Blocks) {
+    _tile_zero(0);
+    if constexpr (Blocks > 1) _tile_zero(1);
+    if constexpr (Tiles > 1) _tile_zero(2);
+    if constexpr (Tiles > 1 && Blocks > 1) _tile_zero(3);
     _tile_loadd(4, x, kLanes * sizeof(Word));
     _tile_loadd(6, w, kStride);
     _tile_dpbsud(0, 4, 6);
@@ -109,19 +126,20 @@ __attribute__((target("amx-tile,amx-int8"))) void multiply_int8_amx(
     const char* ahead = reinterpret_cast<const char*>(w) + kAhead;
 #pragma GCC unroll 32
     for (int line = 0; line < kLanes * Blocks; ++line) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-  }
-  _tile_stored(0, sums, kRow);
-  if constexpr (Blocks > 1) _tile_stored(1, sums + kLanes, kRow);
-  if constexpr (Tiles > 1) _tile_stored(2, sums + kLanes * kPanel, kRow);
-  if constexpr (Tiles > 1 && Blocks > 1) _tile_stored(3, sums + kLanes * kPanel + kLanes, kRow);
-  for (int token = 0; token < tokens; ++token)
+    _tile_stored(0, sums, kRow);
+    if constexpr (Blocks > 1) _tile_stored(1, sums + kLanes, kRow);
+    if constexpr (Tiles > 1) _tile_stored(2, sums + kLanes * kPanel, kRow);
+    if constexpr (Tiles > 1 && Blocks > 1) _tile_stored(3, sums + kLanes * kPanel + kLanes, kRow);
+    for (int token = 0; token < tokens; ++token, ++scales)
 #pragma GCC unroll 2
-    for (int block = 0; block < Blocks; ++block) {
-      const int at = token * kPanel + block * kLanes;
-      const __m512i offset = _mm512_set1_epi32(scales[token].offset);
-      const __m512i whole = _mm512_add_epi32(_mm512_load_si512(sums + at), offset);
-      add_scaled(_mm512_cvtepi32_ps(whole), scales[token].scale, add, out + at);
-    }
+      for (int block = 0; block < Blocks; ++block) {
+        const int at = token * kPanel + block * kLanes;
+        const __m512i offset = _mm512_set1_epi32(scales->offset);
+        const __m512i whole = _mm512_add_epi32(_mm512_load_si512(sums + at), offset);
+        _mm512_storeu_ps(out + at, add_scaled(whole, scales->scale, add, out + at));
+      }
+    add = true;
+  }
 }
 
 using MultiplyInt8 = void (*)(const Word*, const GroupScale*, int, const Word*, int64_t, bool,
@@ -149,12 +167,13 @@ struct Int8 {
   int64_t block_words() const { return amx ? 128 : 512; }
   void multiply(const Input& x, int64_t start, int size, int64_t word, const Word* w, int blocks,
                 int64_t words, float* out) const {
-    if (words == 0) std::fill_n(out, size * kPanel, 0.0f);  // no group, so nothing writes the sums
     const MultiplyInt8 chosen = amx ? kMultiplyInt8Amx[blocks - 1][size > kLanes]
                                     : kMultiplyInt8[blocks - 1][size - 1];
-    for (int64_t done = 0; done < words; done += kGroup, word += kGroup)
-      chosen(x.values.tile(start, size, word), x.tile(start, size, word / kGroup), size,
-             w + done * kLanes * blocks, std::min(kGroup, words - done), word > 0, out);
+    if (words == 0)
+      std::fill_n(out, size * kPanel, 0.0f);  // no group, so nothing writes the sums
+    else
+      chosen(x.values.tile(start, size, word), x.tile(start, size, word / kLanes), size, w, words,
+             word > 0, out);
   }
   void enter() const {
     if (amx) enter_amx();
