@@ -1,10 +1,15 @@
 """The definition of a low-rank linear in plain torch, for tests, training and autocast."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, pad, silu
 
-from svdserve.kernels.parts import Activation, Int8Matrix, Int8Part, WholePart, other_channels
+from svdserve.kernels.parts import Activation, Int8Matrix, Int8Part, WholePart
+
+Rounding = Callable[[Tensor], Tensor]
+"""x [..., n] to x [..., n] as the product of encoded weights takes it."""
 
 GROUP = 64  # columns of x that share a scale when they are rounded
 _SMALLEST = 1e-36  # below it 127 / peak is not finite in float32, and a group counts as zeros
@@ -32,19 +37,42 @@ def lowrank_linear(
     return linear(project(x, factor_in, pivots), factor_out, bias)
 
 
-def project(x: Tensor, factor_in: Tensor, pivots: Tensor | None = None) -> Tensor:
-    """The latent z [..., r] between the two products: V x, or x[pivots] + Z x[rest]."""
+def project(
+    x: Tensor,
+    factor_in: Tensor,
+    pivots: Tensor | None = None,
+    round_input: Rounding | None = None,
+) -> Tensor:
+    """The latent z [..., r] between the two products: V x, or x[pivots] + Z x[rest].
+
+    ``round_input`` rounds what is multiplied, x or x[rest]; None leaves it as it is.
+    """
     if pivots is None:
-        return linear(x, factor_in)
+        return linear(straight_through(x, round_input), factor_in)
     pivots = pivots.long()
     rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
     rest[pivots] = False
+    if round_input is not None:
+        multiplied = straight_through(x[..., rest], round_input)
+        x = x.clone()
+        x[..., rest] = multiplied
     if torch.is_grad_enabled() and factor_in.requires_grad:
         # In training the gradient of a gather costs more than the products that the gather saves.
         identity = torch.eye(len(pivots), dtype=factor_in.dtype, device=x.device)
         whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
         return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
     return x[..., pivots] + linear(x[..., rest], factor_in)
+
+
+def straight_through(x: Tensor, round_input: Rounding | None) -> Tensor:
+    """``round_input(x)`` in the dtype of x, whose gradient is that of x.
+
+    Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013.
+    """
+    if round_input is None:
+        return x
+    values = round_input(x.detach()).to(x.dtype)
+    return x + (values - x).detach() if torch.is_grad_enabled() and x.requires_grad else values
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -90,12 +118,10 @@ def int8_linear(x: Tensor, part: Int8Part | WholePart, bias: Tensor | None = Non
     if isinstance(part, WholePart):
         outer = decoded(part.weight)
     else:
-        inner, outer = decoded(part.factor_in), decoded(part.factor_out)
-        if part.pivots is None:
-            z = linear(rounded(z), inner)
-        else:
-            rest = other_channels(part.pivots, x.shape[-1])
-            z = z[..., part.pivots.long()] + linear(rounded(z[..., rest]), inner)
+        z, outer = (
+            project(z, decoded(part.factor_in), part.pivots, rounded),
+            decoded(part.factor_out),
+        )
     y = linear(rounded(z), outer)
     return (y if bias is None else y + bias.to(exact)).to(x.dtype)
 

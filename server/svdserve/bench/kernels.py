@@ -106,7 +106,7 @@ class KernelOptions(RoundOptions):
     )
     weights: Literal["float", "int8"] = Field(
         default="float",
-        description="The weights, dense and factored. `int8` measures vLLM's int8 kernel beside ours.",
+        description="The weights, dense and factored. With `int8`, vLLM's kernel is measured too.",
     )
     device: str = Field(
         default="cpu", description="The device that computes, such as `cpu`, `cuda` or `cuda:1`."

@@ -3,23 +3,28 @@
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from svdserve.compression.format.codecs import FLOAT
+from svdserve.compression.format.codecs import FLOAT, INT8
 from svdserve.compression.format.layouts import Factors, get_layout
-from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.schema import LinearSpec, ModuleSpec
 from svdserve.compression.format.stored import store
 from svdserve.compression.model.modules import (
+    EncodedLinear,
     LowRankLinear,
     SharedFactors,
     SharedMember,
+    imitate_server,
     replace_group,
+    trainable_factors,
 )
 from svdserve.compression.system.errors import UserError
+from svdserve.kernels import Int8Matrix, Int8Part, WholePart, reference
 
 IN, SIZES, RANK = 24, (16, 8, 8), 6
 MEMBERS = ("q_proj", "k_proj", "v_proj")
@@ -59,6 +64,46 @@ def test_shared_group_equals_dense(layout: str, bias: bool) -> None:
     names |= {"qkv_proj.pivots"} if layout == "interpolative" else set()
     names |= {f"{m}.bias" for m in MEMBERS} if bias else set()
     assert set(attention.state_dict()) == names
+
+
+@pytest.mark.parametrize("layout", ["pair", "interpolative"])
+def test_imitates_the_server(layout: str) -> None:
+    """Thawed or not, int8 factors and weights give what int8 kernels are defined to give."""
+    n, m, rank = 150, 40, 20
+    generator = torch.Generator().manual_seed(0)
+    pair = Factors(
+        torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+    )
+    factors = store(pair, get_layout(layout), INT8, torch.float32)
+    shape = {"layout": layout, "codec": "int8", "rank": rank, "in_features": n}
+    spec = ModuleSpec(members=("o_proj",), out_features=(m,), **shape)
+    bias = nn.Parameter(torch.randn(m, generator=generator))
+    module = LowRankLinear(spec, factors, bias, torch.float32, "cpu")
+    whole = EncodedLinear(n, m, LinearSpec(codec="int8"), bias, torch.float32, "cpu")
+    whole.load_state_dict({"bias": bias, "weight": torch.zeros(m, n).char(), "weight_scale": bias})
+    whole.weight.data.random_(-127, 128, generator=generator)
+
+    tensors = factors.tensors
+    inner, outer = (
+        Int8Matrix(tensors[name], tensors[f"{name}_scale"]) for name in ("factor_in", "factor_out")
+    )
+    part = Int8Part(inner, outer, tensors.get("pivots"))
+    x = torch.randn(3, n, generator=generator, requires_grad=True)
+    both = nn.ModuleList([module, whole])
+    exact = module(x), whole(x)
+    imitate_server(both)
+    wanted = (
+        reference.int8_linear(x, part, bias),
+        reference.int8_linear(x, WholePart(Int8Matrix(whole.weight, whole.weight_scale)), bias),
+    )
+    for _ in range(2):
+        for layer, want, unrounded in zip(both, wanted, exact, strict=True):
+            found = layer(x)
+            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(found, unrounded, atol=1e-4, rtol=1e-3)
+        trainable_factors(both)
+    gradient, straight = (torch.autograd.grad(y.sum(), x)[0] for y in (module(x), exact[0]))
+    torch.testing.assert_close(gradient, straight, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["pair", "interpolative"])
@@ -106,8 +151,8 @@ def test_projection_is_computed_once_and_released(monkeypatch: pytest.MonkeyPatc
     values: list[weakref.ref[Tensor]] = []
     original = base.project
 
-    def counted(x: Tensor, factor_in: Tensor, pivots: Tensor | None) -> Tensor:
-        value = original(x, factor_in, pivots)
+    def counted(*arguments: Any) -> Tensor:
+        value = original(*arguments)
         values.append(weakref.ref(value))
         return value
 

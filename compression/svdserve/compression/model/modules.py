@@ -2,8 +2,8 @@
 
 The transformers quantizer plug-in builds them before it loads weights, and the block walk puts
 them into the student. Their parameter names are the tensor names of the checkpoint. Encoded
-matrices are decoded at every call, so only the weights are rounded; vLLM's int8 products also round
-the activations.
+matrices are decoded at every call. The server's int8 products also round the activations; what
+walks and trains (``imitate_server``) sees that too, and a model that transformers loads does not.
 """
 
 import weakref
@@ -16,10 +16,12 @@ from torch.nn.functional import linear
 
 from svdserve.compression.format.codecs import FLOAT, Codec, get_codec
 from svdserve.compression.format.codecs.base import decoded
+from svdserve.compression.format.layouts import Layout
 from svdserve.compression.format.schema import LinearSpec, ModuleSpec
 from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.system.errors import UserError
 from svdserve.kernels import lowrank_linear
+from svdserve.kernels.reference import Rounding, straight_through
 
 # PEFT prints the module that it cannot adapt, so the repr is the only place for this hint.
 _NO_ADAPTERS = "factored, takes no PEFT adapter: merge it into the dense model and compress that"
@@ -33,6 +35,12 @@ class EncodedModule(nn.Module):
     """
 
     codec: Codec
+    imitated: Codec | None = None
+    """The codec whose ``round_input`` products apply to their inputs; None for no rounding."""
+
+    @property
+    def round_input(self) -> Rounding | None:
+        return None if self.imitated is None else self.imitated.round_input
 
     def _hold(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
@@ -118,9 +126,10 @@ class FactoredWeight(EncodedModule):
         self.codec = FLOAT
 
     def latent(self, x: Tensor) -> Tensor:
-        """The latent [..., r] of x [..., n]."""
-        value = self.layout.latent(x, self.tensors(x.dtype))
-        return value if self.component_scale is None else value * self.component_scale
+        """The latent [..., r] of x [..., n], as factor_out takes it."""
+        value = self.layout.latent(x, self.tensors(x.dtype), self.round_input)
+        value = value if self.component_scale is None else value * self.component_scale
+        return straight_through(value, self.round_input)
 
     def extra_repr(self) -> str:
         sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
@@ -166,7 +175,7 @@ class LowRankLinear(FactoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.layout.part(self.tensors(x.dtype))
-        if self.component_scale is not None:
+        if self.component_scale is not None or self.imitated is not None:
             return linear(self.latent(x), part.factor_out, self.bias)
         return lowrank_linear(x, *part, self.bias)
 
@@ -286,6 +295,7 @@ class EncodedLinear(EncodedModule):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = straight_through(x, self.round_input)
         return linear(x, self.matrix("weight", x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -340,6 +350,21 @@ def replace_group(
     setattr(parent, module_name, shared)
     for index, (member, bias) in enumerate(zip(spec.members, biases, strict=True)):
         setattr(parent, member, SharedMember(shared, index, bias))
+
+
+def imitate_server(model: nn.Module) -> None:
+    """Round the inputs of all products with encoded matrices as the server's products do."""
+    for module in model.modules():
+        if isinstance(module, FactoredWeight):
+            module.imitated = served_codec(module.layout, module.codec)
+        elif isinstance(module, EncodedLinear):
+            module.imitated = module.codec
+
+
+def served_codec(layout: Layout, codec: Codec) -> Codec | None:
+    """The codec of what the server multiplies; None if that is decoded when it is loaded."""
+    decoded_then = codec.plain or codec.axes is None or layout.decoded_when_served
+    return None if decoded_then else codec
 
 
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:

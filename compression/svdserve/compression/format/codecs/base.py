@@ -76,6 +76,13 @@ class Codec(ABC):
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The matrix [m, n] in a floating-point ``dtype`` from its tensors by suffix."""
 
+    def round_input(self, x: Tensor) -> Tensor:
+        """x [..., n] as the server's product with an encoded matrix [m, n] rounds it, in float32.
+
+        Float64 stays float64. Most products take x as it is.
+        """
+        return x
+
     def check(self, suffix: str, tensor: Tensor) -> None:  # noqa: B027 (most have no rule)
         """Refuse values that ``encode`` never writes; callers check that values are finite.
 
@@ -95,9 +102,17 @@ class Storage:
         """The matrix after encoding and decoding, in its own dtype."""
         return self.codec.decode(self.codec.encode(matrix, self.dtype), matrix.dtype)
 
-    def encode(self, name: str, matrix: Tensor) -> dict[str, Tensor]:
-        """The tensors that store the matrix of that name, on the CPU."""
-        found = self.codec.encode(matrix, self.dtype)
+    def encode(self, name: str, matrix: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors that store the matrix of that name, on the CPU.
+
+        Args:
+            gram: as for ``Codec.encode_for``, in any floating-point dtype; None if it is not known.
+        """
+        found = (
+            self.codec.encode(matrix, self.dtype)
+            if gram is None
+            else self.codec.encode_for(matrix, self.dtype, gram.to(matrix.device, torch.float64))
+        )
         return {f"{name}{suffix}": tensor.cpu().contiguous() for suffix, tensor in found.items()}
 
     def decode(

@@ -1,6 +1,7 @@
 """The codec ``int8``: a matrix W [m, n] as integers Q in -127..127 and scales s [m], W ≈ s Q.
 
 vLLM's W8A8 kernels take this form: int8 weights with one float32 scale for each output channel.
+They multiply integers, as svdserve's kernel does, so the inputs of a product are rounded too.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svdserve.compression.format.codecs.base import Codec
+from svdserve.kernels.reference import rounded
 
 SCALE = "_scale"
 _LARGEST = 127
@@ -45,6 +47,10 @@ class Int8(Codec):
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         return dequantized(tensors[""], tensors[SCALE], dtype)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """As svdserve's CPU kernel rounds it; vLLM's kernels have one scale for a whole token."""
+        return rounded(x)
 
     def check(self, suffix: str, tensor: Tensor) -> None:
         if suffix == SCALE and not bool(tensor.min() > 0):

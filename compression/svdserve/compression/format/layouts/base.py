@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svdserve.kernels.parts import Part, other_channels
-from svdserve.kernels.reference import project
+from svdserve.kernels.reference import Rounding, project
 
 _ROUNDING = 1e-6  # parameters
 
@@ -151,10 +151,10 @@ class Layout(ABC):
             return torch.arange(n, device=tensors["factor_in"].device)
         return other_channels(pivots, n)
 
-    def latent(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """The latent [..., r] of x [..., n]."""
+    def latent(self, x: Tensor, tensors: Tensors, round_input: Rounding | None = None) -> Tensor:
+        """The latent [..., r] of x [..., n]; ``round_input`` is as for ``project``."""
         part = self.part(tensors)
-        return project(x, part.factor_in, part.pivots)
+        return project(x, part.factor_in, part.pivots, round_input)
 
     def dense(self, tensors: Tensors) -> Tensor:
         """The weight [m, n], in the dtype of the matrices."""

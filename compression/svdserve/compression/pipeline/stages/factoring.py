@@ -177,7 +177,8 @@ def _solve(
     if rank is None:
         error = 0.0
         if not storage.codec.plain:
-            error = relative_error(weight, put_whole(block, module, storage, tensors), gram)
+            rounded = put_whole(block, module, storage, tensors, gram)
+            error = relative_error(weight, rounded, gram)
         return None, {"rank": None, "error": error, "beta": None}
     begun = time.perf_counter()
     solution = stage.solve(module, weight, statistics, rank)

@@ -26,7 +26,7 @@ from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.model.companions import copy_companions
 from svdserve.compression.model.hub import resolve_model
 from svdserve.compression.model.loading import load_model
-from svdserve.compression.model.modules import trainable_factors
+from svdserve.compression.model.modules import imitate_server, trainable_factors
 from svdserve.compression.pipeline.calibration.tokens import (
     calibration_digests,
     calibration_tokens,
@@ -212,6 +212,7 @@ class _Refiner:
         student = load_model(self.student, "float32", str(self.device))
         if self.run.checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
+        imitate_server(student)
         factors = trainable_factors(student)
         modules, info = self.config.modules, TensorFiles(self.student).info
         return Trainer(

@@ -39,14 +39,22 @@ def put_factors(
 
 
 def put_whole(
-    block: BlockPass, module: ModulePlan, storage: Storage, tensors: dict[str, Tensor]
+    block: BlockPass,
+    module: ModulePlan,
+    storage: Storage,
+    tensors: dict[str, Tensor],
+    gram: Tensor | None,
 ) -> Tensor:
     """Add the encoded dense weights of a module to ``tensors`` and, decoded, to the student.
 
-    Returns the decoded weights, stacked [m, n].
+    Args:
+        gram: X Xᵀ [n, n] of the module's inputs, for which the weights are rounded.
+
+    Returns:
+        The decoded weights, stacked [m, n].
     """
     for member, name in zip(module.members, module.linears, strict=True):
-        tensors |= storage.encode(f"{name}.weight", block.weight(module.group, member))
+        tensors |= storage.encode(f"{name}.weight", block.weight(module.group, member), gram)
     return _replace_weights(block, module, storage.codec, tensors)
 
 
@@ -83,5 +91,5 @@ def _replace_weights(
 ) -> Tensor:
     weights = [decoded(codec, f"{name}.weight", tensors, torch.float32) for name in module.linears]
     for member, weight in zip(module.members, weights, strict=True):
-        block.replace_weight(module.group, member, weight)
+        block.replace_weight(module.group, member, weight, codec)
     return torch.cat(weights).to(block.walk.device)

@@ -16,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdserve.compression.format.codecs import FLOAT
-from svdserve.compression.format.schema import ModuleSpec
+from svdserve.compression.format.codecs import FLOAT, Codec
+from svdserve.compression.format.schema import LinearSpec, ModuleSpec
 from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.model.architecture import Call, Group
 from svdserve.compression.model.containers import Container, learn_containers
-from svdserve.compression.model.modules import replace_group
+from svdserve.compression.model.modules import (
+    EncodedLinear,
+    FactoredWeight,
+    replace_group,
+    served_codec,
+)
 from svdserve.compression.model.skeleton import Skeleton
 from svdserve.compression.pipeline.walk.measure import Measured, measured_rows
 from svdserve.compression.pipeline.walk.passage import Passage
@@ -222,14 +227,28 @@ class BlockPass:
         parent = self.student.get_submodule(group.parent)
         # Decoded from their stored form, because the student must see what will be served.
         spec = spec.model_copy(update={"codec": FLOAT.name})
-        factors = StoredFactors(factors.layout, FLOAT, factors.decoded(torch.float32))
-        replace_group(parent, name, spec, factors, torch.float32, self.walk.device)
+        decoded = StoredFactors(factors.layout, FLOAT, factors.decoded(torch.float32))
+        replace_group(parent, name, spec, decoded, torch.float32, self.walk.device)
+        module = parent.get_submodule(name)
+        assert isinstance(module, FactoredWeight)
+        module.imitated = served_codec(factors.layout, factors.codec)
         parent.requires_grad_(False)
 
-    def replace_weight(self, group: Group, member: str, weight: Tensor) -> None:
-        """Replace the dense weight [m, n] of one linear of the student by a float32 weight."""
-        linear = group.linear(self.student, member)
-        linear.weight = nn.Parameter(weight.to(self.walk.device), requires_grad=False)
+    def replace_weight(self, group: Group, member: str, weight: Tensor, codec: Codec) -> None:
+        """Replace the dense weight [m, n] of one linear of the student.
+
+        Args:
+            weight: decoded, in float32.
+            codec: the codec that it is stored by.
+        """
+        parent, device = self.student.get_submodule(group.parent), str(self.walk.device)
+        old = group.linear(self.student, member)
+        assert isinstance(old, nn.Linear)
+        m, n = weight.shape
+        linear = EncodedLinear(n, m, LinearSpec(role=group.role), old.bias, torch.float32, device)
+        linear.weight = nn.Parameter(weight.to(self.walk.device))
+        linear.imitated = codec
+        setattr(parent, member, linear.requires_grad_(False))
 
     def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [B, L, d] of student and teacher for the sequences ``rows`` [B].
