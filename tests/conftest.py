@@ -1,8 +1,11 @@
-"""With ``--strict-skips`` a test that skips for what could have been there fails.
+"""Two options of all tests: ``--exhaustive`` and ``--strict-skips``.
 
-A skip whose cause no set-up cures (``UNCURABLE``) stays one. So does, for each program of
-``--missing``, the skip for want of exactly that program: whoever calls pytest has tried to install
-it. The summary counts both, so that nobody takes what was left out for what has passed.
+Tests marked ``exhaustive`` run only with ``--exhaustive``.
+
+With ``--strict-skips`` a test that skips for what could have been there fails. A skip whose cause
+no set-up cures (``UNCURABLE``) stays one. So does, for each program of ``--missing``, the skip for
+want of exactly that program: whoever calls pytest has tried to install it. The summary counts both,
+so that nobody takes what was left out for what has passed.
 """
 
 import re
@@ -33,6 +36,8 @@ PROGRAMS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("selection")
+    group.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
     group = parser.getgroup("skips")
     group.addoption("--strict-skips", action="store_true", help="fail where a cure would run it")
     group.addoption(
@@ -46,6 +51,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := missing(config) - PROGRAMS.keys():
         raise pytest.UsageError(f"--missing: no such program: {', '.join(sorted(unknown))}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def missing(config: pytest.Config) -> set[str]:

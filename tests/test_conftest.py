@@ -1,4 +1,4 @@
-"""What --strict-skips makes of skips, on small test files."""
+"""What --exhaustive selects and what --strict-skips makes of skips, on small test files."""
 
 from pathlib import Path
 
@@ -101,3 +101,22 @@ def test_it_holds_in_the_processes_of_xdist(pytester: pytest.Pytester) -> None:
     done = pytester.runpytest_subprocess(*STRICT, "-n", "1", "-p", "xdist")
     done.assert_outcomes(failed=1, errors=2, skipped=3)
     done.stdout.fnmatch_lines(["skipped: 3 for a page without commands"])
+
+
+def test_exhaustive_tests_run_when_asked_for(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nmarkers = exhaustive")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_short():
+            pass
+
+        @pytest.mark.exhaustive
+        def test_long():
+            pass
+        """
+    )
+    plain = ("-p", "no:cacheprovider")
+    pytester.runpytest_inprocess(*plain).assert_outcomes(passed=1, deselected=1)
+    pytester.runpytest_inprocess("--exhaustive", *plain).assert_outcomes(passed=2)

@@ -39,6 +39,9 @@ ENVIRONMENT = {
 WORDS = "The quick brown fox jumps over the lazy dog; {0} is the number of this line.\n"
 
 
+README, *OTHERS = pages()
+
+
 def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -67,7 +70,11 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.vllm
 @pytest.mark.timeout(SECONDS + 300)
-@pytest.mark.parametrize("page", pages(), ids=named)
+@pytest.mark.parametrize(
+    "page",
+    [README, *(pytest.param(page, marks=pytest.mark.exhaustive) for page in OTHERS)],
+    ids=named,
+)
 def test_blocks_run(page: Path, models: Path, forked: Path, tmp_path: Path) -> None:
     """README.md with the program that was installed, the others with one that starts at once."""
     with socket.socket() as probe:

@@ -37,6 +37,7 @@ def result(options: BenchOptions) -> BenchResult:
     return run_bench(options)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_every_workload_of_every_model_is_measured(result: BenchResult) -> None:
     assert [model.name for model in result.models] == ["dense", "low"]
@@ -52,6 +53,7 @@ def fair_names() -> list[str]:
     return ["dense, our kernels"] if serves_on_cpu() else []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_sizes_are_those_of_the_files(result: BenchResult) -> None:
     for model in result.models:
@@ -60,6 +62,7 @@ def test_sizes_are_those_of_the_files(result: BenchResult) -> None:
         assert 0 < (model.load_seconds or 0) < model.start_seconds or model.name == "dense"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_ratios_pair_the_rounds(result: BenchResult) -> None:
     written = json.loads(result.model_dump_json())
@@ -82,6 +85,7 @@ def test_ratios_pair_the_rounds(result: BenchResult) -> None:
     assert BenchResult.model_validate(written).compared == result.models[1:]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_the_table_shows_each_ratio(
     result: BenchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -95,6 +99,7 @@ def test_the_table_shows_each_ratio(
     assert result.machine.processor in shown
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_no_engine_is_left(result: BenchResult) -> None:
     assert result.models
@@ -124,6 +129,7 @@ def test_an_engine_that_can_not_start_tells_why(options: BenchOptions) -> None:
         run_bench(starved)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_the_profile_divides_the_measured_time(options: BenchOptions) -> None:
     """The parts that the profile of a step is made of are all of its time, and none is negative.

@@ -43,6 +43,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> LoadResult:
     return run_load([Target("dense", dense, flags=STOCK), Target("low", low)], OPTIONS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_every_round_of_every_server_is_measured(result: LoadResult):
     wanted = {(w, c, n) for w in WORKLOADS for c in (1, 3) for n in (1, 2)}
@@ -58,6 +59,7 @@ def test_every_round_of_every_server_is_measured(result: LoadResult):
             assert figures["median_ttft_ms"] <= figures["p99_ttft_ms"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_ratios_pair_the_rounds(result: LoadResult):
     dense, low = result.servers
@@ -81,6 +83,7 @@ def test_ratios_pair_the_rounds(result: LoadResult):
     assert LoadResult.model_validate(json.loads(result.model_dump_json())) == result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_the_report_names_what_the_freed_memory_buys(result: LoadResult, tmp_path: Path):
     dense, low = result.servers
@@ -92,6 +95,7 @@ def test_the_report_names_what_the_freed_memory_buys(result: LoadResult, tmp_pat
     assert THROUGHPUT in {ratio.figure for ratio in result.ratios}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.vllm
 def test_no_server_is_left(result: LoadResult):
     assert result.servers

@@ -79,6 +79,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(file.read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.exhaustive
 def test_every_configuration_compiles_without_spills(compiled: dict[str, Any]) -> None:
     for kernel in compiled["kernels"]:
         assert kernel["spills"] == kernel["stack_bytes"] == 0, kernel
@@ -87,6 +88,7 @@ def test_every_configuration_compiles_without_spills(compiled: dict[str, Any]) -
         assert kernel["registers"] <= 255, kernel
 
 
+@pytest.mark.exhaustive
 def test_weights_are_loaded_128_bits_at_a_time_and_multiplied_by_tensor_cores(
     compiled: dict[str, Any],
 ) -> None:
@@ -107,6 +109,7 @@ def test_weights_are_loaded_128_bits_at_a_time_and_multiplied_by_tensor_cores(
             assert names == "", kernel
 
 
+@pytest.mark.exhaustive
 def test_every_launch_is_a_compiled_configuration(
     compiled: dict[str, Any], interpreted: Interpreted
 ) -> None:

@@ -56,6 +56,7 @@ def server(model: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.exhaustive
 def test_generated_requests_get_no_5xx(server: Server, model: Path, tmp_path: Path) -> None:
     """A few of what benchmarks/reliability/reliability_fuzz.py sends by thousands."""
     pytest.importorskip("schemathesis")
@@ -115,6 +116,7 @@ def test_the_engine_is_killed(server: Server) -> None:
     wait_until(lambda: not any(is_alive(process) for process in tree))
 
 
+@pytest.mark.exhaustive
 def test_load_with_cancelled_and_bad_requests(model: Path, tmp_path: Path) -> None:
     """reliability_load.py in small; a fresh server, so also what a supervisor restarts.
 

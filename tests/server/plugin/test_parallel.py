@@ -40,6 +40,7 @@ def model(root: Path, **arguments: Any) -> dict[str, Any]:
     return {"model": str(root / str(CASE)), **arguments}
 
 
+@pytest.mark.exhaustive
 def test_pipeline_stages_alone_and_with_tensor_parallel_ranks(root: Path) -> None:
     """Each stage loads its own layers; the last one also the embedding, as the output head."""
     engines = [
@@ -68,6 +69,7 @@ def test_eager_pipeline_stages_are_refused_on_a_cpu() -> None:
             _require_compiled_pipeline(config)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs pip install 'svdserve[ray]'")
 def test_ray_nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline stage on each of two nodes, which are processes of this machine."""
@@ -86,6 +88,7 @@ def test_ray_nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [report["layers"] for report in served.reports if report] == [2 * 4] * 2
 
 
+@pytest.mark.exhaustive
 def test_ranks_are_summed_instead_of_outputs(tmp_path: Path) -> None:
     """The benchmark counts what the engine sums; here beside the shapes of the factors."""
     dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)

@@ -163,6 +163,7 @@ def test_kernels_are_in_the_key_of_compiled_graphs(
         _name_kernels(config)
 
 
+@pytest.mark.exhaustive
 def test_another_kernel_compiles_its_own_graph(small: Path, tmp_path: Path) -> None:
     """Two starts on one cache: vLLM would hand the second the graph of the first."""
     engine = {"model": str(small), "dtype": "bfloat16", "enforce_eager": False}

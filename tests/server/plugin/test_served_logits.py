@@ -233,6 +233,7 @@ def test_adapters_see_the_layers_of_the_model(engines: Engines) -> None:
     assert report["joined"] == 0
 
 
+@pytest.mark.exhaustive
 def test_triton_kernels_in_the_interpreter(tmp_path: Path) -> None:
     """What a GPU would run, on CPU: the same layers, one operation for all parts where it can."""
     pytest.importorskip("triton")
