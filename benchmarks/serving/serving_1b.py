@@ -2,7 +2,7 @@
 
 Weights are random, since speed and memory do not depend on their values, and the factored models
 are written directly in the checkpoint format. The bars are the goals of this project, above all a
-share of the ideal ratio of bytes or operations. Eager and compiled mode have a results file each,
+share of the ratio of bytes or operations. Eager and compiled mode have a results file each,
 relative to the dense model in the same mode.
 """
 
@@ -74,7 +74,7 @@ class Promise:
 
 PROMISES = {0.8: Promise(1.10, 1.18), 0.6: Promise(1.30, 1.5), 0.4: Promise(1.60, 1.8)}
 LEAST_DECODE = 1.0  # decoding is not slower than dense at any batch size
-LEAST_SHARE = 0.95  # of the ideal ratio: of bytes in decoding, of operations in prefill
+LEAST_SHARE = 0.95  # of the bytes ratio in decoding, of the operations ratio in prefill
 LEAST_MEMORY = 0.9  # of the bytes that the files save, to be saved in the worker
 
 

@@ -13,7 +13,7 @@ from svdserve.compression.system.files import write_results
 class Bar(BaseModel):
     """One goal: ``measured`` must be within ``least`` and ``most``.
 
-    ``over_dense`` and ``ideal`` are set if ``measured`` is their quotient.
+    ``over_dense`` and ``work_ratio`` are set if ``measured`` is their quotient.
     """
 
     model: str
@@ -22,7 +22,7 @@ class Bar(BaseModel):
     least: float | None = None
     most: float | None = None
     over_dense: float | None = None
-    ideal: float | None = None
+    work_ratio: float | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -32,22 +32,22 @@ class Bar(BaseModel):
         return enough and (self.most is None or self.measured <= self.most)
 
     def __str__(self) -> str:
-        parts = f" = {self.over_dense:.3f} / {self.ideal:.3f}" if self.ideal else ""
+        parts = f" = {self.over_dense:.3f} / {self.work_ratio:.3f}" if self.work_ratio else ""
         limit = f"at most {self.most:g}" if self.least is None else f"at least {self.least:g}"
         verdict = "reached" if self.reached else "MISSED"
         return f"{self.model} {self.what}: {self.measured:.3f}{parts}, {limit}: {verdict}"
 
 
 def share_bars(result: BenchResult, least: float) -> list[Bar]:
-    """One goal for every model and workload: the measured ratio over the ideal one."""
+    """One goal for every model and workload: the measured ratio over the ratio of work."""
     return [
         Bar(
             model=Path(ratio.directory).name,
-            what=f"{ratio.workload} over ideal",
-            measured=ratio.median / ratio.ideal,
+            what=f"{ratio.workload} over its {ratio.work} ratio",
+            measured=ratio.median / ratio.work_ratio,
             least=least,
             over_dense=ratio.median,
-            ideal=ratio.ideal,
+            work_ratio=ratio.work_ratio,
         )
         for ratio in result.ratios
     ]

@@ -4,8 +4,8 @@ All engines are loaded at once and measured in turn, A B C, C B A, ..., so that 
 machine affects every model alike; a ratio compares two measurements that are seconds apart. The
 dense model runs twice, as vLLM has it and as the fair baseline (contenders.py). An engine's speed
 may depend on the memory that it happened to get, which several starts of all engines show. Medians
-are reported with the extremes of the rounds, beside the ideal ratio: the bytes ratio of a decoding
-step, or the operations ratio of prefill (ratios.py). Each engine is a process (worker.py).
+are reported with the extremes of the rounds, beside the bytes ratio of a decoding step or the
+operations ratio of prefill (ratios.py). Each engine is a process (worker.py).
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, PositiveInt, computed_field
@@ -114,7 +114,9 @@ class ModelResult(BaseModel):
 class Ratio(BaseModel):
     """A model's tokens per second over the dense model's, round by round.
 
-    ``ideal`` is the bytes ratio of a decoding step, or the operations ratio of prefill (ratios.py).
+    Attributes:
+        work: what limits the workload: the bytes of a decoding step, the operations of prefill.
+        work_ratio: the bytes ratio or the operations ratio (ratios.py).
     """
 
     directory: str
@@ -123,7 +125,8 @@ class Ratio(BaseModel):
     median: float
     lowest: float
     highest: float
-    ideal: float
+    work: Literal["bytes", "operations"]
+    work_ratio: float
 
 
 class BenchResult(BaseModel):
@@ -171,7 +174,8 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
         median=statistics.median(rounds),
         lowest=min(rounds),
         highest=max(rounds),
-        ideal=mine.bytes_ratio(theirs) if decodes else mine.operations_ratio(theirs),
+        work="bytes" if decodes else "operations",
+        work_ratio=mine.bytes_ratio(theirs) if decodes else mine.operations_ratio(theirs),
     )
 
 
@@ -265,7 +269,7 @@ def print_bench(result: BenchResult) -> None:
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
-        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ideal ratio",
+        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ratio of work",
         caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )
@@ -276,7 +280,7 @@ def print_bench(result: BenchResult) -> None:
     speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
     for model in result.compared:
         cells = (
-            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\nideal {r.ideal:.2f}"
+            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\n{r.work} {r.work_ratio:.2f}"
             for r in result.over_dense(model)
         )
         speeds.add_row(model.name, *cells)
@@ -286,14 +290,14 @@ def print_bench(result: BenchResult) -> None:
 
 
 def plot_bench(result: BenchResult, file: Path) -> None:
-    """Tokens per second over dense by workload, beside the ideal ratios.
+    """Tokens per second over dense by workload, beside the ratios of bytes and operations.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     models = {
         model.name: [
-            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, work_ratio=r.ideal)
+            Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, r.work_ratio)
             for r in result.over_dense(model)
         ]
         for model in result.compared

@@ -27,7 +27,7 @@ class Point:
 def draw(
     panels: Mapping[str, Mapping[str, Sequence[Point]]], file: Path, dense: str, ylabel: str
 ) -> None:
-    """Draw a panel for each title, with a line for each model and crosses for the ideal ratios.
+    """Draw a panel for each title, with a line for each model and crosses for its ratios of work.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def draw(
             ratios = zip(places, (point.work_ratio for point in points), strict=True)
             known = [(place, ratio) for place, ratio in ratios if ratio]
             if known:
-                label = "ideal" if number == 0 else None
+                label = "bytes or operations ratio" if number == 0 else None
                 axes.scatter(*zip(*known, strict=True), color=colour, marker="x", label=label)
         labels = [point.label for point in max(models.values(), key=len)]
         axes.set_xticks(range(len(labels)), labels)

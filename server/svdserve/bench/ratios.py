@@ -25,11 +25,11 @@ class StepWork:
     operations: int
 
     def bytes_ratio(self, dense: "StepWork") -> float:
-        """The dense model's bytes over this model's, which is the ideal speed-up of decoding."""
+        """The dense model's bytes over this model's: the speed-up of decoding that they allow."""
         return dense.bytes / self.bytes
 
     def operations_ratio(self, dense: "StepWork") -> float:
-        """The dense model's operations over this model's: the ideal speed-up of prefill."""
+        """The dense model's operations over this model's: the speed-up that they allow prefill."""
         return dense.operations / self.operations
 
 

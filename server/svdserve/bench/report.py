@@ -47,7 +47,7 @@ def _servers(result: LoadResult) -> str:
 
 
 def _ratios(result: LoadResult) -> str:
-    headings = ["server", "workload", "clients", *_FIGURES.values(), "ideal"]
+    headings = ["server", "workload", "clients", *_FIGURES.values(), "bytes or operations ratio"]
     rows = []
     for server in result.servers[1:]:
         for workload in result.options.workloads:

@@ -80,9 +80,9 @@ def bench(
 
     The dense model runs twice: as vLLM has it, and on a CPU also with svdserve's kernels, as
     `svdserve serve` serves it. Without `--served` and `--kernels`, decoding and prefill are
-    measured separately in vLLM's engine. Each speed is shown beside the ideal ratio: the bytes
-    ratio of decoding, or the operations ratio of prefill. With `--served`, the clients of `vllm
-    bench serve` measure `svdserve serve`. With `--kernels`, no model is loaded.
+    measured separately in vLLM's engine. Each speed is shown beside the bytes ratio of decoding, or
+    the operations ratio of prefill. With `--served`, the clients of `vllm bench serve` measure
+    `svdserve serve`. With `--kernels`, no model is loaded.
     """
     options.grant(allow_links=allow_links)
     given = flags.given(ctx)
