@@ -9,6 +9,7 @@ every product too. The chunks and the loss are those of `svdserve eval`.
 import argparse
 import math
 import socket
+import statistics
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +27,15 @@ HOST = "127.0.0.1"
 FLAGS = ("--kv-cache-memory-bytes", "1G", "--enforce-eager", "--max-num-seqs", "1")
 
 
-def served_loss(model: Path, chunks: list[list[int]]) -> float:
-    """The mean loss of a token in nats, by the server's log-probabilities of the prompt."""
+def served_losses(model: Path, chunks: list[list[int]]) -> list[float]:
+    """The mean loss of each chunk's tokens, by the server's log-probabilities of the prompt.
+
+    Args:
+        chunks: token ids, all of one length.
+
+    Returns:
+        nats for each token but a chunk's first.
+    """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
@@ -43,10 +51,9 @@ def served_loss(model: Path, chunks: list[list[int]]) -> float:
             body = {"model": name, "prompt": chunk, "max_tokens": 1, "prompt_logprobs": 0}
             answer = client.post("/v1/completions", json=body).raise_for_status().json()
             found = answer["choices"][0]["prompt_logprobs"][1:]
-            losses += [
-                -one[str(token)]["logprob"] for one, token in zip(found, chunk[1:], strict=True)
-            ]
-    return math.fsum(losses) / len(losses)
+            pairs = zip(found, chunk[1:], strict=True)
+            losses.append(statistics.fmean(-one[str(token)]["logprob"] for one, token in pairs))
+    return losses
 
 
 def main() -> None:
@@ -64,7 +71,7 @@ def main() -> None:
         own = perplexity(
             model, given.text, seq_len=given.seq_len, max_chunks=given.max_chunks, progress=False
         )
-        loss = served_loss(model, chunks)
+        loss = statistics.fmean(served_losses(model, chunks))
         rows[model.name] = {
             "stored_bytes": sum(info.nbytes for info in TensorFiles(model).info.values()),
             "transformers": own.mean_loss,
