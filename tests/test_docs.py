@@ -3,12 +3,15 @@
 tests/support/pages.py says what a page must look like.
 """
 
+import io
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,11 +178,17 @@ def extras() -> dict[str, list[str]]:
 
 @cache
 def script_options(file: str) -> set[str]:
-    """Of a script of ours, as its help page lists them."""
-    done = subprocess.run(
-        [sys.executable, ROOT / file, "--help"], capture_output=True, text=True, check=True
-    )
-    return {"--", *re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout)}
+    """Of a script of ours, as its help page lists them.
+
+    It runs in this process: a fresh one would import torch and vLLM for every script.
+    """
+    page = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(page):
+        patch.setattr(sys, "argv", [file, "--help"])
+        patch.syspath_prepend(str((ROOT / file).parent))
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+    return {"--", *re.findall(r"(?<![\w-])--?[a-z][\w-]*", page.getvalue())}
 
 
 def objections(words: list[str]) -> Iterator[str]:
