@@ -26,16 +26,18 @@ void multiply_bf16(const Word* x, int, const Word* w, int64_t words, bool add, f
     sums[token][block] = add ? _mm512_loadu_ps(out + token * kPanel + block * kLanes)
                              : _mm512_setzero_ps();
   });
-  for (; words > 0; words -= kLanes, x += (Tokens - 1) * kLanes) {
+  for (; words > 0; words -= kLanes, x += Tokens * kLanes) {
+    // The last block may be short, and its padding would take time.
+    const int count = static_cast<int>(std::min<int64_t>(words, kLanes));
 #pragma GCC unroll 2
-    for (int word = 0; word < kLanes; ++word, ++x, w += kLanes * Blocks) {
+    for (int word = 0; word < count; ++word, w += kLanes * Blocks) {
       __m512bh weights[Blocks];
       unrolled<1, Blocks>([&](auto, auto block) {
         weights[block] = (__m512bh)_mm512_loadu_si512(w + kLanes * block);
         _mm_prefetch(reinterpret_cast<const char*>(w + kLanes * block) + kAhead, _MM_HINT_T0);
       });
       unrolled<Tokens, Blocks>([&](auto token, auto block) {
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[token * kLanes]));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[token * kLanes + word]));
         sums[token][block] = _mm512_dpbf16_ps(sums[token][block], weights[block], value);
       });
     }

@@ -68,15 +68,17 @@ void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, 
     unrolled<Tokens, Blocks>([&](auto token, auto block) {
       sums[token][block] = (Integers)_mm512_set1_epi32(scales[token].offset);
     });
+    // The last block may be short, and its padding would take time.
+    const int count = static_cast<int>(std::min<int64_t>(words, kLanes));
 #pragma GCC unroll 2
-    for (int word = 0; word < kLanes; ++word, ++x, w += kLanes * Blocks) {
+    for (int word = 0; word < count; ++word, w += kLanes * Blocks) {
       __m512i weights[Blocks];
       unrolled<1, Blocks>([&](auto, auto block) {
         weights[block] = _mm512_loadu_si512(w + kLanes * block);
         _mm_prefetch(reinterpret_cast<const char*>(w + kLanes * block) + kAhead, _MM_HINT_T0);
       });
       unrolled<Tokens, Blocks>([&](auto token, auto block) {
-        const __m512i value = _mm512_set1_epi32(static_cast<int>(x[token * kLanes]));
+        const __m512i value = _mm512_set1_epi32(static_cast<int>(x[token * kLanes + word]));
         const __m512i sum = (__m512i)sums[token][block];
         sums[token][block] = (Integers)_mm512_dpbusd_epi32(sum, weights[block], value);
       });
@@ -91,7 +93,7 @@ void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, 
       else
         _mm512_storeu_ps(to, add_scaled(sum, scale, add, to));
     });
-    words -= kLanes, x += (Tokens - 1) * kLanes, scales += Tokens, add = true;
+    words -= kLanes, x += Tokens * kLanes, scales += Tokens, add = true;
   } while (words > 0);  // there is a word: code for none would keep the sums in memory too
   if constexpr (kHeld)
     unrolled<Tokens, Blocks>([&](auto token, auto block) {

@@ -32,7 +32,7 @@ constexpr int kAhead = 4096;          // bytes of weights that are asked for in 
 constexpr int64_t kChunk = 768;       // tokens at a time, which bounds the scratch memory
 constexpr int64_t kCached = 384 << 10;  // bytes of panels that stay in the L2 cache under all tiles
 
-// Whole blocks of 16 words are multiplied: past the end of a panel they find the next panel, past
+// AMX multiplies whole blocks of 16 words: past the end of a panel they find the next panel, past
 // the end of the last one this slack, which is zero as NaNs would spread; the activations are zero.
 constexpr int64_t kSlack = kLanes * kPanel;
 
