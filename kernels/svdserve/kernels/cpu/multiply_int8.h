@@ -42,12 +42,18 @@ struct Int8Activations {
   }
 };
 
-// values * scale + before, of which nothing is read unless `add`. Without a branch, around which the
-// compiler would move the sums of all tokens to memory.
-[[gnu::always_inline]] inline __m512 add_scaled(__m512i values, float scale, bool add,
-                                                const float* before) {
-  const __m512 sum = _mm512_maskz_loadu_ps(add ? 0xffff : 0, before);
+// Tokens of a tile without AMX: the sums of a group and those of all groups stay in registers.
+constexpr int kInt8Tile = 6;
+
+// values * scale + sum.
+[[gnu::always_inline]] inline __m512 add_scaled(__m512i values, float scale, __m512 sum) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(values), _mm512_set1_ps(scale), sum);
+}
+
+// 16 sums, or zeros unless `add`. Without a branch, around which the compiler would move the sums of
+// all tokens to memory.
+[[gnu::always_inline]] inline __m512 sums_before(const float* out, bool add) {
+  return _mm512_maskz_loadu_ps(add ? 0xffff : 0, out);
 }
 
 // out[token][0 .. 16 * Blocks): the dot products of each token of a tile with each row of a panel,
@@ -55,14 +61,10 @@ struct Int8Activations {
 template <int Tokens, int Blocks>
 void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, int64_t words,
                    bool add, float* out) {
-  // Where the registers also hold the sums of all groups, those need not go through the cache.
-  constexpr bool kHeld = Tokens * Blocks <= 12;
-  __m512 held[Tokens][Blocks];
-  if constexpr (kHeld)
-    unrolled<Tokens, Blocks>([&](auto token, auto block) {
-      const float* before = out + token * kPanel + block * kLanes;
-      held[token][block] = _mm512_maskz_loadu_ps(add ? 0xffff : 0, before);
-    });
+  __m512 totals[Tokens][Blocks];
+  unrolled<Tokens, Blocks>([&](auto token, auto block) {
+    totals[token][block] = sums_before(out + token * kPanel + block * kLanes, add);
+  });
   do {
     Integers sums[Tokens][Blocks];
     unrolled<Tokens, Blocks>([&](auto token, auto block) {
@@ -84,21 +86,14 @@ void multiply_int8(const Word* x, const GroupScale* scales, int, const Word* w, 
       });
     }
     unrolled<Tokens, Blocks>([&](auto token, auto block) {
-      const __m512i sum = (__m512i)sums[token][block];
-      const float scale = scales[token].scale;
-      float* to = out + token * kPanel + block * kLanes;
-      if constexpr (kHeld)
-        held[token][block] =
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), held[token][block]);
-      else
-        _mm512_storeu_ps(to, add_scaled(sum, scale, add, to));
+      totals[token][block] = add_scaled((__m512i)sums[token][block], scales[token].scale,
+                                        totals[token][block]);
     });
-    words -= kLanes, x += Tokens * kLanes, scales += Tokens, add = true;
+    words -= kLanes, x += Tokens * kLanes, scales += Tokens;
   } while (words > 0);  // there is a word: code for none would keep the sums in memory too
-  if constexpr (kHeld)
-    unrolled<Tokens, Blocks>([&](auto token, auto block) {
-      _mm512_storeu_ps(out + token * kPanel + block * kLanes, held[token][block]);
-    });
+  unrolled<Tokens, Blocks>([&](auto token, auto block) {
+    _mm512_storeu_ps(out + token * kPanel + block * kLanes, totals[token][block]);
+  });
 }
 
 // The same with AMX, for `tokens` of 16 * Tiles at most.
@@ -138,7 +133,8 @@ __attribute__((target("amx-tile,amx-int8"))) void multiply_int8_amx(
         const int at = token * kPanel + block * kLanes;
         const __m512i offset = _mm512_set1_epi32(scales->offset);
         const __m512i whole = _mm512_add_epi32(_mm512_load_si512(sums + at), offset);
-        _mm512_storeu_ps(out + at, add_scaled(whole, scales->scale, add, out + at));
+        const __m512 before = sums_before(out + at, add);
+        _mm512_storeu_ps(out + at, add_scaled(whole, scales->scale, before));
       }
     add = true;
   }
@@ -148,12 +144,12 @@ using MultiplyInt8 = void (*)(const Word*, const GroupScale*, int, const Word*, 
                               float*);
 
 template <int Blocks, int... Less>
-constexpr std::array<MultiplyInt8, kVectorTile> int8_by_tokens(std::integer_sequence<int, Less...>) {
+constexpr std::array<MultiplyInt8, kInt8Tile> int8_by_tokens(std::integer_sequence<int, Less...>) {
   return {multiply_int8<Less + 1, Blocks>...};
 }
 constexpr auto kMultiplyInt8 =
-    std::array{int8_by_tokens<1>(std::make_integer_sequence<int, kVectorTile>()),
-               int8_by_tokens<2>(std::make_integer_sequence<int, kVectorTile>())};
+    std::array{int8_by_tokens<1>(std::make_integer_sequence<int, kInt8Tile>()),
+               int8_by_tokens<2>(std::make_integer_sequence<int, kInt8Tile>())};
 constexpr MultiplyInt8 kMultiplyInt8Amx[2][2] = {
     {multiply_int8_amx<1, 1>, multiply_int8_amx<2, 1>},
     {multiply_int8_amx<1, 2>, multiply_int8_amx<2, 2>}};
@@ -164,7 +160,7 @@ struct Int8 {
 
   bool amx;
 
-  int64_t tile() const { return amx ? kAmxTile : kVectorTile; }
+  int64_t tile() const { return amx ? kAmxTile : kInt8Tile; }
   // Columns of a block where panels are cut, whole groups.
   int64_t block_words() const { return amx ? 128 : 512; }
   void multiply(const Input& x, int64_t start, int size, int64_t word, const Word* w, int blocks,
