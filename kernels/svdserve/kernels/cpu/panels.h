@@ -3,9 +3,8 @@
 // Both are made of words of 32 bits: 2 neighbouring columns in bfloat16, or 4 in int8. A weight is
 // packed in panels of 32 rows, [word][row], the operand order of vdpbf16ps and vpdpbusd; the last
 // panel has 16 rows where those are enough. Activations are packed in tiles of tokens, [block of 16
-// words][token][16], so that one pointer walks a tile and whole vectors fill it: 12 tokens times 32
-// rows keep 24 of the 32 vector registers busy. With AMX a tile has up to 32 tokens; both operands
-// already lie as its tile registers want them.
+// words][token][16], so that one pointer walks a tile and whole vectors fill it. With AMX a tile has
+// up to 32 tokens; both operands already lie as its tile registers want them.
 
 #pragma once
 
@@ -26,8 +25,7 @@ using Word = std::uint32_t;
 
 constexpr int kLanes = 16;            // words, or float32, in a vector
 constexpr int kPanel = 2 * kLanes;    // rows of a packed panel
-constexpr int kVectorTile = 12;       // tokens of a tile, at most
-constexpr int kAmxTile = 2 * kLanes;  // the same with AMX
+constexpr int kAmxTile = 2 * kLanes;  // tokens of a tile with AMX, at most
 constexpr int kAhead = 4096;          // bytes of weights that are asked for in advance
 constexpr int64_t kChunk = 768;       // tokens at a time, which bounds the scratch memory
 constexpr int64_t kCached = 384 << 10;  // bytes of panels that stay in the L2 cache under all tiles
