@@ -28,8 +28,8 @@ class Codec(ABC):
         axes: the axes of the matrix that each suffix's tensor has: 0 for rows, 1 for columns. A TP
             rank uses them to read only its share of a matrix. None if a matrix must be decoded
             before it can be split.
-        revision: counts changes of the values that ``encode`` and ``encode_for`` return. A job that
-            an older revision began is not resumed.
+        revision: counts changes of what ``encode``, ``encode_for`` and ``round_input`` return. A job
+            that an older revision began is not resumed.
     """
 
     name: ClassVar[str]

@@ -25,7 +25,7 @@ class Int8(Codec):
 
     name = "int8"
     product = "int8"
-    revision = 2
+    revision = 3
     axes: ClassVar[Mapping[str, tuple[int, ...]]] = {"": (0, 1), SCALE: (0,)}
 
     def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
