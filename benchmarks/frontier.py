@@ -21,6 +21,7 @@ from served_quality import served_losses
 from svdserve.bench.engine import BenchOptions, BenchResult, print_bench, run_bench
 from svdserve.compression.evaluation.perplexity import text_chunks
 from svdserve.compression.evaluation.plots import new_figure, save_figure
+from svdserve.compression.format.integrity import file_sha256
 from svdserve.compression.format.tensors import TensorFiles
 from svdserve.compression.format.untrusted import read_json
 from svdserve.compression.pipeline.job import compress
@@ -39,7 +40,7 @@ def contenders(given: argparse.Namespace) -> dict[str, Path]:
     found = {DENSE: given.model}
     if given.int4:
         found["int4"] = work / "int4"
-        if not (found["int4"] / "config.json").exists():
+        if not found["int4"].exists():
             write_int4(given.model, found["int4"])
     recipes: dict[str, Recipe] = {}
     for keep in (1.0, *given.keep):
@@ -67,10 +68,11 @@ def kind(name: str) -> str:
 def losses(name: str, directory: Path, given: argparse.Namespace) -> dict[str, float]:
     """The served mean loss of a token on each text, in nats; kept in the working folder."""
     lengths = {"seq_len": given.eval_len, "max_chunks": given.max_chunks}
-    key: dict[str, Any] = {"model": TensorFiles(directory).fingerprint, **lengths}
+    digests = {text.name: file_sha256(text) for text in given.text}
+    key = {"model": TensorFiles(directory).fingerprint, "texts": digests, **lengths}
     record = given.work / f"{name.replace(' ', '-')}.json"
     if record.exists() and (kept := read_json(record)).get("key") == key:
-        return {text: kept["losses"][text] for text in kept["losses"]}
+        return dict(kept["losses"])
     texts = {text.name: text_chunks(given.model, text, *lengths.values()) for text in given.text}
     served = served_losses(directory, [chunk.tolist() for one in texts.values() for chunk in one])
     found, start = {}, 0
@@ -88,13 +90,13 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     every = (figure := new_figure(4.2 * len(texts), 3.8)).subplots(1, len(texts), squeeze=False)[0]
     for axes, text in zip(every, texts, strict=True):
         axes.axhline(0, color="grey", linestyle="--", label=DENSE)
-        for kind in dict.fromkeys(row["kind"] for row in others):
-            mine = sorted((row for row in others if row["kind"] == kind), key=lambda r: r["bytes"])
+        for label in dict.fromkeys(row["kind"] for row in others):
+            mine = sorted((row for row in others if row["kind"] == label), key=lambda r: r["bytes"])
             axes.plot(
                 [row["bytes"] / 2**20 for row in mine],
                 [row["losses"][text] - dense["losses"][text] for row in mine],
                 marker="o",
-                label=kind,
+                label=label,
             )
         axes.set(xlabel="stored weights, MiB", title=text)
     every[0].set_ylabel("served loss over dense, nats")
@@ -136,6 +138,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     given.keep = given.keep or list(KEEPS)
+    if len({text.name for text in given.text}) < len(given.text):
+        parser.error("two texts have the same name; give files of different names")
     given.work.mkdir(parents=True, exist_ok=True)
     found = contenders(given)
     rows = [

@@ -31,7 +31,9 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(9))  # of a group's largest ma
 
 
 def write_int4(source: Path, out: Path) -> None:
-    """Write the int4 checkpoint of the model in ``source`` to the new directory ``out``."""
+    """Write the int4 checkpoint of the model in ``source`` to ``out``, which appears complete."""
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
     weights = QuantizationArgs(
         num_bits=4,
@@ -51,11 +53,13 @@ def write_int4(source: Path, out: Path) -> None:
             choose_scales(module, weights)
     compressor = ModelCompressor.from_pretrained_model(model, quantization_format=packed.value)
     compressor.compress_model(model)
-    model.save_pretrained(out)
-    compressor.update_config(str(out))
+    model.save_pretrained(partial)
+    compressor.update_config(str(partial))
     for file in source.iterdir():
-        if file.is_file() and ".safetensors" not in file.name and not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+        copy = partial / file.name
+        if file.is_file() and ".safetensors" not in file.name and not copy.exists():
+            shutil.copyfile(file, copy)
+    partial.rename(out)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Two options of all tests: ``--exhaustive`` and ``--strict-skips``.
+"""Options of all tests: ``--exhaustive``, and ``--strict-skips`` with ``--missing``.
 
 Tests marked ``exhaustive`` run only with ``--exhaustive``.
 
@@ -51,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := missing(config) - PROGRAMS.keys():
         raise pytest.UsageError(f"--missing: no such program: {', '.join(sorted(unknown))}")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    # pytest-xdist does not count what its workers deselect.
+    asked = config.getoption("--exhaustive")
+    return "all tests" if asked else "without the tests marked exhaustive: give --exhaustive"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

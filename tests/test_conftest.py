@@ -118,5 +118,7 @@ def test_exhaustive_tests_run_when_asked_for(pytester: pytest.Pytester) -> None:
         """
     )
     plain = ("-p", "no:cacheprovider")
-    pytester.runpytest_inprocess(*plain).assert_outcomes(passed=1, deselected=1)
+    found = pytester.runpytest_inprocess(*plain)
+    found.assert_outcomes(passed=1, deselected=1)
+    assert "without the tests marked exhaustive" in found.stdout.str()
     pytester.runpytest_inprocess("--exhaustive", *plain).assert_outcomes(passed=2)

@@ -186,8 +186,9 @@ def script_options(file: str) -> set[str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(page):
         patch.setattr(sys, "argv", [file, "--help"])
         patch.syspath_prepend(str((ROOT / file).parent))
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / file), run_name="__main__")
+    assert not end.value.code, file
     return {"--", *re.findall(r"(?<![\w-])--?[a-z][\w-]*", page.getvalue())}
 
 

@@ -1,5 +1,6 @@
 """Bytes and operations of a step, beside what torch counts in a forward pass of transformers."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def test_the_engine_may_hold_other_bytes_than_the_files(tmp_path: Path):
     whole, half = (model_work(dense, dtype) for dtype in (None, torch.bfloat16))
     assert whole.decode(1, 10).bytes == 2 * half.decode(1, 10).bytes
     assert whole.decode(1, 10).operations == half.decode(1, 10).operations
+
+
+def test_int4_has_the_operations_of_the_dense_model(tmp_path: Path):
+    dense = save_model("llama", tmp_path / "dense", dtype=torch.bfloat16)
+    script = Path(__file__).parents[2] / "benchmarks" / "int4.py"
+    runpy.run_path(str(script))["write_int4"](dense, tmp_path / "int4")
+    whole, packed = (model_work(path) for path in (dense, tmp_path / "int4"))
+    assert packed.prefill(100).operations == whole.prefill(100).operations
+    # A bfloat16 scale for each 64 weights of 4 bits.
+    assert 4.25 / 16 < packed.linear_bytes / whole.linear_bytes < 0.3
 
 
 def test_both_ratios_are_over_the_compressed_model():

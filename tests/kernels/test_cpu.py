@@ -35,7 +35,7 @@ def expected(x: Tensor, factor_in: Tensor, factor_out: Tensor, pivots: Tensor | 
 @pytest.mark.parametrize("amx", ENGINES)
 @pytest.mark.parametrize("tokens", [1, 2, 12, 13, 17, 32, 800])
 @pytest.mark.parametrize("with_pivots", [True, False])
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
+@pytest.mark.parametrize(("m", "n", "r"), [*SHAPES, (70, 1700, 40)])
 def test_equals_the_definition(
     m: int, n: int, r: int, with_pivots: bool, tokens: int, amx: bool
 ) -> None:

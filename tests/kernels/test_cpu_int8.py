@@ -13,9 +13,10 @@ from svdserve.kernels.registry import NoImplementation
 
 pytestmark = needs_kernel
 
-TOKENS = [1, 2, 12, 13, 17, 32, 800]
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 32, 800]
 # Around whole groups (64 columns) too.
-WIDE = [*SHAPES, (64, 257, 130), (640, 1500, 701)]
+# So many columns that panels are cut into blocks of them too.
+WIDE = [*SHAPES, (64, 257, 130), (640, 1500, 701), (70, 3400, 40)]
 KINDS = ["interpolative", "pair", "whole"]
 
 

@@ -1,6 +1,7 @@
 """The definition of a low-rank linear in plain torch, for tests, training and autocast."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,15 +54,20 @@ def project(
     rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
     rest[pivots] = False
     if round_input is not None:
-        multiplied = straight_through(x[..., rest], round_input)
-        x = x.clone()
-        x[..., rest] = multiplied
+        x = straight_through(x, partial(_round_at, rest, round_input))
     if torch.is_grad_enabled() and factor_in.requires_grad:
         # In training the gradient of a gather costs more than the products that the gather saves.
         identity = torch.eye(len(pivots), dtype=factor_in.dtype, device=x.device)
         whole = factor_in.new_zeros(len(pivots), len(rest)).index_copy(1, pivots, identity)
         return linear(x, whole.index_copy(1, rest.nonzero().squeeze(1), factor_in))
     return x[..., pivots] + linear(x[..., rest], factor_in)
+
+
+def _round_at(rest: Tensor, round_input: Rounding, x: Tensor) -> Tensor:
+    """x [..., n] with ``round_input`` at the channels of the mask ``rest`` [n]."""
+    values = x.clone()
+    values[..., rest] = round_input(x[..., rest]).to(x.dtype)
+    return values
 
 
 def straight_through(x: Tensor, round_input: Rounding | None) -> Tensor:
@@ -118,10 +124,8 @@ def int8_linear(x: Tensor, part: Int8Part | WholePart, bias: Tensor | None = Non
     if isinstance(part, WholePart):
         outer = decoded(part.weight)
     else:
-        z, outer = (
-            project(z, decoded(part.factor_in), part.pivots, rounded),
-            decoded(part.factor_out),
-        )
+        z = project(z, decoded(part.factor_in), part.pivots, rounded)
+        outer = decoded(part.factor_out)
     y = linear(rounded(z), outer)
     return (y if bias is None else y + bias.to(exact)).to(x.dtype)
 

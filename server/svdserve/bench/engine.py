@@ -290,11 +290,7 @@ def print_bench(result: BenchResult) -> None:
 
 
 def plot_bench(result: BenchResult, file: Path) -> None:
-    """Tokens per second over dense by workload, beside the ratios of bytes and operations.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Tokens per second over dense by workload; UserError if matplotlib is not installed."""
     models = {
         model.name: [
             Point(r.workload.replace("_", " "), r.median, r.lowest, r.highest, r.work_ratio)

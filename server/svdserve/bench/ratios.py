@@ -7,6 +7,7 @@ from the configuration and the safetensors headers; activations, norms and sampl
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,16 +90,27 @@ def model_work(directory: Path, dtype: torch.dtype | None = None) -> ModelWork:
         return torch.Size(info[name].shape).numel() * itemsize
 
     blocks = [name for name in info if name not in (embedding, head)]
-    products = [name for name in blocks if len(info[name].shape) == 2]
+    products = [n for n in blocks if len(info[n].shape) == 2 and not n.endswith("_scale")]
+    in_word = _weights_in_word(config)
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
     layers = config["num_hidden_layers"]
     kv_heads = config.get("num_key_value_heads") or heads
     return ModelWork(
         linear_bytes=sum(map(held, blocks)),
-        linear_parameters=sum(torch.Size(info[name].shape).numel() for name in products),
+        linear_parameters=sum(
+            torch.Size(info[name].shape).numel() * (in_word if name.endswith("_packed") else 1)
+            for name in products
+        ),
         head_bytes=held(head),
         head_parameters=torch.Size(info[head].shape).numel(),
         kv_bytes=2 * layers * kv_heads * size * (dtype or info[head].dtype).itemsize,
         attention_width=layers * heads * size,
     )
+
+
+def _weights_in_word(config: dict[str, Any]) -> int:
+    """How many weights compressed-tensors packs into 32 bits (``weight_packed``)."""
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    bits = [(group.get("weights") or {}).get("num_bits") for group in groups.values()]
+    return 32 // next(filter(None, bits), 32)

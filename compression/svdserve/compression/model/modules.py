@@ -353,18 +353,23 @@ def replace_group(
 
 
 def imitate_server(model: nn.Module) -> None:
-    """Round the inputs of all products with encoded matrices as the server's products do."""
+    """Round the inputs of all products with encoded matrices as their codecs say."""
     for module in model.modules():
         if isinstance(module, FactoredWeight):
-            module.imitated = served_codec(module.layout, module.codec)
+            module.imitated = served_codec(module.codec, module.layout)
         elif isinstance(module, EncodedLinear):
-            module.imitated = module.codec
+            module.imitated = served_codec(module.codec)
 
 
-def served_codec(layout: Layout, codec: Codec) -> Codec | None:
-    """The codec of what the server multiplies; None if that is decoded when it is loaded."""
-    decoded_then = codec.plain or codec.axes is None or layout.decoded_when_served
-    return None if decoded_then else codec
+def served_codec(codec: Codec, layout: Layout | None = None) -> Codec | None:
+    """The codec of what the server multiplies; None if that is decoded when it is loaded.
+
+    Args:
+        codec: the codec that a weight or its factors are stored by.
+        layout: the layout of the factors; None for a whole weight.
+    """
+    decoded_then = layout is not None and layout.decoded_when_served
+    return None if decoded_then or codec.plain or codec.axes is None else codec
 
 
 def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:

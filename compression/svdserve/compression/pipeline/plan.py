@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdserve.compression.allocation import get_allocator
-from svdserve.compression.format.codecs import Storage, get_codec
+from svdserve.compression.format.codecs import Storage, revisions
 from svdserve.compression.format.tensors import check_finite_tensors
 from svdserve.compression.methods import get_method
 from svdserve.compression.methods.learner import Learner
@@ -71,12 +71,12 @@ class Plan:
     def signature(self) -> Signature:
         """Everything that determines the bytes of the output; reads the calibration texts once."""
         texts = [self.recipe, *(text for _, text in self.recipe.trainings)]
-        codec = get_codec(self.recipe.weights)
-        # A first revision is not named, as jobs of before there were revisions do not name it.
-        revised = {f"revision of {codec.name}": codec.revision} if codec.revision > 1 else {}
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "weights": {"model": self.skeleton.files.fingerprint, **revised},
+            "weights": {
+                "model": self.skeleton.files.fingerprint,
+                **revisions([self.recipe.weights]),
+            },
             "texts": calibration_digests(texts),
             "order": execution_fingerprint(self.device, self.run.batch_size),
         }

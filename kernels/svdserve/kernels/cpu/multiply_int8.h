@@ -1,9 +1,9 @@
 // One tile of tokens times one panel of weights, both int8, with AVX512-VNNI or with AMX.
 //
 // Each token's columns are rounded in groups of 64, each with its own scale (rounding.h): a block of
-// 16 words. Sums of a group are whole numbers, then scaled and added in float32. The instructions multiply unsigned by
-// signed bytes, so a weight q is stored as q + 128; its share of 128 times the sum of the group's
-// activations is taken off beforehand.
+// 16 words. Sums of a group are whole numbers, then scaled and added in float32. The instructions
+// multiply unsigned by signed bytes, so a weight q is stored as q + 128; its share of 128 times the
+// sum of the group's activations is taken off beforehand.
 
 #pragma once
 
@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr Word kUnsigned = 0x80808080;     // turns four signed bytes into unsigned ones, by xor
+constexpr Word kUnsigned = 0x80808080;  // turns four signed bytes into unsigned ones, by xor
 
 // A vector of 16 integers of 32 bits. GCC 12 copies a sum in every step if its type is __m512i, which
 // is a vector of 8 integers.
@@ -161,7 +161,7 @@ struct Int8 {
   bool amx;
 
   int64_t tile() const { return amx ? kAmxTile : kInt8Tile; }
-  // Columns of a block where panels are cut, whole groups.
+  // Words of a block where panels are cut.
   int64_t block_words() const { return amx ? 128 : 512; }
   void multiply(const Input& x, int64_t start, int size, int64_t word, const Word* w, int blocks,
                 int64_t words, float* out) const {

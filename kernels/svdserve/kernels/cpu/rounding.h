@@ -20,7 +20,7 @@ __mmask16 sixteen(int64_t count) {
   return count >= kLanes ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
-// `count` values, 0 to 64, of one group.
+// The first 64 of `count` values, or all if there are fewer, become one group.
 void round_group(const float* from, int64_t count, const Place& at, int64_t block,
                  const Int8Activations& to) {
   constexpr int kParts = kGroup / kLanes;

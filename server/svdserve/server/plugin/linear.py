@@ -13,7 +13,7 @@ whole y.
 
 Codecs. Matrices in int8 go through svdserve's fused kernel too where it was measured, or else
 through vLLM's own int8 kernels, one for each product. Both round the products' inputs to int8 as
-well, the fused kernel in groups of 256 channels, vLLM's with one scale for a token. In a
+well, the fused kernel in groups of 64 channels, vLLM's with one scale for a token. In a
 row-parallel layer each TP rank scales its inputs by their own maximum, and its share of the
 weight's rows by the scales of the whole rows. Matrices of other codecs are decoded when they are
 loaded.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import random_tokens
+from svdserve.compression.format.codecs import FLOAT
 from svdserve.compression.model.architecture import Trace, find_groups
 from svdserve.compression.pipeline.walk.walk import Walk
 
@@ -123,7 +124,7 @@ def test_any_sequence_of_groups(*, tail: bool) -> None:
             for member in group.members:
                 weight = block.weight(group, member)
                 other = weight + 0.1 * torch.randn(weight.shape)
-                block.replace_weight(group, member, other)
+                block.replace_weight(group, member, other, FLOAT)
                 group.linear(student[index], member).weight.data.copy_(other)
         block.finish()
         # Nothing is left of a block but the two streams.

@@ -4,6 +4,8 @@
 ``svdserve.codecs``.
 """
 
+from collections.abc import Iterable
+
 from svdserve.compression.format.codecs.base import Codec, Storage
 from svdserve.compression.format.codecs.floating import Float
 from svdserve.compression.format.codecs.int8 import Int8
@@ -24,4 +26,13 @@ def get_codec(name: str) -> Codec:
     return CODECS.get_known(name)
 
 
-__all__ = ["CODECS", "FLOAT", "INT8", "Codec", "Storage", "get_codec"]
+def revisions(names: Iterable[str]) -> dict[str, int]:
+    """The revisions of the codecs of these names, for the signature of a job.
+
+    A first revision is not named, as jobs of before there were revisions do not name it.
+    """
+    codecs = {name: get_codec(name) for name in sorted(set(names))}
+    return {f"revision of {name}": c.revision for name, c in codecs.items() if c.revision > 1}
+
+
+__all__ = ["CODECS", "FLOAT", "INT8", "Codec", "Storage", "get_codec", "revisions"]

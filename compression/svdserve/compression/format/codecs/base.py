@@ -28,8 +28,8 @@ class Codec(ABC):
         axes: the axes of the matrix that each suffix's tensor has: 0 for rows, 1 for columns. A TP
             rank uses them to read only its share of a matrix. None if a matrix must be decoded
             before it can be split.
-        revision: counts changes of what ``encode``, ``encode_for`` and ``round_input`` return. A job
-            that an older revision began is not resumed.
+        revision: counts changes of what ``encode``, ``encode_for`` and ``round_input`` return. A
+            job that an older revision began is not resumed.
     """
 
     name: ClassVar[str]
@@ -77,9 +77,9 @@ class Codec(ABC):
         """The matrix [m, n] in a floating-point ``dtype`` from its tensors by suffix."""
 
     def round_input(self, x: Tensor) -> Tensor:
-        """x [..., n] as the server's product with an encoded matrix [m, n] rounds it, in float32.
+        """x [..., n] as the server's product with an encoded matrix [m, n] takes it, in any dtype.
 
-        Float64 stays float64. Most products take x as it is.
+        Most products take x as it is.
         """
         return x
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svdserve.compression.format.codecs import Storage, get_codec
+from svdserve.compression.format.codecs import Storage, get_codec, revisions
 from svdserve.compression.format.log import LOG_FILE, log_event
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.tensors import TensorFiles, save_tensors
@@ -191,12 +191,14 @@ class _Refiner:
         return RefineReport(self.work.out, **facts)
 
     def _signature(self) -> dict[str, dict[str, Any]]:
+        specs = [*self.config.modules.values(), *self.config.linears.values()]
         return {
             "refinement": self.settings.model_dump(mode="json"),
             "text": self.text.model_dump(mode="json", include=set(_TEXT)),
             "weights": {
                 "teacher": TensorFiles(self.teacher).fingerprint,
                 "student": TensorFiles(self.student).fingerprint,
+                **revisions(spec.codec for spec in specs),
             },
             "texts": calibration_digests([self.text] if self.tokens is None else []),
             "order": execution_fingerprint(self.device, self.settings.batch_size),

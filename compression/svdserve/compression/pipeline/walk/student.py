@@ -48,7 +48,8 @@ def put_whole(
     """Add the encoded dense weights of a module to ``tensors`` and, decoded, to the student.
 
     Args:
-        gram: X Xᵀ [n, n] of the module's inputs, for which the weights are rounded.
+        gram: X Xᵀ [n, n] of the module's inputs, for which the weights are rounded; None to round
+            each value by itself.
 
     Returns:
         The decoded weights, stacked [m, n].

@@ -231,7 +231,7 @@ class BlockPass:
         replace_group(parent, name, spec, decoded, torch.float32, self.walk.device)
         module = parent.get_submodule(name)
         assert isinstance(module, FactoredWeight)
-        module.imitated = served_codec(factors.layout, factors.codec)
+        module.imitated = served_codec(factors.codec, factors.layout)
         parent.requires_grad_(False)
 
     def replace_weight(self, group: Group, member: str, weight: Tensor, codec: Codec) -> None:
@@ -247,7 +247,7 @@ class BlockPass:
         m, n = weight.shape
         linear = EncodedLinear(n, m, LinearSpec(role=group.role), old.bias, torch.float32, device)
         linear.weight = nn.Parameter(weight.to(self.walk.device))
-        linear.imitated = codec
+        linear.imitated = served_codec(codec)
         setattr(parent, member, linear.requires_grad_(False))
 
     def outputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
