@@ -1,6 +1,7 @@
 """In which dtype linears are stored, what the bytes are compared with, and the exact error."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from svdserve.compression.evaluation.inspection import inspect_checkpoint
 from svdserve.compression.format.log import LOG_FILE, read_log
 from svdserve.compression.format.reader import open_checkpoint
 from svdserve.compression.format.schema import linears_of
+from svdserve.compression.format.stored import StoredFactors
 from svdserve.compression.format.tensors import SINGLE_FILE
 from svdserve.compression.pipeline import job
 from svdserve.compression.pipeline.job import compress
 from svdserve.compression.pipeline.recipe import Run, make_recipe
 from svdserve.compression.system.errors import UserError
+from svdserve.kernels import Int8Matrix, Int8Part, reference
 from svdserve.server.metrics import model_facts
 
 QUIET = Run(progress=False)
@@ -139,13 +142,23 @@ def test_what_cannot_be_stored_is_refused_before_the_start(
         check_against_dense(model, tmp_path / "out")
 
 
+def int8_rows(factors: StoredFactors, rows: torch.Tensor) -> Int8Part:
+    inner, outer = (
+        Int8Matrix(factors.tensors[name], factors.tensors[f"{name}_scale"])
+        for name in ("factor_in", "factor_out")
+    )
+    mine = Int8Matrix(outer.values[rows], outer.scale[rows])
+    return Int8Part(inner, mine, factors.tensors.get("pivots"))
+
+
 @pytest.mark.parametrize("weights", ["float", "int8"])
 def test_the_logged_errors_are_those_of_the_stored_weights(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """κ near 1 in bfloat16, where rounding on the way was greater than the error itself.
 
-    The oracle runs the multiplied-out checkpoint and the teacher in float64 over all tokens.
+    The oracle runs the multiplied-out checkpoint and the teacher in float64 over all tokens; with
+    int8 it rounds activations as int8 kernels are defined to do.
     """
     model = save_model("llama", tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -170,13 +183,17 @@ def test_the_logged_errors_are_those_of_the_stored_weights(
     inputs: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, spec in checkpoint.config.modules.items():
-            dense = checkpoint.factors(name).dense(torch.float64)
-            parts = dense.split(list(spec.out_features))
-            for linear, part in zip(linears_of(name, spec), parts, strict=True):
-                student.get_submodule(linear).weight.copy_(part)
-                student.get_submodule(linear).register_forward_pre_hook(
+            factors = checkpoint.factors(name)
+            parts = factors.dense(torch.float64).split(list(spec.out_features))
+            rows = torch.arange(spec.stacked).split(list(spec.out_features))
+            for linear, part, mine in zip(linears_of(name, spec), parts, rows, strict=True):
+                module = student.get_submodule(linear)
+                module.weight.copy_(part)
+                module.register_forward_pre_hook(
                     lambda _module, given, name=name: inputs.update({name: given[0]})
                 )
+                if weights == "int8":
+                    module.forward = partial(reference.int8_linear, part=int8_rows(factors, mine))
         for index in range(3):
             for network in (teacher, student):
                 network.model.layers[index].register_forward_hook(
