@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 # One process a core, each with one thread; a file's tests share their servers, so stay together.
-# With PYTEST_FLAGS=--exhaustive also those tests which only continuous integration runs every time.
+# PYTEST_FLAGS=--exhaustive adds the tests that only continuous integration runs every time.
 PYTEST_FLAGS ?=
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --durations=25 $(PYTEST_FLAGS)

@@ -12,6 +12,7 @@ finished checkpoint and loss, so that a killed run goes on where it stopped.
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,26 @@ from svdserve.compression.system.machine import this_machine
 
 KEEPS = (0.9, 0.8, 0.6, 0.4)
 DENSE = "dense"
-CODECS = ("float", "int8")
 
 
 def contenders(given: argparse.Namespace) -> dict[str, Path]:
     """The directory of every contender by its name, the dense one first; makes what is missing."""
-    work, calibration = given.work, {"calibration": given.calibration, "tokens": given.tokens}
-    found = {DENSE: given.model}
+    work, found = given.work, {DENSE: given.model}
     if given.int4:
         found["int4"] = work / "int4"
         if not found["int4"].exists():
             write_int4(given.model, found["int4"])
-    recipes: dict[str, Recipe] = {}
-    for keep in (1.0, *given.keep):
-        for codec in CODECS:
-            name = " x ".join(
-                part for part in (f"keep {keep:g}" * (keep < 1), codec * (codec == "int8")) if part
-            )
-            if name:  # nothing else is the dense model
-                sizes = {"seq_len": given.seq_len, "gradient_tokens": given.gradient_tokens}
-                recipes[name] = make_recipe(keep=keep, weights=codec, **calibration, **sizes)
+    of = partial(
+        make_recipe,
+        calibration=given.calibration,
+        tokens=given.tokens,
+        seq_len=given.seq_len,
+        gradient_tokens=given.gradient_tokens,
+    )
+    recipes: dict[str, Recipe] = {"int8": of(keep=1.0, weights="int8")}
+    for keep in given.keep:
+        recipes[f"keep {keep:g}"] = of(keep=keep)
+        recipes[f"keep {keep:g} x int8"] = of(keep=keep, weights="int8")
     run = Run(cache=work / "teacher", resume=True)
     for name, recipe in recipes.items():
         found[name] = work / name.replace(" ", "-")

@@ -42,7 +42,7 @@ def comparison(name: str) -> str:
 
 
 def speed(file: str) -> str:
-    """Compare speeds with the dense model: median, range of the rounds, and the ratio of work."""
+    """Compare speeds with the dense model: median, range, and bytes or operations ratio."""
     result = BenchResult.model_validate(_read(file)["result"])
     workloads, dense = result.options.workloads, result.models[0]
     labels = [
@@ -51,7 +51,7 @@ def speed(file: str) -> str:
     rows = [[*_sizes(dense), *["1"] * len(workloads)]]
     for model in result.compared:
         cells = [
-            f"{r.median:.2f} ({r.lowest:.2f}–{r.highest:.2f}; {r.work} {r.work_ratio:.2f})"
+            f"{r.median:.2f} ({r.lowest:.2f}–{r.highest:.2f}; {r.limited_by} {r.work_ratio:.2f})"
             for r in result.over_dense(model)
         ]
         rows.append([*_sizes(model), *cells])
@@ -270,7 +270,7 @@ TABLES = {
 
 
 def picture() -> None:
-    """Draw the speeds of the 1B shape over the dense model, beside the ratios of work."""
+    """Draw the speeds of the 1B shape over the dense model, beside the work ratios."""
     plot_bench(
         BenchResult.model_validate(_read("serving_1b")["result"]), DOCS / "images" / "speed.svg"
     )

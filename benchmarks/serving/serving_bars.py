@@ -39,11 +39,11 @@ class Bar(BaseModel):
 
 
 def share_bars(result: BenchResult, least: float) -> list[Bar]:
-    """One goal for every model and workload: the measured ratio over the ratio of work."""
+    """One goal for every model and workload: the measured ratio over its work ratio."""
     return [
         Bar(
             model=Path(ratio.directory).name,
-            what=f"{ratio.workload} over its {ratio.work} ratio",
+            what=f"{ratio.workload} over its {ratio.limited_by} ratio",
             measured=ratio.median / ratio.work_ratio,
             least=least,
             over_dense=ratio.median,

@@ -14,8 +14,7 @@ from svdserve.kernels.registry import NoImplementation
 pytestmark = needs_kernel
 
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 32, 800]
-# Around whole groups (64 columns) too.
-# So many columns that panels are cut into blocks of them too.
+# Around whole groups of 64 columns; the last has so many columns that panels are cut into blocks.
 WIDE = [*SHAPES, (64, 257, 130), (640, 1500, 701), (70, 3400, 40)]
 KINDS = ["interpolative", "pair", "whole"]
 

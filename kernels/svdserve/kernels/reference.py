@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, linear, pad, silu
 from svdserve.kernels.parts import Activation, Int8Matrix, Int8Part, WholePart
 
 Rounding = Callable[[Tensor], Tensor]
-"""x [..., n] to x [..., n] as the product of encoded weights takes it."""
+"""Takes x [..., n] and returns it as a product with encoded weights rounds it."""
 
 GROUP = 64  # columns of x that share a scale when they are rounded
 _SMALLEST = 1e-36  # below it 127 / peak is not finite in float32, and a group counts as zeros

@@ -115,7 +115,7 @@ class Ratio(BaseModel):
     """A model's tokens per second over the dense model's, round by round.
 
     Attributes:
-        work: what limits the workload: the bytes of a decoding step, the operations of prefill.
+        limited_by: what limits the workload: a decoding step's bytes or prefill's operations.
         work_ratio: the bytes ratio or the operations ratio (ratios.py).
     """
 
@@ -125,7 +125,7 @@ class Ratio(BaseModel):
     median: float
     lowest: float
     highest: float
-    work: Literal["bytes", "operations"]
+    limited_by: Literal["bytes", "operations"]
     work_ratio: float
 
 
@@ -174,7 +174,7 @@ def _ratio(model: ModelResult, dense: ModelResult, workload: str) -> Ratio:
         median=statistics.median(rounds),
         lowest=min(rounds),
         highest=max(rounds),
-        work="bytes" if decodes else "operations",
+        limited_by="bytes" if decodes else "operations",
         work_ratio=mine.bytes_ratio(theirs) if decodes else mine.operations_ratio(theirs),
     )
 
@@ -269,7 +269,7 @@ def print_bench(result: BenchResult) -> None:
         amounts = (model.stored_bytes / 2**20, model.resident_bytes / 2**20, model.start_seconds)
         sizes.add_row(model.name, f"{model.facts.keep_ratio:g}", *(f"{n:,.0f}" for n in amounts))
     speeds = Table(
-        title=f"Tokens per second over dense: median, range of {rounds} rounds, and ratio of work",
+        title=f"Tokens/s over dense: median, range of {rounds} rounds, bytes or operations ratio",
         caption=f"{machine.processor}, {machine.cores} cores, "
         f"{'eager' if options.eager else 'compiled'}, dtype {options.dtype}",
     )
@@ -280,7 +280,7 @@ def print_bench(result: BenchResult) -> None:
     speeds.add_row(f"{dense.name}, tok/s", *(f"{speed:,.1f}" for speed in absolute))
     for model in result.compared:
         cells = (
-            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\n{r.work} {r.work_ratio:.2f}"
+            f"{r.median:.2f}\n{r.lowest:.2f}-{r.highest:.2f}\n{r.limited_by} {r.work_ratio:.2f}"
             for r in result.over_dense(model)
         )
         speeds.add_row(model.name, *cells)

@@ -27,7 +27,7 @@ class Point:
 def draw(
     panels: Mapping[str, Mapping[str, Sequence[Point]]], file: Path, dense: str, ylabel: str
 ) -> None:
-    """Draw a panel for each title, with a line for each model and crosses for its ratios of work.
+    """Draw a panel for each title, with a line for each model and crosses for its work ratios.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -2,8 +2,9 @@
 
 The transformers quantizer plug-in builds them before it loads weights, and the block walk puts
 them into the student. Their parameter names are the tensor names of the checkpoint. Encoded
-matrices are decoded at every call. The server's int8 products also round the activations; what
-walks and trains (``imitate_server``) sees that too, and a model that transformers loads does not.
+matrices are decoded at every call. The server's int8 products also round the activations. The
+students of the block walk and of the refinement do the same (``imitated``); a model that
+transformers loads does not.
 """
 
 import weakref
